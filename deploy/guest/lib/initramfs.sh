@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash disable=SC2154 # guest_dir, images and kind are set by prepare.sh
+#
+# Sourced by prepare.sh: the initramfs. Not compressed, since a kernel that runs in an emulator unpacks slowly.
+# /init is the workload itself (workload/init.rs does the mounts): no shell, no fork, no exec before its first line.
+
+readonly rust_flags=(--edition=2024 -C opt-level=2 -C panic=abort -C strip=symbols -C target-feature=+crt-static)
+
+rust_compiler() { command -v rustc || { [ -x "$HOME/.cargo/bin/rustc" ] && echo "$HOME/.cargo/bin/rustc"; } || die "no rustc"; }
+
+initramfs_name() {
+    local key rustc
+    rustc=$(rust_compiler)
+    key=$({
+        (cd "$guest_dir" && "$rustc" -V)
+        hash_files "$guest_dir"/workload/*.rs "$guest_dir/lib/initramfs.sh" /bin/busybox
+        [ "$kind" = small ] || { stock_name; cat "$guest_dir/lib/stock.sh"; }
+    } | short_hash)
+    echo "initramfs-$key"
+}
+
+initramfs() {
+    need_packages busybox-static
+    [ "$kind" = small ] || stock_kernel
+    local name
+    name=$(initramfs_name)
+    publish "$name" initramfs_build
+}
+
+initramfs_build() {
+    local out=$1 root=$1/root
+    need_packages busybox-static cpio gcc libc6-dev
+    mkdir -p "$root"/{bin,dev,proc,sys,tmp}
+    (cd "$guest_dir" && "$(rust_compiler)" "${rust_flags[@]}" -o "$root/init" workload/workload.rs)
+    cp /bin/busybox "$root/bin/busybox"
+    ln -s busybox "$root/bin/sh"
+    [ "$kind" = small ] || stock_modules "$root"
+    # Fixed stamps, order, owners: the same key gives the same bytes.
+    find "$root" -exec touch -h -d @0 {} +
+    (cd "$root" && find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
+        cpio --quiet --reproducible -o -H newc -R 0:0) >"$out/initramfs.cpio"
+    rm -rf "$root"
+}
