@@ -201,7 +201,7 @@ static void compute_cpu(u32 cpu)
 	wrmsr(0xc0000100, (uptr)b);	/* FS base */
 	asm volatile("sti" ::: "memory");
 	for (b->round = 0; b->round < rounds; b->round++) {
-		run_user(user_round, b, io ? 0x3202 : 0x202);
+		run_user(user_round, b);
 		asm volatile("sti" ::: "memory");
 		kernel_round(b);
 		if (io)

@@ -25,5 +25,5 @@ _Static_assert(__builtin_offsetof(struct block, cpu) == B_SIZE, "burn.h");
 /* Notes the first difference; the kernel part reports it. */
 void check(struct block *b, const char *what, u64 expected, u64 found);
 
-/* Port and MMIO accesses with their checks; at CPL 0 and, with IOPL 3, at CPL 3. */
+/* Port and MMIO accesses with their checks; at CPL 0 and at CPL 3. */
 void io_round(struct block *b);

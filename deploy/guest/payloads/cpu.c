@@ -12,7 +12,8 @@ struct tss {
 	u64 reserved1;
 	u64 ist[7];
 	u64 reserved2;
-	u16 reserved3, iomap;
+	u16 reserved3, iomap_offset;
+	u8 iomap[0x400 / 8 + 1];	/* ports below 0x400; a clear bit allows user mode */
 } __attribute__((packed));
 
 struct frame {
@@ -147,7 +148,9 @@ static void tables_load(u32 cpu)
 	u64 base = (uptr)&tss[cpu];
 
 	tss[cpu].rsp[0] = (uptr)kstacks[cpu] + KSTACK_SIZE;
-	tss[cpu].iomap = sizeof(struct tss);
+	tss[cpu].iomap_offset = __builtin_offsetof(struct tss, iomap);
+	for (u32 i = 0; i < sizeof tss[cpu].iomap; i++)
+		tss[cpu].iomap[i] = i == 0x3f8 / 8 ? 0 : 0xff;
 	gdt[8 + 2 * cpu] = (sizeof(struct tss) - 1) | (base & 0xffffff) << 16 | 0x89ull << 40 | (base & 0xff000000) << 32;
 	gdt[9 + 2 * cpu] = base >> 32;
 	t.limit = sizeof gdt - 1;
@@ -255,11 +258,11 @@ void cpus_run(u32 count, void (*fn)(u32 cpu), void (*started)(void))
 			pause();
 }
 
-void run_user(void (*fn)(void *), void *arg, u64 rflags)
+void run_user(void (*fn)(void *), void *arg)
 {
 	u32 cpu = this_cpu();
 
-	user_call(fn, arg, ustacks[cpu] + USTACK_SIZE, (u64 *)((u8 *)&tss[cpu] + 4), rflags);
+	user_call(fn, arg, ustacks[cpu] + USTACK_SIZE, (u64 *)((u8 *)&tss[cpu] + 4), 0x202);
 }
 
 const char *cmdline(void)

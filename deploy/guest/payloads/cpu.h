@@ -53,8 +53,9 @@ void unlock(void);
  * on this CPU when all have come up and before any enters fn. */
 void cpus_run(u32 count, void (*fn)(u32 cpu), void (*started)(void));
 
-/* Runs fn(arg) at CPL 3 on this CPU's user stack. */
-void run_user(void (*fn)(void *), void *arg, u64 rflags);
+/* Runs fn(arg) at CPL 3 on this CPU's user stack, with interrupts on. The ports
+ * of COM1 are open to it by the TSS's bitmap. */
+void run_user(void (*fn)(void *), void *arg);
 
 void lapic_write(u32 reg, u32 v);
 u32 lapic_read(u32 reg);

@@ -57,7 +57,7 @@ static __attribute__((optimize("O2"))) void dirty_loop(void *arg)
 static void dirty_cpu(u32 cpu)
 {
 	if (user)
-		run_user(dirty_loop, &jobs[cpu], 0x202);
+		run_user(dirty_loop, &jobs[cpu]);
 	else
 		dirty_loop(&jobs[cpu]);
 }
