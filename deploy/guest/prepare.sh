@@ -69,15 +69,22 @@ main() {
     [ ${#targets[@]} -gt 0 ] || targets=(up initramfs payloads smp acpi)
 
     kind=$(guest_kind)
-    case $kind in small | stock) ;; *) die "COLO_GUEST_KIND is small or stock, not '$kind'" ;; esac
+    case $kind in
+        small) ;;
+        stock) stock_find ;;
+        *) die "COLO_GUEST_KIND is small or stock, not '$kind'" ;;
+    esac
     images=$(cache_root "$cache")/guest
     mkdir -p "$images"
 
     local target
     for target in "${targets[@]}"; do
+        built=
         prepare "$target"
-        write_manifest
+        # As soon as something new is there: others wait for the first kernel, not for the last.
+        [ -z "$built" ] || write_manifest
     done
+    write_manifest
     small_source_drop
     echo "$images/manifest.json"
 }

@@ -75,6 +75,8 @@ publish() {
         "$build" "$work" "$@"
         sync -f "$work"
         mv -T "$work" "$images/$name"
+        # shellcheck disable=SC2034 # read by prepare.sh
+        built=yes
         say "built $name in $((SECONDS - start)) s"
     fi
     exec {lock}>&-

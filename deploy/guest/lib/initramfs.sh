@@ -3,8 +3,13 @@
 #
 # Sourced by prepare.sh: the initramfs. Not compressed, since a kernel that runs in an emulator unpacks slowly.
 # /init is the workload itself (workload/init.rs does the mounts): no shell, no fork, no exec before its first line.
+#
+# Two of them: workload.cpio has the workload alone, initramfs.cpio has busybox besides, for commands on the kernel's
+# command line. Unpacking busybox takes 1.6 s in the emulator, so tests that need no shell take the first.
 
-readonly rust_flags=(--edition=2024 -C opt-level=2 -C panic=abort -C strip=symbols -C target-feature=+crt-static)
+# Small, since every page is copied at boot, and without relocations, since every one is a page fault at start.
+readonly rust_flags=(--edition=2024 -C opt-level=2 -C panic=abort -C strip=symbols -C target-feature=+crt-static
+    -C lto=fat -C codegen-units=1 -C relocation-model=static)
 
 rust_compiler() { command -v rustc || { [ -x "$HOME/.cargo/bin/rustc" ] && echo "$HOME/.cargo/bin/rustc"; } || die "no rustc"; }
 
@@ -30,14 +35,20 @@ initramfs() {
 initramfs_build() {
     local out=$1 root=$1/root
     need_packages busybox-static cpio gcc libc6-dev
-    mkdir -p "$root"/{bin,dev,proc,sys,tmp}
+    mkdir -p "$root"/{dev,proc,sys,tmp}
     (cd "$guest_dir" && "$(rust_compiler)" "${rust_flags[@]}" -o "$root/init" workload/workload.rs)
+    [ "$kind" = small ] || stock_modules "$root"
+    initramfs_pack "$root" "$out/workload.cpio"
+    mkdir "$root/bin"
     cp /bin/busybox "$root/bin/busybox"
     ln -s busybox "$root/bin/sh"
-    [ "$kind" = small ] || stock_modules "$root"
-    # Fixed stamps, order, owners: the same key gives the same bytes.
-    find "$root" -exec touch -h -d @0 {} +
-    (cd "$root" && find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
-        cpio --quiet --reproducible -o -H newc -R 0:0) >"$out/initramfs.cpio"
+    initramfs_pack "$root" "$out/initramfs.cpio"
     rm -rf "$root"
+}
+
+# Fixed stamps, order, owners: the same key gives the same bytes.
+initramfs_pack() {
+    find "$1" -exec touch -h -d @0 {} +
+    (cd "$1" && find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
+        cpio --quiet --reproducible -o -H newc -R 0:0) >"$2"
 }

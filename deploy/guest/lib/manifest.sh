@@ -17,7 +17,10 @@ write_manifest() {
     done
     [ -z "$release" ] || add release "$release"
     dir=$images/$(initramfs_name)
-    [ ! -d "$dir" ] || add initramfs "$dir/initramfs.cpio"
+    if [ -d "$dir" ]; then
+        add initramfs "$dir/initramfs.cpio"
+        add initramfs_workload "$dir/workload.cpio"
+    fi
     dir=$images/$(payloads_name)
     [ ! -d "$dir" ] || add payloads "$dir"
     # Own name for each writer, then an atomic rename: a reader sees one whole manifest or another.
