@@ -173,3 +173,5 @@ kernel_mix:
 	pop	%rbp
 	pop	%rbx
 	ret
+
+	.section .note.GNU-stack, "", @progbits

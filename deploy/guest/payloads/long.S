@@ -99,3 +99,5 @@ user_return:
 	pop	%rbp
 	pop	%rbx
 	ret
+
+	.section .note.GNU-stack, "", @progbits

@@ -161,3 +161,5 @@ mb_info: .skip	4
 map_gib: .skip	4
 start_cpu: .skip 4
 boot_stack_pointer: .skip 8
+
+	.section .note.GNU-stack, "", @progbits
