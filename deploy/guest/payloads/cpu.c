@@ -196,6 +196,9 @@ void cpu_main(u32 cpu)
 	if (!cpu) {
 		console_init();
 		tables_build();
+		/* Before LINT0 is masked, or TCG keeps a tick of the firmware's PIT
+		 * as an interrupt that nobody can name. */
+		pics_mask();
 	}
 	tables_load(cpu);
 	lapic_init();
@@ -204,7 +207,6 @@ void cpu_main(u32 cpu)
 			put("payload-error multiboot magic\n");
 			finish(EXIT_FATAL);
 		}
-		pics_mask();
 		payload_main();
 		finish(0);
 	}
