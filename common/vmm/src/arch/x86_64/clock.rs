@@ -1,0 +1,86 @@
+//! Guest time: stops at the cut, runs on from there.
+//!
+//! kvmclock is read at the cut and set before the guest runs. The TSC goes on through each vCPU's offset, all
+//! from one reading of the host's counter, so that vCPUs cannot drift apart. Some hosts take an offset and
+//! ignore it; [`probe_tsc_offset`] reads one back to know. There the guest sees the host's TSC, and kvmclock,
+//! which KVM computes for the guest from it, carries guest time alone.
+
+use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::{VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use std::arch::x86_64::_rdtsc;
+use std::io;
+
+use crate::ioctl;
+use crate::state::StateError;
+
+/// Guest time at a cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState {
+    /// kvmclock, in nanoseconds.
+    pub kvmclock_ns: u64,
+    /// The host's TSC at the cut; offsets of the vCPUs are from it.
+    pub host_tsc: u64,
+    /// Rate of the guest's TSC.
+    pub tsc_khz: u32,
+}
+
+impl ClockState {
+    /// Reads guest time; all vCPUs are stopped.
+    pub(crate) fn save(vm: &VmFd, tsc_khz: u32) -> io::Result<Self> {
+        let clock = vm.get_clock()?;
+        Ok(Self { kvmclock_ns: clock.clock, host_tsc: host_tsc(), tsc_khz })
+    }
+
+    /// Sets kvmclock to the saved time; done right before the guest runs.
+    pub(crate) fn start(&self, vm: &VmFd) -> io::Result<()> {
+        Ok(vm.set_clock(&kvm_clock_data { clock: self.kvmclock_ns, ..Default::default() })?)
+    }
+
+    /// What to add to the saved TSC offsets so that the guest does not see the time since the cut.
+    pub(crate) fn tsc_shift(&self) -> u64 {
+        self.host_tsc.wrapping_sub(host_tsc())
+    }
+
+    /// Refuses a state from a host with another TSC rate: without scaling, the guest's time would run wrong.
+    /// Readings of one rate differ by a little from boot to boot, so up to 250 ppm is the same rate.
+    pub(crate) fn check_rate(&self, khz: u32) -> Result<(), StateError> {
+        if self.tsc_khz.abs_diff(khz) <= khz / 4000 {
+            return Ok(());
+        }
+        let reason = format!("it ran at {} kHz, this host's runs at {khz} kHz and cannot be scaled", self.tsc_khz);
+        Err(StateError::Refused { part: "TSC".to_owned(), reason })
+    }
+}
+
+/// The host's time-stamp counter.
+pub(crate) fn host_tsc() -> u64 {
+    // SAFETY: every x86-64 processor has RDTSC, and Linux lets user mode use it.
+    unsafe { _rdtsc() }
+}
+
+/// Whether an offset that is set is there when it is read back. Leaves it as it was.
+pub(crate) fn probe_tsc_offset(vcpu: &VcpuFd) -> bool {
+    const STEP: u64 = 1 << 32;
+    let probe = || -> io::Result<bool> {
+        let before = ioctl::tsc_offset(vcpu)?;
+        ioctl::set_tsc_offset(vcpu, before.wrapping_sub(STEP))?;
+        let taken = ioctl::tsc_offset(vcpu)? == before.wrapping_sub(STEP);
+        ioctl::set_tsc_offset(vcpu, before)?;
+        Ok(taken)
+    };
+    probe().unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ClockState;
+
+    #[test]
+    fn another_tsc_rate_is_refused_and_a_reading_of_the_same_is_not() {
+        let clock = ClockState { kvmclock_ns: 0, host_tsc: 0, tsc_khz: 2_445_430 };
+        clock.check_rate(2_445_430).unwrap();
+        clock.check_rate(2_445_500).unwrap();
+        assert!(clock.check_rate(2_600_000).unwrap_err().to_string().contains("2445430 kHz"));
+    }
+}

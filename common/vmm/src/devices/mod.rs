@@ -1,0 +1,301 @@
+//! The machine's devices and the one lock over them: what a port or MMIO access does.
+//!
+//! Interrupts are raised through KVM_IRQ_LINE, synchronously. An irqfd would leave an interrupt in a kernel
+//! work queue where no cut can see it.
+
+mod acpi_pm;
+mod serial;
+
+use colo_common::limits::MAX_CONSOLE_INPUT;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::arch::x86_64::layout::{
+    COM1_PORT, DEBUG_EXIT_PORT, I8042_PORT, I8042_RESET, PM1_CONTROL_PORT, PM1_EVENT_PORT, RESET_PORT,
+    VIRTIO_BASE, VIRTIO_WINDOW,
+};
+use crate::egress::Egress;
+use crate::guest::{Lifecycle, ResetCause};
+use crate::state::StateError;
+
+pub use acpi_pm::AcpiPmState;
+pub use serial::SerialConsoleState;
+
+/// First word of every virtio-mmio window: "virt".
+const VIRTIO_MAGIC: u32 = 0x7472_6976;
+/// The version of the virtio-mmio transport.
+const VIRTIO_VERSION: u32 = 2;
+/// Control bit of the reset register: reset the CPU (bit 1 alone chooses the kind).
+const RESET_NOW: u8 = 4;
+
+/// Where devices raise interrupts.
+pub(crate) trait InterruptLines: Send + Sync {
+    /// Sets a line; an edge is a set and a clear.
+    fn set(&self, irq: u32, active: bool) -> io::Result<()>;
+}
+
+impl InterruptLines for VmFd {
+    fn set(&self, irq: u32, active: bool) -> io::Result<()> {
+        Ok(self.set_irq_line(irq, active)?)
+    }
+}
+
+/// The devices at a cut.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceState {
+    serial: SerialConsoleState,
+    acpi_pm: AcpiPmState,
+    /// Console bytes taken and not yet in the console's own queue.
+    input: Vec<u8>,
+    input_offset: u64,
+}
+
+impl DeviceState {
+    pub(crate) fn check_limits(&self) -> Result<(), StateError> {
+        if self.input.len() > MAX_CONSOLE_INPUT {
+            return Err(StateError::Malformed(format!("{} bytes of console input", self.input.len())));
+        }
+        self.serial.check_limits()
+    }
+
+    pub(crate) fn input_offset(&self) -> u64 {
+        self.input_offset
+    }
+
+    /// This power-on state with what lies outside the machine: console input that the guest had not taken yet.
+    pub(crate) fn after_reset(self, before: &Self) -> Self {
+        Self { input: before.input.clone(), input_offset: before.input_offset, ..self }
+    }
+}
+
+/// All devices of one guest; called by the vCPU threads.
+pub(crate) struct Devices {
+    inner: Mutex<Inner>,
+    virtio_slots: u32,
+}
+
+struct Inner {
+    serial: serial::SerialConsole,
+    acpi_pm: acpi_pm::AcpiPm,
+}
+
+impl Devices {
+    pub(crate) fn new(lines: &Arc<dyn InterruptLines>, egress: &Arc<Egress>, virtio_slots: u32) -> Self {
+        let serial = serial::SerialConsole::new(Arc::clone(lines), Arc::clone(egress));
+        let acpi_pm = acpi_pm::AcpiPm::new(Arc::clone(lines));
+        Self { inner: Mutex::new(Inner { serial, acpi_pm }), virtio_slots }
+    }
+
+    /// An OUT of `data.len()` bytes (1, 2 or 4); may ask for a change of the guest's life.
+    pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> io::Result<Option<Lifecycle>> {
+        let first = data[0];
+        match port {
+            _ if in_range(port, COM1_PORT, 8) => self.inner().serial.write((port - COM1_PORT) as u8, first)?,
+            _ if in_range(port, PM1_EVENT_PORT, 4) => {
+                self.inner().acpi_pm.write_event(port - PM1_EVENT_PORT, data)?;
+            }
+            _ if in_range(port, PM1_CONTROL_PORT, 2) => {
+                return Ok(self.inner().acpi_pm.write_control(port - PM1_CONTROL_PORT, data));
+            }
+            I8042_PORT if first == I8042_RESET => return Ok(Some(Lifecycle::Reset(ResetCause::Keyboard))),
+            RESET_PORT if first & RESET_NOW != 0 => return Ok(Some(Lifecycle::Reset(ResetCause::Port))),
+            DEBUG_EXIT_PORT => return Ok(Some(Lifecycle::DebugExit(little_endian(data)))),
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    /// An IN of `data.len()` bytes; a port without a device reads as all ones.
+    pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) -> io::Result<()> {
+        data.fill(0xff);
+        match port {
+            _ if in_range(port, COM1_PORT, 8) => data[0] = self.inner().serial.read((port - COM1_PORT) as u8)?,
+            _ if in_range(port, PM1_EVENT_PORT, 4) => {
+                self.inner().acpi_pm.read_event(port - PM1_EVENT_PORT, data);
+            }
+            _ if in_range(port, PM1_CONTROL_PORT, 2) => {
+                self.inner().acpi_pm.read_control(port - PM1_CONTROL_PORT, data);
+            }
+            // No keyboard: nothing to read, ready for a command.
+            I8042_PORT | 0x60 => data.fill(0),
+            RESET_PORT => data.fill(0),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A read of memory that is not RAM; outside the device windows it gives all ones.
+    pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some(offset) = self.virtio_offset(address) {
+            // A window without a device: magic, version, device id 0, vendor 0; the rest reads as zero.
+            let word: u32 = match offset & !3 {
+                0 => VIRTIO_MAGIC,
+                4 => VIRTIO_VERSION,
+                _ => 0,
+            };
+            let bytes = word.to_le_bytes();
+            data.iter_mut().zip(offset as usize & 3..).for_each(|(b, i)| *b = bytes.get(i).copied().unwrap_or(0));
+        }
+    }
+
+    /// A write to memory that is not RAM; nothing listens yet.
+    pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
+        tracing::trace!(address, ?data, "MMIO write without a device");
+    }
+
+    /// Offers console input; returns how much was taken.
+    pub(crate) fn input(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.inner().serial.input(bytes)
+    }
+
+    pub(crate) fn input_offset(&self) -> u64 {
+        self.inner().serial.input_offset()
+    }
+
+    pub(crate) fn power_button(&self) -> io::Result<()> {
+        self.inner().acpi_pm.press()
+    }
+
+    pub(crate) fn save(&self) -> DeviceState {
+        let inner = self.inner();
+        let (serial, input, input_offset) = inner.serial.save();
+        DeviceState { serial, acpi_pm: inner.acpi_pm.save(), input, input_offset }
+    }
+
+    /// Sets the devices, before the interrupt chips: what a device raises here is overwritten by theirs.
+    pub(crate) fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let refused = |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
+        let mut inner = self.inner();
+        inner.serial.restore(&state.serial, &state.input, state.input_offset).map_err(refused)?;
+        inner.acpi_pm.restore(&state.acpi_pm);
+        Ok(())
+    }
+
+    /// Sets level-triggered lines as the devices hold them; after the interrupt chips.
+    pub(crate) fn restore_levels(&self) -> io::Result<()> {
+        self.inner().acpi_pm.update_line()
+    }
+
+    fn virtio_offset(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(VIRTIO_BASE)?;
+        (offset < u64::from(self.virtio_slots) * VIRTIO_WINDOW).then_some(offset % VIRTIO_WINDOW)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn in_range(port: u16, first: u16, count: u16) -> bool {
+    (first..first + count).contains(&port)
+}
+
+fn little_endian(data: &[u8]) -> u32 {
+    data.iter().take(4).rev().fold(0, |value, &byte| value << 8 | u32::from(byte))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::{Devices, InterruptLines};
+    use crate::arch::x86_64::layout::{COM1_IRQ, COM1_PORT, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_IRQ, VIRTIO_BASE};
+    use crate::egress::Egress;
+    use crate::guest::{Lifecycle, ResetCause};
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    pub(crate) struct Lines(pub(crate) Mutex<Vec<(u32, bool)>>);
+
+    impl InterruptLines for Lines {
+        fn set(&self, irq: u32, active: bool) -> io::Result<()> {
+            self.0.lock().unwrap().push((irq, active));
+            Ok(())
+        }
+    }
+
+    fn devices() -> (Devices, Arc<Lines>, Arc<Egress>) {
+        let (lines, egress) = (Arc::new(Lines::default()), Arc::new(Egress::default()));
+        let as_lines: Arc<dyn InterruptLines> = lines.clone();
+        (Devices::new(&as_lines, &egress, 2), lines, egress)
+    }
+
+    #[test]
+    fn the_ports_that_end_a_guests_life() {
+        let (devices, ..) = devices();
+        let asked = |port, data: &[u8]| devices.port_write(port, data).unwrap();
+        assert_eq!(asked(0x64, &[0xfe]), Some(Lifecycle::Reset(ResetCause::Keyboard)));
+        assert_eq!(asked(0x64, &[0xd1]), None);
+        assert_eq!(asked(0xcf9, &[2]), None);
+        assert_eq!(asked(0xcf9, &[6]), Some(Lifecycle::Reset(ResetCause::Port)));
+        assert_eq!(asked(0xf4, &[0x34, 0x12, 0, 0]), Some(Lifecycle::DebugExit(0x1234)));
+        assert_eq!(asked(PM1_CONTROL_PORT, &[0x01, 0x34]), Some(Lifecycle::Shutdown));
+        assert_eq!(asked(PM1_CONTROL_PORT, &[0x01, 0x14]), None);
+    }
+
+    #[test]
+    fn console_output_goes_to_the_epoch_and_input_survives_a_save() {
+        let (one, lines, egress) = devices();
+        one.port_write(COM1_PORT + 1, &[1]).unwrap();
+        for byte in b"hi" {
+            assert_eq!(one.port_write(COM1_PORT, &[*byte]).unwrap(), None);
+        }
+        assert_eq!(egress.take().console(), b"hi");
+        let text: Vec<u8> = (0..200).collect();
+        assert_eq!(one.input(&text).unwrap(), 200);
+        assert!(lines.0.lock().unwrap().contains(&(COM1_IRQ, true)));
+        let mut byte = [0];
+        one.port_read(COM1_PORT, &mut byte).unwrap();
+        assert_eq!(byte, [0]);
+        let state = one.save();
+        let (two, ..) = devices();
+        two.restore(&state).unwrap();
+        for expected in 1..200 {
+            two.port_read(COM1_PORT, &mut byte).unwrap();
+            assert_eq!(byte, [expected]);
+        }
+        assert_eq!(two.input_offset(), 200);
+    }
+
+    #[test]
+    fn console_input_is_bounded_and_says_what_it_took() {
+        let (devices, ..) = devices();
+        let much = vec![b'x'; 2 * colo_common::limits::MAX_CONSOLE_INPUT];
+        let mut taken = devices.input(&much).unwrap();
+        assert!(taken < much.len());
+        // The console's own queue made room once.
+        taken += devices.input(&much).unwrap();
+        assert_eq!(devices.input(&much).unwrap(), 0);
+        assert_eq!(devices.input_offset(), taken as u64);
+    }
+
+    #[test]
+    fn the_power_button_raises_a_level_until_it_is_acknowledged() {
+        let (devices, lines, _) = devices();
+        devices.port_write(PM1_EVENT_PORT + 2, &[0x00, 0x01]).unwrap();
+        devices.power_button().unwrap();
+        assert_eq!(lines.0.lock().unwrap().last(), Some(&(SCI_IRQ, true)));
+        let mut status = [0; 2];
+        devices.port_read(PM1_EVENT_PORT, &mut status).unwrap();
+        assert_eq!(status, [0, 1]);
+        devices.port_write(PM1_EVENT_PORT, &status).unwrap();
+        assert_eq!(lines.0.lock().unwrap().last(), Some(&(SCI_IRQ, false)));
+    }
+
+    #[test]
+    fn empty_virtio_windows_show_device_zero() {
+        let (devices, ..) = devices();
+        let mut word = [0; 4];
+        devices.mmio_read(VIRTIO_BASE + 0x1000, &mut word);
+        assert_eq!(&word, b"virt");
+        devices.mmio_read(VIRTIO_BASE + 8, &mut word);
+        assert_eq!(word, [0; 4]);
+        devices.mmio_read(VIRTIO_BASE + 0x2000, &mut word);
+        assert_eq!(word, [0xff; 4]);
+        let mut wide = [0; 8];
+        devices.mmio_read(VIRTIO_BASE + 1, &mut wide);
+        assert_eq!(&wide, b"irt\0\0\0\0\0");
+    }
+}

@@ -1,0 +1,162 @@
+//! The console: a 16550 (vm-superio), with an input queue in front of its 64 bytes.
+
+use colo_common::limits::MAX_CONSOLE_INPUT;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, SerialState, Trigger};
+
+use super::InterruptLines;
+use crate::arch::x86_64::layout::COM1_IRQ;
+use crate::egress::Egress;
+use crate::state::StateError;
+
+/// Raises the console's interrupt: an edge.
+struct ConsoleIrq(Arc<dyn InterruptLines>);
+
+impl Trigger for ConsoleIrq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.set(COM1_IRQ, true)?;
+        self.0.set(COM1_IRQ, false)
+    }
+}
+
+/// Writes into the open epoch's output.
+struct ToEgress(Arc<Egress>);
+
+impl io::Write for ToEgress {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        bytes.iter().for_each(|&byte| self.0.push_console(byte));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The 16550's registers and queue at a cut.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SerialConsoleState {
+    /// In the order of vm-superio's state: divisor low and high, IER, IIR, LCR, LSR, MCR, MSR, scratch.
+    registers: [u8; 9],
+    queue: Vec<u8>,
+}
+
+impl SerialConsoleState {
+    pub(crate) fn check_limits(&self) -> Result<(), StateError> {
+        // The 16550 checks its own queue when it is set; this only bounds what is kept until then.
+        let len = self.queue.len();
+        if len > 4096 { Err(StateError::Malformed(format!("a console queue of {len} bytes"))) } else { Ok(()) }
+    }
+
+    fn from_device(state: SerialState) -> Self {
+        let registers = [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ];
+        Self { registers, queue: state.in_buffer }
+    }
+
+    fn to_device(&self) -> SerialState {
+        let r = &self.registers;
+        SerialState {
+            baud_divisor_low: r[0],
+            baud_divisor_high: r[1],
+            interrupt_enable: r[2],
+            interrupt_identification: r[3],
+            line_control: r[4],
+            line_status: r[5],
+            modem_control: r[6],
+            modem_status: r[7],
+            scratch: r[8],
+            in_buffer: self.queue.clone(),
+        }
+    }
+}
+
+pub(super) struct SerialConsole {
+    device: Serial<ConsoleIrq, NoEvents, ToEgress>,
+    lines: Arc<dyn InterruptLines>,
+    egress: Arc<Egress>,
+    /// Taken from outside, waiting for room in the device.
+    input: VecDeque<u8>,
+    /// Bytes taken since the first power-on.
+    input_offset: u64,
+}
+
+impl SerialConsole {
+    pub(super) fn new(lines: Arc<dyn InterruptLines>, egress: Arc<Egress>) -> Self {
+        let device = Serial::new(ConsoleIrq(Arc::clone(&lines)), ToEgress(Arc::clone(&egress)));
+        Self { device, lines, egress, input: VecDeque::new(), input_offset: 0 }
+    }
+
+    pub(super) fn write(&mut self, register: u8, value: u8) -> io::Result<()> {
+        self.device.write(register, value).map_err(failed)?;
+        // Leaving loopback makes room for input.
+        self.refill()
+    }
+
+    pub(super) fn read(&mut self, register: u8) -> io::Result<u8> {
+        let value = self.device.read(register);
+        if register == 0 {
+            self.refill()?;
+        }
+        Ok(value)
+    }
+
+    pub(super) fn input(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(MAX_CONSOLE_INPUT - self.input.len());
+        self.input.extend(&bytes[..taken]);
+        self.input_offset += taken as u64;
+        self.refill()?;
+        Ok(taken)
+    }
+
+    pub(super) fn input_offset(&self) -> u64 {
+        self.input_offset
+    }
+
+    pub(super) fn save(&self) -> (SerialConsoleState, Vec<u8>, u64) {
+        let state = SerialConsoleState::from_device(self.device.state());
+        (state, self.input.iter().copied().collect(), self.input_offset)
+    }
+
+    /// A power-on or reset passes what input there is through `input`, as a wire would.
+    pub(super) fn restore(&mut self, state: &SerialConsoleState, input: &[u8], offset: u64) -> io::Result<()> {
+        let (irq, out) = (ConsoleIrq(Arc::clone(&self.lines)), ToEgress(Arc::clone(&self.egress)));
+        self.device = Serial::from_state(&state.to_device(), irq, NoEvents, out).map_err(failed)?;
+        self.input = input.iter().copied().collect();
+        self.input_offset = offset;
+        Ok(())
+    }
+
+    fn refill(&mut self) -> io::Result<()> {
+        let room = self.device.fifo_capacity().min(self.input.len());
+        if room > 0 {
+            let chunk: Vec<u8> = self.input.iter().take(room).copied().collect();
+            // In loopback the device takes nothing; the bytes wait.
+            let taken = self.device.enqueue_raw_bytes(&chunk).map_err(failed)?;
+            self.input.drain(..taken);
+        }
+        Ok(())
+    }
+}
+
+fn failed(e: vm_superio::serial::Error<io::Error>) -> io::Error {
+    match e {
+        vm_superio::serial::Error::Trigger(e) | vm_superio::serial::Error::IOError(e) => e,
+        vm_superio::serial::Error::FullFifo => io::Error::other("the console's queue is longer than it can be"),
+    }
+}

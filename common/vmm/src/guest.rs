@@ -1,0 +1,278 @@
+//! [`ProtectedGuest`]: how an epoch loop drives a guest, whichever kind it is.
+//!
+//! ```text
+//!            boot | restore                resume
+//!  (built) ----------------> stopped ------------------> running
+//!                               ^                           |
+//!                               +----------- cut -----------+
+//!                          reset (in place, stopped -> stopped)
+//! ```
+//!
+//! A builder of epochs takes pages in two ways, and the last version of a page wins:
+//! - at the cut: [`cut`](ProtectedGuest::cut) stops the guest and closes the dirty set; pages are read before
+//!   [`resume`](ProtectedGuest::resume) and are of exactly that instant;
+//! - before it: [`collect`](ProtectedGuest::collect) on a running guest gives frames whose bytes may be read
+//!   at once. A page that is written after that is reported again, at the latest by the cut.
+
+use colo_common::limits::MAX_CONSOLE_INPUT;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::boot::BootError;
+use crate::dirty_set::DirtySet;
+use crate::egress::Output;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::spec::GuestSpec;
+use crate::state::{MachineState, StateError};
+
+/// What goes wrong with a guest that was built.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// KVM refused a request.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// The request.
+        what: &'static str,
+        /// What KVM said.
+        source: std::io::Error,
+    },
+    /// A vCPU thread ended or did not answer; the guest cannot go on in this process.
+    #[error("vCPU {vcpu} does not answer: {reason}")]
+    Vcpu {
+        /// The vCPU.
+        vcpu: u32,
+        /// What is known about it.
+        reason: String,
+    },
+    /// An operation that does not fit the guest's state: an own bug of the caller.
+    #[error("cannot {wanted} a guest that is {state}")]
+    WrongState {
+        /// The operation.
+        wanted: &'static str,
+        /// What the guest is doing.
+        state: &'static str,
+    },
+    /// A saved state that cannot be taken.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Loading the boot images.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+}
+
+/// Whether a dirty set names every page that was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "an incomplete dirty set must fail its epoch"]
+pub enum Tracked {
+    /// The set names every page written since the last collect or cut.
+    Complete,
+    /// Writes were lost; any page may have changed. The epoch must fail and the whole memory be compared.
+    Unknown(TrackingLoss),
+}
+
+/// How writes can be lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrackingLoss {
+    /// A vCPU's dirty ring was overrun before it was harvested.
+    RingOverrun {
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// An entry of a ring named a page that the guest does not have.
+    BadEntry {
+        /// The vCPU.
+        vcpu: u32,
+    },
+}
+
+impl std::fmt::Display for TrackingLoss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::RingOverrun { vcpu } => write!(f, "the dirty ring of vCPU {vcpu} was overrun"),
+            Self::BadEntry { vcpu } => write!(f, "the dirty ring of vCPU {vcpu} holds an entry that KVM cannot have written"),
+        }
+    }
+}
+
+/// What a guest can ask of its machine. It ends the epoch, is part of the state that the cut saves, and takes
+/// effect when that epoch is acked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Lifecycle {
+    /// Power off (ACPI S5).
+    Shutdown,
+    /// Restart; by keyboard controller, reset port or triple fault.
+    Reset(ResetCause),
+    /// A value written to the isa-debug-exit port: a test guest's exit code.
+    DebugExit(u32),
+}
+
+/// Where a reset came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ResetCause {
+    /// Command 0xfe to the keyboard controller.
+    Keyboard,
+    /// The reset control register, port 0xcf9.
+    Port,
+    /// A triple fault.
+    TripleFault,
+}
+
+/// Why a guest cannot run on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GuestFailure {
+    /// KVM could not go on with a vCPU, mostly an instruction that it cannot emulate.
+    #[error("KVM internal error {suberror} on vCPU {vcpu} at RIP {rip:#x}, instruction bytes {}", hex(instruction))]
+    Internal {
+        /// The vCPU.
+        vcpu: u32,
+        /// KVM's number: 1 is an instruction that it cannot emulate.
+        suberror: u32,
+        /// Where.
+        rip: u64,
+        /// The bytes at `rip`, as far as KVM or guest memory gives them.
+        instruction: Vec<u8>,
+    },
+    /// The processor refused to enter the guest.
+    #[error("the processor refused to run vCPU {vcpu} (hardware reason {reason:#x})")]
+    Entry {
+        /// The vCPU.
+        vcpu: u32,
+        /// The processor's code.
+        reason: u64,
+    },
+    /// KVM_RUN failed, or ended for a reason that this machine has no answer to.
+    #[error("vCPU {vcpu} stopped: {what}")]
+    Run {
+        /// The vCPU.
+        vcpu: u32,
+        /// What KVM said.
+        what: String,
+    },
+}
+
+fn hex(bytes: &[u8]) -> String {
+    if bytes.is_empty() {
+        return "unknown".to_owned();
+    }
+    bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+}
+
+/// What a running guest tells its epoch loop; all of them ask for a cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// The guest asked for a change of its life; it waits for the cut.
+    Lifecycle(Lifecycle),
+    /// The guest cannot run on.
+    Failed(GuestFailure),
+    /// Writes were lost; the next cut says so and repairs the tracker.
+    TrackingLost(TrackingLoss),
+    /// The epoch holds as much output as it may; the guest waits for the cut.
+    OutputFull,
+}
+
+/// Where the time of a cut went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CutTiming {
+    /// From the first kick until every vCPU was in user space with nothing half done.
+    pub stop: Duration,
+    /// Saving the machine.
+    pub save: Duration,
+    /// The last harvest and the reset of the rings.
+    pub harvest: Duration,
+}
+
+/// A guest stopped at an instant.
+#[derive(Debug)]
+pub struct Cut {
+    /// The whole machine but its memory.
+    pub state: MachineState,
+    /// Whether the dirty set that was passed in is complete.
+    pub tracked: Tracked,
+    /// What the guest said since the last cut.
+    pub output: Output,
+    /// Where the time went.
+    pub timing: CutTiming,
+}
+
+/// A guest that an epoch loop can drive. Methods take `&mut self`: one thread owns the guest.
+pub trait ProtectedGuest: Send {
+    /// What the guest is.
+    fn spec(&self) -> &GuestSpec;
+
+    /// Its memory; may be read from other threads.
+    fn memory(&self) -> &Arc<GuestMemory>;
+
+    /// Loads the boot images and sets the machine as after power-on. Stopped guests only.
+    ///
+    /// # Errors
+    /// The guest runs, or its boot images do not fit.
+    fn boot(&mut self) -> Result<(), GuestError>;
+
+    /// Sets the machine to `state`; its memory must already hold the same point. Stopped guests only.
+    ///
+    /// # Errors
+    /// The state is of another spec or kind, or KVM refuses it; the guest must then be dropped.
+    fn restore(&mut self, state: &MachineState) -> Result<(), GuestError>;
+
+    /// Resets vCPUs and devices in place and loads the boot images again; tracking goes on, output positions
+    /// too, and a pending [`Lifecycle`] is done with. Stopped guests only.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    fn reset(&mut self) -> Result<(), GuestError>;
+
+    /// Starts tracking: from now on every write is reported once. Begin the first full copy after it.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn protect(&mut self) -> Result<(), GuestError>;
+
+    /// Stops tracking and forgets what was tracked.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn unprotect(&mut self) -> Result<(), GuestError>;
+
+    /// Adds the frames written since the last collect or cut to `dirty`, as far as they are known without
+    /// stopping the guest. Their bytes may be read at once.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn collect(&mut self, dirty: &mut DirtySet) -> Result<Tracked, GuestError>;
+
+    /// Stops the guest, saves the machine and adds the frames written since the last collect or cut to
+    /// `dirty`. Events raised before the cut are in its state, so pending ones are discarded. A guest that is
+    /// not protected can be cut as well; nothing is added to `dirty` then.
+    ///
+    /// # Errors
+    /// The guest does not run, a vCPU does not stop, or KVM refuses.
+    fn cut(&mut self, dirty: &mut DirtySet) -> Result<Cut, GuestError>;
+
+    /// Lets a stopped guest run on. Guest time goes on from where the cut stopped it.
+    ///
+    /// # Errors
+    /// The guest runs already, or KVM refuses.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Waits up to `timeout` for something that asks for a cut.
+    fn next_event(&mut self, timeout: Duration) -> Option<GuestEvent>;
+
+    /// Offers console input; returns how many bytes were taken, at most [`MAX_CONSOLE_INPUT`] in all before
+    /// the guest reads them. The rest may be offered again later.
+    fn console_input(&mut self, bytes: &[u8]) -> usize;
+
+    /// Console input bytes taken since the guest's first power-on: the offset of the next one offered.
+    fn console_input_offset(&self) -> u64;
+
+    /// Presses the power button.
+    fn power_button(&mut self);
+
+    /// Takes the output of a guest that is not protected, without a cut.
+    fn drain_output(&mut self) -> Output;
+}
+
+const _: () = assert!(MAX_CONSOLE_INPUT >= 64, "the console's own queue must fit");

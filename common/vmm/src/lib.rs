@@ -1,0 +1,34 @@
+//! Runs one guest, on either node: the machine, what it wrote since the last cut, and its whole state,
+//! saved and restored at any instant. No sockets and no async runtime in here.
+//!
+//! The way of a page begins in this crate: [`memory`] holds it, [`dirty_ring`] (or the bitmap, both behind
+//! [`tracker`]) tells that the guest wrote it, [`dirty_set`] collects it together with what our own devices
+//! wrote, and a cut ([`guest::ProtectedGuest::cut`]) closes the set and saves the machine beside it.
+
+pub mod admission;
+pub mod arch;
+pub mod boot;
+pub mod devices;
+mod dirty_ring;
+pub mod dirty_set;
+pub mod egress;
+pub mod guest;
+pub mod host;
+mod ioctl;
+mod kick;
+pub mod machine;
+pub mod memory;
+pub mod sigbus;
+pub mod spec;
+pub mod state;
+pub mod synthetic;
+pub mod tracker;
+mod vcpu;
+mod vcpu_exit;
+
+pub use dirty_set::DirtySet;
+pub use guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked};
+pub use machine::KvmGuest;
+pub use memory::GuestMemory;
+pub use spec::{BootFile, BootSource, CpuModel, GuestSpec, TrackerKind};
+pub use state::MachineState;

@@ -1,0 +1,229 @@
+//! One KVM VM: descriptors, vCPU threads, chips and devices around memory that outlives it. A VM is built,
+//! set to a state, run and stopped; when its tracker is of no more use, another is built in its place.
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, VmFd};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use super::{BuildError, KvmState};
+use crate::arch::x86_64::chips::{self, ChipState};
+use crate::arch::x86_64::clock::{ClockState, probe_tsc_offset};
+use crate::arch::x86_64::cpuid::CpuidTable;
+use crate::arch::x86_64::msrs;
+use crate::arch::x86_64::vcpu_state::{SaveAbility, VcpuState};
+use crate::devices::{Devices, InterruptLines};
+use crate::dirty_set::DirtySet;
+use crate::egress::Egress;
+use crate::guest::{GuestError, GuestEvent, Tracked};
+use crate::host::Host;
+use crate::ioctl;
+use crate::memory::GuestMemory;
+use crate::spec::GuestSpec;
+use crate::state::StateError;
+use crate::tracker::{Cadence, Tracker};
+use crate::vcpu::{self, Shared, Vcpu};
+
+pub(super) struct Vm {
+    /// Stopped and joined by `drop` before the rest goes.
+    vcpus: Vec<Vcpu>,
+    shared: Arc<Shared>,
+    fd: Arc<VmFd>,
+    ability: SaveAbility,
+    tsc_khz: u32,
+    power_on: KvmState,
+}
+
+/// What is shared with the VM that comes after this one.
+pub(super) struct Surroundings<'a> {
+    pub(super) host: &'a Host,
+    pub(super) spec: &'a GuestSpec,
+    pub(super) memory: &'a Arc<GuestMemory>,
+    pub(super) egress: &'a Arc<Egress>,
+    pub(super) events: &'a Sender<GuestEvent>,
+    pub(super) cadence: Cadence,
+}
+
+impl Vm {
+    /// A VM in the state of power-on, all vCPUs parked, no image loaded, nothing tracked.
+    pub(super) fn build(around: &Surroundings<'_>) -> Result<Self, BuildError> {
+        let step = |what| move |e: io::Error| BuildError::Kvm { what, source: e };
+        let Surroundings { host, spec, memory, .. } = around;
+        let fd = host.kvm().create_vm().map_err(|e| step("create a VM")(e.into()))?;
+        let fd = Arc::new(fd);
+        chips::create(&fd).map_err(step("create the interrupt chips"))?;
+        set_slots(&fd, memory, 0).map_err(step("map guest memory"))?;
+        let tracker = Tracker::new(Arc::clone(&fd), memory.layout(), spec.tracker);
+        let tracker = tracker.map_err(step("enable dirty rings"))?;
+        let vcpu_fds = create_vcpus(&fd, &tracker, spec).map_err(step("create a vCPU"))?;
+        let tsc_offset = host.has_vcpu_attributes() && probe_tsc_offset(&vcpu_fds[0]);
+        let cpuid = CpuidTable::resolve(host.kvm(), spec.cpu_model, host.virtualisation(), tsc_offset)?;
+        for (id, vcpu) in (0..).zip(&vcpu_fds) {
+            let table = cpuid.for_vcpu(id, spec.vcpus).map_err(step("make the CPUID table"))?;
+            vcpu.set_cpuid2(&table).map_err(|e| step("set the CPUID")(e.into()))?;
+        }
+        let msrs = msrs::saved_list(host.kvm(), &vcpu_fds[0]).map_err(step("list the MSRs"))?;
+        let xsave2 = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let xsave2 = (host.has_xsave2() && xsave2 >= 4096).then_some(xsave2);
+        let ability = SaveAbility { msrs, xsave2, sregs2: host.has_sregs2(), tsc_offset };
+        let tsc_khz = vcpu_fds[0].get_tsc_khz().map_err(|e| step("tell the TSC's rate")(e.into()))?;
+        let lines: Arc<dyn InterruptLines> = fd.clone();
+        let devices = Devices::new(&lines, around.egress, spec.virtio_slots);
+        let egress = Arc::clone(around.egress);
+        let shared =
+            Shared::new(tracker, devices, egress, Arc::clone(memory), around.events.clone(), around.cadence);
+        let shared = Arc::new(shared);
+        let mut vcpus = Vec::new();
+        for (id, vcpu) in (0..).zip(vcpu_fds) {
+            vcpus.push(Vcpu::spawn(id, &spec.name, vcpu, &shared).map_err(step("start a vCPU's thread"))?);
+        }
+        let power_on = save(&vcpus, &shared, &fd, &ability, tsc_khz).map_err(step("read the power-on state"))?;
+        Ok(Self { vcpus, shared, fd, ability, tsc_khz, power_on })
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// The state of power-on.
+    pub(super) fn power_on(&self) -> KvmState {
+        self.power_on.clone()
+    }
+
+    /// Whether the guest's TSC stops and moves with the guest. Where it cannot, the guest sees the host's.
+    pub(super) fn tsc_moves(&self) -> bool {
+        self.ability.tsc_offset
+    }
+
+    /// Turns logging of guest writes on or off for all memory. vCPUs are stopped.
+    pub(super) fn set_logging(&self, on: bool) -> Result<(), GuestError> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let set = set_slots(&self.fd, &self.shared.memory, flags);
+        set.map_err(kvm("change the logging of guest memory"))
+    }
+
+    pub(super) fn pause(&self) -> Result<(), GuestError> {
+        let limit = "it did not leave the guest within 30 s, or its thread ended";
+        vcpu::pause_all(&self.shared.gate, &self.vcpus)
+            .map_err(|vcpu| GuestError::Vcpu { vcpu, reason: limit.to_owned() })
+    }
+
+    pub(super) fn run(&self) {
+        self.shared.gate.open();
+    }
+
+    /// The machine; vCPUs are stopped.
+    pub(super) fn save(&self) -> Result<KvmState, GuestError> {
+        let state = save(&self.vcpus, &self.shared, &self.fd, &self.ability, self.tsc_khz);
+        state.map_err(kvm("save the machine"))
+    }
+
+    /// Closes the dirty set; vCPUs are stopped and saved.
+    pub(super) fn close_dirty(&self, dirty: &mut DirtySet) -> Result<Tracked, GuestError> {
+        let tracked = self.shared.tracker.close(dirty).map_err(kvm("hand over the dirty pages"))?;
+        self.shared.memory.take_writes(dirty);
+        Ok(tracked)
+    }
+
+    /// Hands over what is known to be dirty while vCPUs run.
+    pub(super) fn collect_dirty(&self, dirty: &mut DirtySet) -> Result<Tracked, GuestError> {
+        let tracked = self.shared.tracker.collect(dirty).map_err(kvm("hand over the dirty pages"))?;
+        self.shared.memory.take_writes(dirty);
+        Ok(tracked)
+    }
+
+    /// Sets the machine; vCPUs are stopped. Devices come first, since what they raise while they are set is
+    /// overwritten by the chips' own state, and the clock right before the guest runs.
+    pub(super) fn restore(&self, state: &KvmState) -> Result<(), StateError> {
+        if state.vcpus.len() != self.vcpus.len() {
+            return Err(StateError::Malformed(format!("{} vCPUs of {}", state.vcpus.len(), self.vcpus.len())));
+        }
+        state.clock.check_rate(self.tsc_khz)?;
+        self.shared.devices.restore(&state.devices)?;
+        let shift = state.clock.tsc_shift();
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.vcpus) {
+            saved.restore(&vcpu.fd(), &self.ability, shift)?;
+        }
+        state.chips.restore(&self.fd)?;
+        let refused = |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
+        self.shared.devices.restore_levels().map_err(refused)?;
+        for vcpu in &self.vcpus {
+            // Tells the guest's watchdog that it was stopped; a guest without kvmclock refuses, and need not know.
+            if let Err(e) = vcpu.fd().kvmclock_ctrl() {
+                tracing::trace!("KVMCLOCK_CTRL: {e}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets guest time go on from `clock`, on every vCPU from one reading of the host's counter.
+    pub(super) fn start_clock(&self, clock: &ClockState, offsets: &[Option<u64>]) -> Result<(), GuestError> {
+        let shift = clock.tsc_shift();
+        for (vcpu, offset) in self.vcpus.iter().zip(offsets) {
+            if let Some(offset) = offset.filter(|_| self.ability.tsc_offset) {
+                let set = ioctl::set_tsc_offset(&vcpu.fd(), offset.wrapping_add(shift));
+                set.map_err(kvm("set the TSC offset"))?;
+            }
+        }
+        clock.start(&self.fd).map_err(kvm("set the guest's clock"))
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        vcpu::end_all(&self.shared.gate, &mut self.vcpus);
+    }
+}
+
+/// Runs one phase of a cut and says how long it took.
+pub(super) fn timed<T>(phase: impl FnOnce() -> T) -> (T, Duration) {
+    let started = Instant::now();
+    (phase(), started.elapsed())
+}
+
+/// Names what KVM refused.
+pub(super) fn kvm(what: &'static str) -> impl Fn(io::Error) -> GuestError {
+    move |source| GuestError::Kvm { what, source }
+}
+
+fn set_slots(fd: &VmFd, memory: &GuestMemory, flags: u32) -> io::Result<()> {
+    for slot in memory.layout().slots() {
+        let region = kvm_userspace_memory_region {
+            slot: slot.id,
+            flags,
+            guest_phys_addr: slot.first.address(),
+            memory_size: slot.frames * colo_common::PAGE_SIZE as u64,
+            userspace_addr: memory.host_address(slot),
+        };
+        // SAFETY: the range is a part of the guest's mapping, which the VM's threads keep alive through
+        // `Shared::memory` for longer than the VM's descriptor; slots do not overlap.
+        unsafe { fd.set_user_memory_region(region) }?;
+    }
+    Ok(())
+}
+
+fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Vec<kvm_ioctls::VcpuFd>> {
+    let mut vcpus = Vec::new();
+    for id in 0..spec.vcpus {
+        let vcpu = fd.create_vcpu(u64::from(id))?;
+        tracker.attach(&vcpu)?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Guest time first, it stops here; devices last, they do not run without vCPUs.
+fn save(
+    vcpus: &[Vcpu],
+    shared: &Shared,
+    fd: &VmFd,
+    ability: &SaveAbility,
+    tsc_khz: u32,
+) -> io::Result<KvmState> {
+    let clock = ClockState::save(fd, tsc_khz)?;
+    let vcpus = vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), ability)).collect::<io::Result<_>>()?;
+    let chips = ChipState::save(fd)?;
+    Ok(KvmState { vcpus, chips, clock, devices: shared.devices.save() })
+}

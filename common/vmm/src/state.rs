@@ -1,0 +1,184 @@
+//! [`MachineState`]: everything of a guest but its memory, and its encoding.
+//!
+//! Encoded form, little endian: magic (8 bytes), version (u32), body length (u32), XXH3-64 over the 16 bytes
+//! before it and the body (u64), body (postcard). Decoding checks, in this order, length, magic, version, declared
+//! length against [`MAX_MACHINE_STATE`], checksum, and then every count inside against its limit.
+//!
+//! Versions: 1, the first.
+
+use colo_common::limits::MAX_MACHINE_STATE;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::egress::OutputPosition;
+use crate::guest::Lifecycle;
+use crate::machine::KvmState;
+use crate::synthetic::SyntheticState;
+
+/// Version that this build writes and reads.
+pub const STATE_VERSION: u32 = 1;
+
+const MAGIC: [u8; 8] = *b"COLOSTAT";
+const HEADER: usize = 24;
+/// Far beyond what a guest can say in its life, and far from where counting overflows.
+const MAX_POSITION: u64 = 1 << 62;
+
+/// Why saved bytes are not a state that can be taken.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// Fewer bytes than the header, or than it announces.
+    #[error("the machine state is cut short: {found} bytes of {expected}; fetch it again")]
+    Truncated {
+        /// Bytes there.
+        found: usize,
+        /// Bytes announced.
+        expected: usize,
+    },
+    /// More bytes than the header announces.
+    #[error("{0} bytes follow the machine state; it was not stored or sent by Colo as it is")]
+    Trailing(usize),
+    /// Not a machine state at all.
+    #[error("these bytes are not a Colo machine state")]
+    Magic,
+    /// Written by another version.
+    #[error("the machine state has version {found}, this build reads version {STATE_VERSION}: run the same version on both nodes")]
+    Version {
+        /// Version in the header.
+        found: u32,
+    },
+    /// Longer than any state can be.
+    #[error("the machine state announces {0} bytes, more than {MAX_MACHINE_STATE}")]
+    TooLarge(usize),
+    /// Bytes changed since it was written.
+    #[error("the machine state's checksum does not match: it was damaged on the way or in the store")]
+    Checksum,
+    /// The checksum matches but the content makes no sense.
+    #[error("the machine state is malformed: {0}")]
+    Malformed(String),
+    /// Of another guest, or of the same under another spec.
+    #[error("the machine state belongs to a guest with another spec ({found:016x}, this one has {expected:016x}): memory, vCPUs, CPU model and boot images must be the same")]
+    OtherSpec {
+        /// Digest in the state.
+        found: u64,
+        /// Digest of the guest it was offered to.
+        expected: u64,
+    },
+    /// A synthetic guest's state offered to a KVM guest or the reverse.
+    #[error("the machine state is of a {found} guest, this one is {expected}")]
+    OtherKind {
+        /// Kind in the state.
+        found: &'static str,
+        /// Kind of the guest it was offered to.
+        expected: &'static str,
+    },
+    /// KVM did not take a part of it.
+    #[error("KVM does not take the saved {part}: {reason}")]
+    Refused {
+        /// Which part.
+        part: String,
+        /// What KVM said.
+        reason: String,
+    },
+}
+
+/// A guest's machine at one instant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Digest of the spec it belongs to.
+    pub spec: u64,
+    /// Output made up to this instant.
+    pub output: OutputPosition,
+    /// Console input taken up to this instant, in bytes.
+    pub console_input: u64,
+    /// What the guest asked for, not yet in effect.
+    pub pending: Option<Lifecycle>,
+    /// The machine itself.
+    pub body: Body,
+}
+
+/// The machine, by kind of guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Body {
+    /// A KVM guest.
+    Kvm(Box<KvmState>),
+    /// A synthetic guest.
+    Synthetic(SyntheticState),
+}
+
+impl MachineState {
+    /// The bytes to send and store.
+    ///
+    /// # Panics
+    /// The state is larger than [`MAX_MACHINE_STATE`], which the limits on its parts rule out.
+    pub fn encode(&self) -> Vec<u8> {
+        let bytes = vec![0; HEADER];
+        let mut bytes = postcard::to_extend(self, bytes).expect("a state has only plain data in it");
+        let body = bytes.len() - HEADER;
+        assert!(body <= MAX_MACHINE_STATE, "a machine state of {body} bytes");
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&STATE_VERSION.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(body as u32).to_le_bytes());
+        let sum = checksum(&bytes);
+        bytes[16..HEADER].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads encoded bytes, which may come from a peer or a disk.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with them.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let truncated = |expected| StateError::Truncated { found: bytes.len(), expected };
+        let (header, body) = bytes.split_at_checked(HEADER).ok_or(truncated(HEADER))?;
+        if header[..8] != MAGIC {
+            return Err(StateError::Magic);
+        }
+        let field = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        if field(8) != STATE_VERSION {
+            return Err(StateError::Version { found: field(8) });
+        }
+        let len = field(12) as usize;
+        if len > MAX_MACHINE_STATE {
+            return Err(StateError::TooLarge(len));
+        }
+        if body.len() < len {
+            return Err(truncated(HEADER + len));
+        }
+        if body.len() > len {
+            return Err(StateError::Trailing(body.len() - len));
+        }
+        if header[16..HEADER] != checksum(bytes).to_le_bytes() {
+            return Err(StateError::Checksum);
+        }
+        let malformed = |e: postcard::Error| StateError::Malformed(e.to_string());
+        let (state, rest) = postcard::take_from_bytes::<Self>(body).map_err(malformed)?;
+        if !rest.is_empty() {
+            return Err(StateError::Malformed(format!("{} bytes left over", rest.len())));
+        }
+        let positions = [state.output.console, state.output.frames, state.console_input];
+        if let Some(position) = positions.into_iter().find(|&position| position > MAX_POSITION) {
+            return Err(StateError::Malformed(format!("a console or frame position of {position}")));
+        }
+        match &state.body {
+            Body::Kvm(kvm) => kvm.check_limits()?,
+            Body::Synthetic(synthetic) => synthetic.check_limits()?,
+        }
+        Ok(state)
+    }
+
+    /// Refuses a state that belongs to another spec.
+    ///
+    /// # Errors
+    /// The digests differ.
+    pub fn check_spec(&self, expected: u64) -> Result<(), StateError> {
+        let found = self.spec;
+        if found == expected { Ok(()) } else { Err(StateError::OtherSpec { found, expected }) }
+    }
+}
+
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(&bytes[..16]);
+    hasher.update(&bytes[HEADER..]);
+    hasher.digest()
+}

@@ -1,0 +1,317 @@
+//! A guest in software, behind the same trait as a KVM guest: seeded, deterministic and cheap to make, for the
+//! simulations, and for the demo where there is no /dev/kvm.
+//!
+//! It has guest memory, vCPUs that take turns, and for each of them a dirty ring with the states, limits and
+//! faults of KVM's. It runs a program that checks its own memory (see `program`), and it moves only in
+//! [`SyntheticGuest::advance`]: nothing in here sleeps, reads a clock or draws from anything but its seeds.
+//!
+//! vCPUs take their turns in a fixed order. One that a full ring keeps out of the guest therefore holds up the
+//! others too, as one does that holds a lock: when it waits is the host's doing, and what the guest says must
+//! not depend on its host.
+
+mod bus;
+mod chain;
+mod config;
+mod pace;
+mod pages;
+mod program;
+mod ring;
+mod state;
+#[cfg(test)]
+mod tests;
+mod tracker;
+
+pub use config::{
+    End, MAX_STEP_ENTRIES, MAX_WORDS, MAX_WRITES, MIN_FRAME_BYTES, Program, SyntheticConfig, SyntheticError,
+    Tracking,
+};
+pub use pace::Pace;
+pub use state::SyntheticState;
+
+use colo_common::PAGE_SIZE;
+use colo_common::limits::{MAX_CONSOLE_INPUT, MAX_VCPUS};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::dirty_set::DirtySet;
+use crate::egress::{Egress, Output};
+use crate::guest::{
+    Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked,
+};
+use crate::memory::GuestMemory;
+use crate::spec::GuestSpec;
+use crate::state::{Body, MachineState, StateError};
+use bus::CpuView;
+use program::Step;
+use state::MAX_COUNT;
+use tracker::Tracker;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Run {
+    /// Neither booted nor restored.
+    Built,
+    Stopped,
+    Running,
+}
+
+impl Run {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Built => "not booted",
+            Self::Stopped => "stopped",
+            Self::Running => "running",
+        }
+    }
+}
+
+/// A software guest.
+pub struct SyntheticGuest {
+    spec: GuestSpec,
+    /// Of the spec; its boot files may be large.
+    digest: u64,
+    memory: Arc<GuestMemory>,
+    view: CpuView,
+    tracker: Tracker,
+    egress: Egress,
+    state: SyntheticState,
+    pending: Option<Lifecycle>,
+    /// Console input bytes taken since the first power-on.
+    input_offset: u64,
+    run: Run,
+    /// Raised since the last cut, in order, and how many of them were told.
+    raised: Vec<GuestEvent>,
+    told: usize,
+}
+
+impl SyntheticGuest {
+    /// Makes a guest of `spec` that is not booted yet. Its boot source is part of what both nodes must agree
+    /// on and is not run.
+    ///
+    /// # Errors
+    /// A number of the configuration is out of its range, or the memory cannot be made.
+    pub fn new(spec: GuestSpec, config: SyntheticConfig) -> Result<Self, SyntheticError> {
+        let SyntheticConfig { program, tracking } = config;
+        if !(1..=MAX_VCPUS).contains(&spec.vcpus) || !spec.memory_bytes.is_multiple_of(PAGE_SIZE as u64) {
+            let (vcpus, bytes) = (spec.vcpus, spec.memory_bytes);
+            return Err(SyntheticError::Config(format!("{vcpus} vCPUs and {bytes} bytes of memory")));
+        }
+        program.check(spec.vcpus, spec.memory_bytes / PAGE_SIZE as u64).map_err(SyntheticError::Config)?;
+        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        let tracker = Tracker::new(memory.layout(), spec.tracker, spec.vcpus, &tracking);
+        Ok(Self {
+            digest: spec.digest(),
+            view: CpuView::new(&memory)?,
+            tracker: tracker.map_err(SyntheticError::Config)?,
+            egress: Egress::default(),
+            state: SyntheticState::power_on(&program, spec.vcpus, 1),
+            pending: None,
+            input_offset: 0,
+            run: Run::Built,
+            raised: Vec::new(),
+            told: 0,
+            spec,
+            memory,
+        })
+    }
+
+    /// Lets the guest take up to `steps` steps and returns how many it took: fewer when something asks for a
+    /// cut or a full ring waits for a collect, none unless it runs.
+    pub fn advance(&mut self, steps: u64) -> u64 {
+        (0..steps).find(|_| !self.step()).unwrap_or(steps)
+    }
+
+    /// Steps since power-on or reset.
+    pub fn time(&self) -> u64 {
+        self.state.time
+    }
+
+    /// Guest time since power-on or reset.
+    pub fn clock(&self) -> Duration {
+        Duration::from_nanos(self.state.time.saturating_mul(self.state.program.step_ns))
+    }
+
+    /// Takes one step, unless the guest has to wait.
+    fn step(&mut self) -> bool {
+        if self.run != Run::Running || self.has_to_wait() {
+            return false;
+        }
+        let vcpu = self.state.turn();
+        if self.tracker.keeps_out(vcpu, self.view.frame(program::ALWAYS_WRITTEN)) {
+            return false;
+        }
+        let Self { state, view, tracker, egress, .. } = self;
+        match (Step { state, view, tracker, egress }).run() {
+            Ok(ask) => self.pending = ask,
+            Err(wrong) => {
+                self.state.failed = Some(wrong);
+                format!("colo-error {wrong}\n").bytes().for_each(|byte| self.egress.push_console(byte));
+            }
+        }
+        self.tracker.after_step(vcpu, self.state.time);
+        true
+    }
+
+    /// Whether there is no next step before a cut.
+    fn has_to_wait(&self) -> bool {
+        self.pending.is_some() || self.state.failed.is_some() || self.egress.is_full()
+    }
+
+    /// Raises what asks for a cut, each thing once between two cuts.
+    fn raise(&mut self) {
+        let failed = self.state.failed.map(|wrong| {
+            let what = format!("it found {wrong}");
+            GuestEvent::Failed(GuestFailure::Run { vcpu: wrong.vcpu, what })
+        });
+        let lifecycle = self.pending.map(GuestEvent::Lifecycle);
+        let lost = self.tracker.loss().map(GuestEvent::TrackingLost);
+        let full = self.egress.is_full().then_some(GuestEvent::OutputFull);
+        for event in [failed, lifecycle, lost, full].into_iter().flatten() {
+            if !self.raised.contains(&event) {
+                self.raised.push(event);
+            }
+        }
+    }
+
+    fn expect_stopped(&self, wanted: &'static str) -> Result<(), GuestError> {
+        let state = self.run.name();
+        if self.run == Run::Running { Err(GuestError::WrongState { wanted, state }) } else { Ok(()) }
+    }
+
+    /// Sets the machine as after power-on; the host's half of console input stays.
+    fn power_on(&mut self, boots: u64) {
+        let input = std::mem::take(&mut self.state.input);
+        let fresh = SyntheticState::power_on(&self.state.program, self.spec.vcpus, boots);
+        self.state = SyntheticState { input, ..fresh };
+        self.view.set_spread(self.state.program.spread);
+        program::load(&self.state, &self.view);
+        self.pending = None;
+        self.run = Run::Stopped;
+    }
+
+    /// The state of another guest may be of any size and say anything.
+    fn check_state<'s>(&self, state: &'s MachineState) -> Result<&'s SyntheticState, StateError> {
+        state.check_spec(self.digest)?;
+        let Body::Synthetic(synthetic) = &state.body else {
+            return Err(StateError::OtherKind { found: "KVM", expected: "synthetic" });
+        };
+        let frames = self.spec.memory_bytes / PAGE_SIZE as u64;
+        synthetic.check_for(u64::from(self.spec.vcpus), frames).map_err(StateError::Malformed)?;
+        let counts = [state.output.console, state.output.frames, state.console_input];
+        if counts.iter().any(|&count| count > MAX_COUNT) {
+            return Err(StateError::Malformed("an output position that no guest reaches".to_owned()));
+        }
+        Ok(synthetic)
+    }
+}
+
+impl ProtectedGuest for SyntheticGuest {
+    fn spec(&self) -> &GuestSpec {
+        &self.spec
+    }
+
+    fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    fn boot(&mut self) -> Result<(), GuestError> {
+        self.expect_stopped("boot")?;
+        self.power_on(1);
+        Ok(())
+    }
+
+    fn restore(&mut self, state: &MachineState) -> Result<(), GuestError> {
+        self.expect_stopped("restore")?;
+        self.state = self.check_state(state)?.clone();
+        self.view.set_spread(self.state.program.spread);
+        self.egress.restore(state.output);
+        self.input_offset = state.console_input;
+        self.pending = state.pending;
+        self.run = Run::Stopped;
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), GuestError> {
+        self.expect_stopped("reset")?;
+        self.power_on(self.state.boots + 1);
+        Ok(())
+    }
+
+    fn protect(&mut self) -> Result<(), GuestError> {
+        self.memory.track_writes(true);
+        self.tracker.start();
+        Ok(())
+    }
+
+    fn unprotect(&mut self) -> Result<(), GuestError> {
+        self.memory.track_writes(false);
+        self.tracker.stop();
+        Ok(())
+    }
+
+    fn collect(&mut self, dirty: &mut DirtySet) -> Result<Tracked, GuestError> {
+        self.memory.take_writes(dirty);
+        Ok(self.tracker.take(dirty))
+    }
+
+    /// Takes no time: all of [`CutTiming`] is zero.
+    fn cut(&mut self, dirty: &mut DirtySet) -> Result<Cut, GuestError> {
+        if self.run != Run::Running {
+            return Err(GuestError::WrongState { wanted: "cut", state: self.run.name() });
+        }
+        self.run = Run::Stopped;
+        let state = MachineState {
+            spec: self.digest,
+            output: self.egress.position(),
+            console_input: self.input_offset,
+            pending: self.pending,
+            body: Body::Synthetic(self.state.clone()),
+        };
+        self.raised.clear();
+        self.told = 0;
+        self.memory.take_writes(dirty);
+        let tracked = self.tracker.close(dirty);
+        Ok(Cut { state, tracked, output: self.egress.take(), timing: CutTiming::default() })
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        if self.run != Run::Stopped {
+            return Err(GuestError::WrongState { wanted: "resume", state: self.run.name() });
+        }
+        self.run = Run::Running;
+        Ok(())
+    }
+
+    /// Never waits: the guest does not move by itself, so nothing would come.
+    fn next_event(&mut self, _timeout: Duration) -> Option<GuestEvent> {
+        if self.run == Run::Running {
+            self.raise();
+        }
+        let event = self.raised.get(self.told)?.clone();
+        self.told += 1;
+        Some(event)
+    }
+
+    fn console_input(&mut self, bytes: &[u8]) -> usize {
+        let waiting = self.state.input.len() + self.state.unread as usize;
+        let taken = bytes.len().min(MAX_CONSOLE_INPUT.saturating_sub(waiting));
+        self.state.input.extend_from_slice(&bytes[..taken]);
+        self.input_offset += taken as u64;
+        taken
+    }
+
+    fn console_input_offset(&self) -> u64 {
+        self.input_offset
+    }
+
+    fn power_button(&mut self) {
+        self.state.power_button = true;
+    }
+
+    fn drain_output(&mut self) -> Output {
+        // There is room again: should it fill once more, that is news.
+        self.raised.truncate(self.told);
+        self.raised.retain(|event| *event != GuestEvent::OutputFull);
+        self.told = self.raised.len();
+        self.egress.take()
+    }
+}

@@ -1,0 +1,415 @@
+//! A vCPU's thread.
+//!
+//! ```text
+//!             gate: run                     gate: pause
+//!   parked ---------------> running ------------------------> settling ---> parked
+//!      |                      ^  |  lifecycle, failure, full output
+//!      | gate: quit           |  v
+//!      v                      +- waiting (for the cut)
+//!    ended
+//! ```
+//!
+//! Settling completes a half-done port or MMIO access: KVM_RUN with `immediate_exit` until it comes back with
+//! nothing to do, handling what it yields. Only then is the vCPU's state whole. A parked thread has given up
+//! the lock on its [`VcpuFd`], so the checkpoint thread saves and restores through it.
+
+use kvm_ioctls::VcpuFd;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::Killable;
+
+use crate::devices::Devices;
+use crate::egress::Egress;
+use crate::guest::{GuestEvent, GuestFailure, Lifecycle, ResetCause, TrackingLoss};
+use crate::kick::{self, Registration, Ticker};
+use crate::memory::GuestMemory;
+use crate::tracker::{Cadence, Tracker};
+use crate::vcpu_exit::{self, Exit};
+
+/// How long a vCPU may take to come out of KVM_RUN before the node gives up on it.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How often a vCPU that has not stopped is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Pause,
+    Run,
+    Quit,
+}
+
+/// Starts and stops all vCPU threads of one VM.
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+    /// Mirrors `mode == Run`, for a look without the lock before every entry.
+    open: AtomicBool,
+}
+
+struct GateState {
+    mode: Mode,
+    running: u32,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Self {
+        let state = Mutex::new(GateState { mode: Mode::Pause, running: 0 });
+        Self { state, changed: Condvar::new(), open: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn open(&self) {
+        self.set(Mode::Run);
+    }
+
+    /// Wakes whoever waits for a change, as after output was taken.
+    pub(crate) fn notify(&self) {
+        drop(self.state());
+        self.changed.notify_all();
+    }
+
+    fn set(&self, mode: Mode) {
+        let mut state = self.state();
+        state.mode = mode;
+        self.open.store(mode == Mode::Run, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.load(Ordering::SeqCst)
+    }
+
+    /// Parked until there is something to do; false when the thread shall end.
+    fn leave_parking(&self) -> bool {
+        let mut state = self.state();
+        while state.mode == Mode::Pause {
+            state = self.wait(state);
+        }
+        if state.mode == Mode::Run {
+            state.running += 1;
+        }
+        state.mode == Mode::Run
+    }
+
+    fn park(&self) {
+        self.state().running -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Blocks a running vCPU until the gate closes or `ready` holds.
+    fn wait_for_cut(&self, ready: impl Fn() -> bool) {
+        let mut state = self.state();
+        while state.mode == Mode::Run && !ready() {
+            state = self.wait(state);
+        }
+    }
+
+    /// Whether all are parked within `limit`.
+    fn all_parked(&self, limit: Duration) -> bool {
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.state(), limit, |state| state.running > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.running == 0
+    }
+
+    fn state(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, GateState>) -> MutexGuard<'a, GateState> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the vCPU threads of one VM share.
+pub(crate) struct Shared {
+    pub(crate) gate: Gate,
+    pub(crate) tracker: Tracker,
+    pub(crate) devices: Devices,
+    pub(crate) egress: Arc<Egress>,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) events: Sender<GuestEvent>,
+    pub(crate) cadence: Cadence,
+    /// What the guest asked for and nobody carried out yet. While set, no vCPU enters.
+    pending: Mutex<Option<Lifecycle>>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        tracker: Tracker,
+        devices: Devices,
+        egress: Arc<Egress>,
+        memory: Arc<GuestMemory>,
+        events: Sender<GuestEvent>,
+        cadence: Cadence,
+    ) -> Self {
+        let pending = Mutex::new(None);
+        Self { gate: Gate::new(), tracker, devices, egress, memory, events, cadence, pending }
+    }
+
+    pub(crate) fn pending(&self) -> Option<Lifecycle> {
+        *self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_pending(&self, pending: Option<Lifecycle>) {
+        *self.pending.lock().unwrap_or_else(PoisonError::into_inner) = pending;
+    }
+
+    /// The first request stands until the epoch loop has carried it out.
+    fn ask(&self, lifecycle: Lifecycle) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        if pending.is_none() {
+            *pending = Some(lifecycle);
+            self.tell(GuestEvent::Lifecycle(lifecycle));
+        }
+    }
+
+    pub(crate) fn tell(&self, event: GuestEvent) {
+        // Nobody listens any more only while the guest is being dropped.
+        drop(self.events.send(event));
+    }
+}
+
+/// A vCPU and its thread, as the checkpoint thread holds it.
+pub(crate) struct Vcpu {
+    id: u32,
+    fd: Arc<Mutex<VcpuFd>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the parked thread of a new vCPU.
+    pub(crate) fn spawn(id: u32, name: &str, fd: VcpuFd, shared: &Arc<Shared>) -> io::Result<Self> {
+        let fd = Arc::new(Mutex::new(fd));
+        let worker = Worker { id, fd: Arc::clone(&fd), shared: Arc::clone(shared) };
+        let builder = std::thread::Builder::new().name(format!("vcpu{id}-{name}"));
+        let thread = Some(builder.spawn(move || worker.main())?);
+        Ok(Self { id, fd, thread })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The vCPU's descriptor; free while its thread is parked.
+    pub(crate) fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished())
+            && let Err(e) = thread.kill(kick::signal())
+        {
+            tracing::debug!(vcpu = self.id, "a vCPU thread that ends was kicked: {e}");
+        }
+    }
+}
+
+/// Stops all vCPUs and waits until each is parked; names one that does not stop.
+pub(crate) fn pause_all(gate: &Gate, vcpus: &[Vcpu]) -> Result<(), u32> {
+    gate.set(Mode::Pause);
+    let started = Instant::now();
+    loop {
+        vcpus.iter().for_each(Vcpu::kick);
+        if gate.all_parked(KICK_AGAIN) {
+            return Ok(());
+        }
+        let busy = vcpus.iter().find(|vcpu| vcpu.fd.try_lock().is_err()).map_or(0, Vcpu::id);
+        if started.elapsed() > STOP_LIMIT || vcpus.iter().any(|v| v.thread.as_ref().is_some_and(JoinHandle::is_finished)) {
+            return Err(busy);
+        }
+        tracing::warn!(vcpu = busy, "a vCPU does not leave the guest; kicking it again");
+    }
+}
+
+/// Ends all threads, and joins them.
+pub(crate) fn end_all(gate: &Gate, vcpus: &mut [Vcpu]) {
+    gate.set(Mode::Quit);
+    for vcpu in vcpus {
+        while vcpu.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            vcpu.kick();
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        if let Some(thread) = vcpu.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = vcpu.id, "the vCPU's thread had panicked");
+        }
+    }
+}
+
+/// What to do after an exit.
+enum Next {
+    Enter,
+    /// Came back without an answer to give: the tick, a kick, or nothing left to settle.
+    Interrupted,
+    /// Nothing before the cut.
+    Wait,
+    /// Nothing before the output was taken.
+    WaitForOutput,
+}
+
+/// The thread's side.
+struct Worker {
+    id: u32,
+    fd: Arc<Mutex<VcpuFd>>,
+    shared: Arc<Shared>,
+}
+
+impl Worker {
+    fn main(self) {
+        let immediate_exit = {
+            let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+            std::ptr::from_mut(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>().cast_const()
+        };
+        // SAFETY: the flag lies in the vCPU's `kvm_run` mapping, which `self.fd` keeps until after the
+        // registration is dropped: locals are dropped before `self`.
+        let _registration = unsafe { Registration::new(immediate_exit) };
+        let period = self.shared.cadence.period.filter(|_| self.shared.tracker.has_rings());
+        let ticker = period.map(|period| Ticker::new(period).expect("a thread can have one timer"));
+        while self.shared.gate.leave_parking() {
+            let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+            ticker.iter().for_each(Ticker::start);
+            self.run(&mut fd);
+            ticker.iter().for_each(Ticker::stop);
+            self.settle(&mut fd);
+            drop(fd);
+            self.shared.gate.park();
+        }
+    }
+
+    /// Runs the guest until the gate closes.
+    fn run(&self, fd: &mut VcpuFd) {
+        let shared = &*self.shared;
+        while shared.gate.is_open() {
+            if shared.pending().is_some() {
+                shared.gate.wait_for_cut(|| false);
+                continue;
+            }
+            if let Some(loss) = self.before_entry() {
+                shared.tell(GuestEvent::TrackingLost(loss));
+                shared.gate.wait_for_cut(|| false);
+                continue;
+            }
+            match self.enter(fd) {
+                Next::Enter => {}
+                Next::Interrupted => self.tick(fd),
+                Next::Wait => shared.gate.wait_for_cut(|| false),
+                Next::WaitForOutput => {
+                    shared.tell(GuestEvent::OutputFull);
+                    shared.gate.wait_for_cut(|| !shared.egress.is_full());
+                }
+            }
+        }
+    }
+
+    /// Completes what KVM has half done. Each KVM_RUN with `immediate_exit` makes one step of it.
+    fn settle(&self, fd: &mut VcpuFd) {
+        loop {
+            fd.set_kvm_immediate_exit(1);
+            match self.enter(fd) {
+                Next::Enter | Next::WaitForOutput => {}
+                Next::Interrupted | Next::Wait => break,
+            }
+        }
+        fd.set_kvm_immediate_exit(0);
+    }
+
+    fn before_entry(&self) -> Option<TrackingLoss> {
+        let tracker = &self.shared.tracker;
+        if !tracker.has_rings() {
+            return None;
+        }
+        if self.shared.cadence.quarter {
+            self.checked(tracker.before_entry(self.id));
+        }
+        tracker.loss()
+    }
+
+    /// The flag is cleared first: a signal that comes after that is seen by the next KVM_RUN.
+    fn tick(&self, fd: &mut VcpuFd) {
+        fd.set_kvm_immediate_exit(0);
+        if self.shared.tracker.has_rings() && self.shared.cadence.period.is_some() {
+            self.checked(self.shared.tracker.harvest(self.id).map(drop));
+        }
+    }
+
+    /// One KVM_RUN and the answer to what it asks.
+    fn enter(&self, fd: &mut VcpuFd) -> Next {
+        let devices = &self.shared.devices;
+        let failure = match vcpu_exit::run(fd) {
+            Exit::Interrupted => return Next::Interrupted,
+            Exit::PortIn { port, size, data } => {
+                for access in data.chunks_mut(size) {
+                    self.checked(devices.port_read(port, access));
+                }
+                return Next::Enter;
+            }
+            Exit::PortOut { port, size, data } => return self.port_out(port, size, data),
+            Exit::MmioRead { address, data } => {
+                devices.mmio_read(address, data);
+                return Next::Enter;
+            }
+            Exit::MmioWrite { address, data } => {
+                devices.mmio_write(address, data);
+                return Next::Enter;
+            }
+            Exit::RingFull => {
+                self.checked(self.shared.tracker.ring_full(self.id));
+                return Next::Enter;
+            }
+            Exit::Shutdown => {
+                self.shared.ask(Lifecycle::Reset(ResetCause::TripleFault));
+                return Next::Wait;
+            }
+            Exit::Internal { suberror, instruction } => {
+                let (rip, instruction) = self.faulting(fd, instruction);
+                GuestFailure::Internal { vcpu: self.id, suberror, rip, instruction }
+            }
+            Exit::FailEntry(reason) => GuestFailure::Entry { vcpu: self.id, reason },
+            Exit::Other(what) => GuestFailure::Run { vcpu: self.id, what },
+        };
+        self.shared.tell(GuestEvent::Failed(failure));
+        Next::Wait
+    }
+
+    fn port_out(&self, port: u16, size: usize, data: &[u8]) -> Next {
+        for access in data.chunks(size) {
+            match self.shared.devices.port_write(port, access) {
+                // The pending request keeps every vCPU from entering; this one completes its OUT first.
+                Ok(Some(lifecycle)) => self.shared.ask(lifecycle),
+                other => self.checked(other.map(drop)),
+            }
+        }
+        if self.shared.egress.is_full() { Next::WaitForOutput } else { Next::Enter }
+    }
+
+    /// Where the vCPU stands, and the code there if KVM did not say.
+    fn faulting(&self, fd: &VcpuFd, mut instruction: Vec<u8>) -> (u64, Vec<u8>) {
+        let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+        if instruction.is_empty()
+            && let Ok(at) = fd.translate_gva(rip)
+            && at.valid != 0
+        {
+            instruction.resize(15, 0);
+            let read = self.shared.memory.ram().read_slice(&mut instruction, GuestAddress(at.physical_address));
+            if read.is_err() {
+                instruction.clear();
+            }
+        }
+        (rip, instruction)
+    }
+
+    /// KVM refusing what it has always taken ends the guest here, with its words.
+    fn checked(&self, result: io::Result<()>) {
+        if let Err(e) = result {
+            let failure = GuestFailure::Run { vcpu: self.id, what: e.to_string() };
+            self.shared.tell(GuestEvent::Failed(failure));
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! `colo-primary`: runs a guest on this terminal, or says what this host's KVM can do.
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use colo_primary::terminal::{self, End};
+use colo_vmm::host::Host;
+use colo_vmm::{BootFile, BootSource, CpuModel, GuestSpec, KvmGuest, ProtectedGuest, TrackerKind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "colo-primary", version, about = "Runs a guest that Colo can protect")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boots a guest on this terminal, without protection; Ctrl-] ends it.
+    Run(Run),
+    /// Says what this host's KVM can do for Colo.
+    Host,
+}
+
+#[derive(clap::Args)]
+struct Run {
+    /// Kernel: ELF vmlinux, bzImage or multiboot-1.
+    #[arg(long)]
+    kernel: PathBuf,
+    /// initramfs, or a multiboot module; may be given several times for multiboot.
+    #[arg(long = "initrd")]
+    modules: Vec<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0 reboot=t panic=-1")]
+    cmdline: String,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 256)]
+    memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// CPU that the guest sees.
+    #[arg(long, value_enum, default_value_t = Model::Host)]
+    cpu_model: Model,
+    /// How writes are tracked once the guest is protected.
+    #[arg(long, value_enum, default_value_t = Tracker::Ring)]
+    tracker: Tracker,
+    /// Entries of each vCPU's dirty ring.
+    #[arg(long, default_value_t = 65_536)]
+    ring_entries: u32,
+    /// Load the kernel file as raw bytes to this address and enter it there.
+    #[arg(long, value_parser = address)]
+    flat: Option<u64>,
+    /// Allow more guest memory than the host has available.
+    #[arg(long)]
+    overcommit: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Model {
+    Host,
+    X86_64V2,
+    X86_64V3,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Tracker {
+    Ring,
+    Bitmap,
+}
+
+fn main() -> ExitCode {
+    colo_common::telemetry::init();
+    let done = match Args::parse().command {
+        Command::Run(run) => run.run(),
+        Command::Host => host(),
+    };
+    done.unwrap_or_else(|e| {
+        tracing::error!("{e:#}");
+        ExitCode::FAILURE
+    })
+}
+
+impl Run {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let mut guest = KvmGuest::new(self.spec()?)?;
+        guest.boot()?;
+        match terminal::run(&mut guest)? {
+            End::Off | End::DebugExit(0) => Ok(ExitCode::SUCCESS),
+            End::DebugExit(value) => {
+                tracing::info!(value, "the guest ended itself by isa-debug-exit");
+                Ok(ExitCode::from(u8::try_from(value).unwrap_or(u8::MAX).max(1)))
+            }
+        }
+    }
+
+    fn spec(&self) -> anyhow::Result<GuestSpec> {
+        let kernel = BootFile::kernel(&self.kernel)?;
+        let boot = match self.flat {
+            Some(_) if !self.modules.is_empty() => bail!("a flat image takes no --initrd: leave it out"),
+            Some(address) => BootSource::Flat { image: kernel, address },
+            None => {
+                let modules = self.modules.iter().map(|path| BootFile::module(path)).collect::<Result<_, _>>()?;
+                BootSource::Kernel { kernel, modules, command_line: self.cmdline.clone() }
+            }
+        };
+        let name = self.kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = self.memory.checked_mul(1 << 20).context("--memory is too large")?;
+        let tracker = match self.tracker {
+            Tracker::Ring => TrackerKind::Ring { entries: self.ring_entries },
+            Tracker::Bitmap => TrackerKind::Bitmap,
+        };
+        let cpu_model = match self.cpu_model {
+            Model::Host => CpuModel::Host,
+            Model::X86_64V2 => CpuModel::X86_64V2,
+            Model::X86_64V3 => CpuModel::X86_64V3,
+        };
+        let overcommit = self.overcommit;
+        Ok(GuestSpec { vcpus: self.cpus, cpu_model, tracker, overcommit, ..GuestSpec::new(&name, bytes, boot) })
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+fn host() -> anyhow::Result<ExitCode> {
+    let host = Host::open()?;
+    println!("hypervisor    {}", host.virtualisation());
+    println!("dirty rings   {} entries per vCPU at most", host.ring_entries());
+    println!("vCPUs         {} per guest at most", host.kvm().get_max_vcpus());
+    println!("TSC rate      {}", if host.scales_tsc() { "can be scaled" } else { "fixed" });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn address(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|e| format!("{e}; give a guest-physical address such as 0x100000"))
+}

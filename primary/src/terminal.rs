@@ -1,0 +1,116 @@
+//! Runs a guest without protection on the terminal that started it: what the guest says goes out at once.
+
+use anyhow::{Context, bail};
+use colo_vmm::guest::{GuestEvent, Lifecycle};
+use colo_vmm::{KvmGuest, ProtectedGuest};
+use std::io::{IsTerminal, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+use vmm_sys_util::terminal::Terminal;
+
+/// How often console output is handed on while nothing else happens.
+const POLL: Duration = Duration::from_millis(5);
+/// Typed at the terminal, ends the run: Ctrl-] as in telnet.
+const ESCAPE: u8 = 0x1d;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered off, or the operator ended the run.
+    Off,
+    /// A test guest ended itself with this value.
+    DebugExit(u32),
+}
+
+/// Runs a booted guest until it ends, resetting it when it asks for that.
+///
+/// # Errors
+/// The guest fails, or the terminal does.
+pub fn run(guest: &mut KvmGuest) -> anyhow::Result<End> {
+    let stdin = std::io::stdin();
+    let raw = stdin.is_terminal().then(|| stdin.lock().set_raw_mode());
+    if let Some(Err(e)) = &raw {
+        tracing::warn!("the terminal stays in line mode: {e}");
+    }
+    let end = serve(guest, &keyboard());
+    if let Some(Ok(())) = raw {
+        stdin.lock().set_canon_mode().context("cannot set the terminal back to line mode")?;
+    }
+    end
+}
+
+fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> {
+    guest.resume()?;
+    let mut typed = Vec::new();
+    loop {
+        let event = guest.next_event(POLL);
+        pass_on(guest)?;
+        typed.extend(keys.try_iter().flatten());
+        if typed.contains(&ESCAPE) {
+            return Ok(End::Off);
+        }
+        let taken = guest.console_input(&typed);
+        typed.drain(..taken);
+        match event {
+            None | Some(GuestEvent::OutputFull) => {}
+            Some(GuestEvent::Failed(failure)) => bail!("the guest cannot run on: {failure}"),
+            Some(GuestEvent::TrackingLost(loss)) => bail!("{loss} in a guest that is not tracked"),
+            Some(GuestEvent::Lifecycle(lifecycle)) => {
+                if let Some(end) = obey(guest, lifecycle)? {
+                    return Ok(end);
+                }
+            }
+        }
+    }
+}
+
+/// Does what the guest asked for, once it has stopped.
+fn obey(guest: &mut KvmGuest, lifecycle: Lifecycle) -> anyhow::Result<Option<End>> {
+    let end = match lifecycle {
+        Lifecycle::Shutdown => Some(End::Off),
+        Lifecycle::DebugExit(value) => Some(End::DebugExit(value)),
+        Lifecycle::Reset(cause) => {
+            tracing::info!(?cause, "the guest resets itself");
+            let mut unused = colo_vmm::DirtySet::new(guest.memory().layout().frame_limit());
+            let cut = guest.cut(&mut unused)?;
+            write_out(&cut.output.console())?;
+            guest.reset()?;
+            guest.resume()?;
+            None
+        }
+    };
+    pass_on(guest)?;
+    Ok(end)
+}
+
+fn pass_on(guest: &mut KvmGuest) -> anyhow::Result<()> {
+    write_out(&guest.drain_output().console())
+}
+
+fn write_out(bytes: &[u8]) -> anyhow::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let mut out = std::io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush()).context("cannot write the guest's console to standard output")
+}
+
+/// Reads standard input on a thread of its own; it ends with the input or with the process.
+fn keyboard() -> Receiver<Vec<u8>> {
+    let (keys_in, keys) = mpsc::sync_channel(16);
+    let reader = move || {
+        let mut stdin = std::io::stdin();
+        let mut buffer = [0; 1024];
+        while let Ok(count @ 1..) = stdin.read(&mut buffer) {
+            if keys_in.send(buffer[..count].to_vec()).is_err() {
+                break;
+            }
+        }
+        tracing::debug!(fd = stdin.as_raw_fd(), "console input ended");
+    };
+    if let Err(e) = std::thread::Builder::new().name("keyboard".to_owned()).spawn(reader) {
+        tracing::warn!("no console input: {e}");
+    }
+    keys
+}
