@@ -1,1 +1,13 @@
-//! (being written)
+//! The harness that tests, benchmarks and the demo share: where the guest images are, a guest with a mirror of
+//! its memory that is fed from dirty sets alone, and what keeps a machine's cores busy.
+
+pub mod images;
+pub mod load;
+pub mod measure;
+pub mod rig;
+pub mod seed;
+
+/// The hash chain of the workload's console: the very file that the guest's program is built from.
+#[path = "../../deploy/guest/workload/chain.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, clippy::all, reason = "shared with the guest's program")]
+pub mod chain;

@@ -1,0 +1,238 @@
+//! A guest under test with an image of its memory that is fed from dirty sets alone.
+
+use anyhow::{Context, bail, ensure};
+use colo_common::Epoch;
+use colo_secondary::image::{Image, Pages};
+use colo_vmm::guest::GuestEvent;
+use colo_vmm::memory::GuestMemory;
+use colo_vmm::tracker::Cadence;
+use colo_vmm::{Cut, DirtySet, GuestSpec, KvmGuest, MachineState, ProtectedGuest, Tracked};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A protected KVM guest and its image.
+pub struct Rig {
+    /// Always there but while it is being replaced.
+    guest: Option<KvmGuest>,
+    spec: GuestSpec,
+    cadence: Cadence,
+    image: Image,
+    dirty: DirtySet,
+    console: Vec<u8>,
+    stopped: bool,
+    /// Cuts whose dirty set was unknown; each brought a full compare.
+    pub losses: u64,
+}
+
+/// What a cut of a rig tells.
+#[derive(Debug)]
+pub struct Taken {
+    /// The guest's own account.
+    pub cut: Cut,
+    /// Frames in the dirty set.
+    pub pages: u64,
+    /// From the first kick until the pages were copied: how long the guest stood still.
+    pub pause: Duration,
+}
+
+impl Rig {
+    /// Boots a guest, protects it and makes the first full copy.
+    ///
+    /// # Errors
+    /// The guest cannot be built or booted.
+    pub fn boot(spec: GuestSpec) -> anyhow::Result<Self> {
+        Self::boot_with(spec, Cadence::default())
+    }
+
+    /// As [`boot`](Self::boot), with another harvest cadence.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_with(spec: GuestSpec, cadence: Cadence) -> anyhow::Result<Self> {
+        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        let mut guest = KvmGuest::with_memory(spec.clone(), memory, cadence)?;
+        guest.boot()?;
+        guest.protect()?;
+        let image = Image::new(Arc::new(GuestMemory::new(spec.memory_bytes)?), Epoch(0));
+        let dirty = DirtySet::new(guest.memory().layout().frame_limit());
+        let console = Vec::new();
+        let mut rig = Self { guest: Some(guest), spec, cadence, image, dirty, console, stopped: true, losses: 0 };
+        rig.copy_everything()?;
+        Ok(rig)
+    }
+
+    /// The guest.
+    ///
+    /// # Panics
+    /// It could not be replaced before.
+    pub fn guest(&mut self) -> &mut KvmGuest {
+        self.guest.as_mut().expect("a rig has a guest between its calls")
+    }
+
+    /// Console bytes of all cuts so far.
+    pub fn console(&self) -> &[u8] {
+        &self.console
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn resume(&mut self) -> anyhow::Result<()> {
+        self.stopped = false;
+        Ok(self.guest().resume()?)
+    }
+
+    /// Runs for `time`, or until something asks for a cut.
+    ///
+    /// # Errors
+    /// The guest fails.
+    pub fn run(&mut self, time: Duration) -> anyhow::Result<Option<GuestEvent>> {
+        if self.stopped {
+            self.resume()?;
+        }
+        match self.guest().next_event(time) {
+            Some(GuestEvent::Failed(failure)) => bail!("the guest failed: {failure}; console:\n{}", self.tail()),
+            event => Ok(event),
+        }
+    }
+
+    /// Takes what is known to be dirty while the guest runs; the pages come with the next cut.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn collect(&mut self) -> anyhow::Result<Tracked> {
+        let guest = self.guest.as_mut().context("no guest")?;
+        Ok(guest.collect(&mut self.dirty)?)
+    }
+
+    /// Cuts, copies the dirty pages into the image, and leaves the guest stopped.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn cut(&mut self) -> anyhow::Result<Taken> {
+        let started = Instant::now();
+        let guest = self.guest.as_mut().context("no guest")?;
+        let cut = guest.cut(&mut self.dirty)?;
+        self.stopped = true;
+        ensure!(cut.output.start.console == self.console.len() as u64, "console output left a gap");
+        let pages = self.copy_dirty()?;
+        let pause = started.elapsed();
+        self.console.extend(cut.output.console());
+        if cut.tracked == Tracked::Complete {
+            self.image.apply(self.image.epoch().next(), &pages)?;
+        } else {
+            self.losses += 1;
+            self.copy_everything()?;
+        }
+        self.dirty.clear();
+        Ok(Taken { pages: pages.len() as u64, cut, pause })
+    }
+
+    /// The image equals the stopped guest's memory.
+    ///
+    /// # Errors
+    /// It does not, with the first frames that differ.
+    pub fn check_image(&self) -> anyhow::Result<()> {
+        let guest = self.guest.as_ref().context("no guest")?;
+        let (memory, image) = (guest.memory(), self.image.memory());
+        if memory.digest()? == image.digest()? {
+            return Ok(());
+        }
+        bail!("{} differs from the guest at frames {:?}", self.image.epoch(), differing(memory, image)?)
+    }
+
+    /// Tears the stopped guest down and carries on from `state` and the image in a new VM. The state goes
+    /// through its encoded form, as it would over the wire. The old memory becomes the image.
+    ///
+    /// # Errors
+    /// The image is not the guest's memory, or the new VM cannot be built or set.
+    pub fn replace(&mut self, state: &MachineState) -> anyhow::Result<Duration> {
+        ensure!(self.stopped, "only a stopped guest can be replaced");
+        self.check_image()?;
+        let bytes = state.encode();
+        let old = Arc::clone(self.guest().memory());
+        self.guest = None;
+        let epoch = self.image.epoch();
+        let image = std::mem::replace(&mut self.image, Image::new(old, epoch));
+        let started = Instant::now();
+        let mut guest = KvmGuest::with_memory(self.spec.clone(), image.into_memory(), self.cadence)?;
+        guest.restore(&MachineState::decode(&bytes)?)?;
+        guest.protect()?;
+        let took = started.elapsed();
+        self.image.memory().track_writes(false);
+        self.guest = Some(guest);
+        Ok(took)
+    }
+
+    /// Runs until the console holds `text` after byte `from`, cutting every 25 ms.
+    ///
+    /// # Errors
+    /// It does not come within `limit`, or the guest fails.
+    pub fn run_until(&mut self, text: &str, from: usize, limit: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while !contains(&self.console[from.min(self.console.len())..], text.as_bytes()) {
+            ensure!(started.elapsed() < limit, "no {text:?} within {limit:?}; console ends:\n{}", self.tail());
+            self.run(Duration::from_millis(25))?;
+            self.cut()?;
+        }
+        Ok(())
+    }
+
+    /// The end of the console, for messages.
+    pub fn tail(&self) -> String {
+        let from = self.console.len().saturating_sub(2000);
+        String::from_utf8_lossy(&self.console[from..]).into_owned()
+    }
+
+    fn copy_dirty(&self) -> anyhow::Result<Pages> {
+        let memory = self.guest.as_ref().context("no guest")?.memory();
+        let mut pages = Pages::with_capacity(usize::try_from(self.dirty.len())?);
+        for gfn in self.dirty.iter() {
+            let mut page = Box::new([0; colo_common::PAGE_SIZE]);
+            memory.read_page(gfn, &mut page)?;
+            pages.push((gfn, page));
+        }
+        Ok(pages)
+    }
+
+    /// The first copy, and the way back after a dirty set that is unknown.
+    fn copy_everything(&mut self) -> anyhow::Result<()> {
+        let memory = Arc::clone(self.guest().memory());
+        self.image.memory().discard_all()?;
+        let mut pages = Pages::new();
+        for (first, frames) in memory.populated()? {
+            for gfn in (first.0..first.0 + frames).map(colo_common::Gfn) {
+                let mut page = Box::new([0; colo_common::PAGE_SIZE]);
+                memory.read_page(gfn, &mut page)?;
+                pages.push((gfn, page));
+            }
+        }
+        Ok(self.image.apply(self.image.epoch().next(), &pages)?)
+    }
+}
+
+fn differing(a: &GuestMemory, b: &GuestMemory) -> anyhow::Result<Vec<colo_common::Gfn>> {
+    let mut frames = Vec::new();
+    let (mut left, mut right) = ([0; colo_common::PAGE_SIZE], [0; colo_common::PAGE_SIZE]);
+    for (first, count) in a.populated()?.into_iter().chain(b.populated()?) {
+        for gfn in (first.0..first.0 + count).map(colo_common::Gfn) {
+            a.read_page(gfn, &mut left)?;
+            b.read_page(gfn, &mut right)?;
+            if left != right && !frames.contains(&gfn) && frames.len() < 16 {
+                frames.push(gfn);
+            }
+        }
+    }
+    Ok(frames)
+}
+
+/// Whether `text` occurs in `bytes`.
+pub fn contains(bytes: &[u8], text: &[u8]) -> bool {
+    bytes.windows(text.len()).any(|window| window == text)
+}
