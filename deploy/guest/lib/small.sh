@@ -17,14 +17,16 @@ small_fragments() {
     esac
 }
 
-# Source version, compiler, patch, fragments and this file.
+# Source version, compiler, patch, fragments, and the functions that build; not their comments, which may be mended
+# without four minutes of building.
 small_name() {
     local key fragments
     read -ra fragments <<<"$(small_fragments "$1")"
     key=$({
         package_version "$small_source_package"
         gcc --version | head -n 1
-        hash_files "$guest_dir/linux/linux.patch" "${fragments[@]}" "$guest_dir/lib/small.sh"
+        hash_files "$guest_dir/linux/linux.patch" "${fragments[@]}"
+        declare -f small_unpack small_build small_configure small_make
     } | short_hash)
     echo "$1-$key"
 }
@@ -72,17 +74,18 @@ small_source_drop() {
 }
 
 small_build() {
-    local out=$1 variant=$2 tree fragments
+    local out=$1 variant=$2 tree fragments target=vmlinux
     need_packages "$small_source_package" gcc make flex bison bc libelf-dev libc6-dev patch xz-utils cpio
     [ -n "${source_tree:-}" ] || small_source
     tree=$out/build
     mkdir "$tree"
     read -ra fragments <<<"$(small_fragments "$variant")"
     small_configure "$tree" "${fragments[@]}"
+    [ "$variant" != up ] || target=bzImage
     # Fixed stamps: the same key gives the same bytes.
-    small_make "$tree" -j"$(nproc)" bzImage KBUILD_BUILD_TIMESTAMP=@0 KBUILD_BUILD_USER=colo KBUILD_BUILD_HOST=colo
+    small_make "$tree" -j"$(nproc)" "$target" KBUILD_BUILD_TIMESTAMP=@0 KBUILD_BUILD_USER=colo KBUILD_BUILD_HOST=colo
     strip -o "$out/vmlinux" "$tree/vmlinux"
-    cp "$tree/arch/x86/boot/bzImage" "$out/bzImage"
+    [ "$variant" != up ] || cp "$tree/arch/x86/boot/bzImage" "$out/bzImage"
     cp "$tree/.config" "$out/config"
     cp "$tree/System.map" "$out/System.map"
     cp "$tree/include/config/kernel.release" "$out/release"
