@@ -28,6 +28,7 @@ pub(crate) struct Args {
     pub(crate) seed: u64,
     pub(crate) end: End,
     pub(crate) echo: bool,
+    pub(crate) button: bool,
     pub(crate) sleep: bool,
 }
 
@@ -45,6 +46,7 @@ impl Args {
             seed: 1,
             end,
             echo: false,
+            button: false,
             sleep: false,
         }
     }
@@ -70,6 +72,7 @@ impl Args {
             "seed" => self.seed = value.parse().ok()?,
             "end" => self.end = end(value)?,
             "echo" => self.echo = switch(value)?,
+            "button" => self.button = switch(value)?,
             "sleep" => self.sleep = switch(value)?,
             _ => return None,
         }
@@ -114,7 +117,7 @@ mod tests {
 
     #[test]
     fn every_argument_is_taken() {
-        let text = "pages=1 touch=2 words=3 pattern=rand lines=4 delay_us=5 threads=6 seed=7 end=exit:8 echo=1 sleep=1";
+        let text = "pages=1 touch=2 words=3 pattern=rand lines=4 delay_us=5 threads=6 seed=7 end=exit:8 echo=1 button=1 sleep=1";
         let expected = Args {
             pages: 1,
             touch: 2,
@@ -126,6 +129,7 @@ mod tests {
             seed: 7,
             end: End::Exit(8),
             echo: true,
+            button: true,
             sleep: true,
         };
         assert_eq!(parse(text), Ok(expected));

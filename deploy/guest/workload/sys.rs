@@ -108,12 +108,13 @@ pub(crate) fn read(fd: c_int, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-/// Whether `fd` has something to read within `timeout_ms`.
-pub(crate) fn readable(fd: c_int, timeout_ms: c_int) -> bool {
+/// Which of the descriptors have something to read, after waiting for the first up to `timeout_ms`.
+pub(crate) fn readable(fds: [c_int; 2], timeout_ms: c_int) -> [bool; 2] {
     const POLLIN: c_short = 1;
-    let mut poll = c::Pollfd { fd, events: POLLIN, revents: 0 };
-    // SAFETY: one live pollfd, and the count says one.
-    unsafe { c::poll(&raw mut poll, 1, timeout_ms) == 1 && poll.revents & POLLIN != 0 }
+    let mut polls = fds.map(|fd| c::Pollfd { fd, events: POLLIN, revents: 0 });
+    // SAFETY: the count is that of the live array.
+    let count = unsafe { c::poll(polls.as_mut_ptr(), polls.len() as c_ulong, timeout_ms) };
+    polls.map(|poll| count > 0 && poll.revents != 0)
 }
 
 /// Input is not echoed by the terminal: its echo would come in the middle of lines.

@@ -9,13 +9,16 @@ mod chain;
 
 mod args;
 mod init;
+mod input;
 mod memory;
 mod ring;
 mod sys;
 
 use args::{Args, End};
+use input::Input;
 use memory::Slice;
 use ring::Ring;
+use std::sync::Mutex;
 use std::thread;
 use sys::Stop;
 
@@ -52,18 +55,22 @@ fn main() {
 fn run(args: &Args) -> u64 {
     sys::echo_off(0);
     let ring = Ring::new(args.threads, args.seed, args.sleep);
+    // Lines come from all threads, so whoever printed one listens.
+    let input = Input::open(args.echo, args.button)
+        .unwrap_or_else(|error| fail(args, &format!("colo-error argument button: {error}")));
+    let input = Mutex::new(input);
     thread::scope(|scope| {
         for me in 1..args.threads {
-            let ring = &ring;
-            scope.spawn(move || work(args, ring, me));
+            let (ring, input) = (&ring, &input);
+            scope.spawn(move || work(args, ring, input, me));
         }
-        work(args, &ring, 0);
+        work(args, &ring, &input, 0);
     });
     ring.chain()
 }
 
 /// One thread's part of every step. A failure ends the program from here: the other threads would wait for ever.
-fn work(args: &Args, ring: &Ring, me: usize) {
+fn work(args: &Args, ring: &Ring, input: &Mutex<Input>, me: usize) {
     if args.threads > 1 {
         sys::pin_to(me)
             .unwrap_or_else(|error| fail(args, &format!("colo-error argument threads: CPU {me}: {error}")));
@@ -76,44 +83,29 @@ fn work(args: &Args, ring: &Ring, me: usize) {
 
     let last_step = if args.lines == 0 { u64::MAX } else { args.lines };
     for step in 1..=last_step {
-        ring.step(me, step, &mut slice, touch, |printed_ns| pause(args, printed_ns))
+        let after_line = |printed_ns| pause(args, &mut input.lock().unwrap(), printed_ns);
+        ring.step(me, step, &mut slice, touch, after_line)
             .unwrap_or_else(|failure| fail(args, &failure.to_string()));
     }
     slice.verify_all().unwrap_or_else(|found| fail(args, &ring::Failure::Memory(found).to_string()));
 }
 
 /// Input and the time between two steps, counted from the clock reading of the line.
-fn pause(args: &Args, printed_ns: u64) {
+fn pause(args: &Args, input: &mut Input, printed_ns: u64) {
     let until_ns = printed_ns + args.delay_us * 1000;
-    let mut listening = args.echo && echo_input(0);
+    input.take(0).unwrap_or_else(|end| finish(end, true));
     loop {
         let left_ns = until_ns.saturating_sub(sys::monotonic_ns());
         match (left_ns, args.sleep) {
             (0, _) => return,
             (_, false) => std::hint::spin_loop(),
             // Input wakes a sleeping guest, so that its echo need not wait for the next line.
-            (1_000_000.., true) if listening => listening = echo_input((left_ns / 1_000_000) as i32),
+            (1_000_000.., true) if input.is_open() => {
+                input.take((left_ns / 1_000_000) as i32).unwrap_or_else(|end| finish(end, true));
+            }
             (_, true) => sys::sleep_until(until_ns),
         }
     }
-}
-
-/// Prints a line of input back if one comes within the time. False if there will be no more input.
-fn echo_input(timeout_ms: i32) -> bool {
-    let mut buffer = *b"echo                                                                                ";
-    if !sys::readable(0, timeout_ms) {
-        return true;
-    }
-    // The terminal gives a line at a time; one too long for the buffer comes back in pieces.
-    let end = buffer.len() - 1;
-    let Ok(read @ 1..) = sys::read(0, &mut buffer[5..end]) else { return false };
-    let mut used = 5 + read;
-    if buffer[used - 1] != b'\n' {
-        buffer[used] = b'\n';
-        used += 1;
-    }
-    sys::write_all(1, &buffer[..used]);
-    true
 }
 
 /// A line besides those of the steps, in one write as they are.
