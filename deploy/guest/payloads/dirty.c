@@ -15,43 +15,58 @@ struct job {
 static u64 pages, base, stride, pattern, user, seed, cpus, writes, delay, rep, module;
 static struct job jobs[MAX_CPUS];
 
-/* Runs at CPL 0 or 3. */
-static __attribute__((optimize("O2"))) void dirty_loop(void *arg)
+/* Copied for the cases that matter for speed: kernel code may be emulated. */
+static inline __attribute__((always_inline)) void write_pages(const struct job *job, int random, int fill, u64 pauses)
 {
-	const struct job *job = arg;
 	volatile u64 *control = CONTROL, *count = control + COUNTS + job->cpu;
-	u64 x = job->x, first = base + (rep ? 0 : 8 * job->cpu), step = stride, n_pages = pages;
-	u64 limit = writes, pauses = delay, index = 0, n = 0;
-	int random = pattern, fill = rep;
+	u64 first = base + (fill ? 0 : 8 * job->cpu), step = stride, n_pages = pages, end = first + n_pages * step;
+	u64 limit = writes ? writes : ~0ull, n = 0, x = job->x, at = first;
 
-	while (!control[STOP]) {
-		u64 at;
+	while (n != limit) {
+		u64 left = limit - n < 64 ? limit - n : 64;
 
-		if (random) {
-			x ^= x << 13;
-			x ^= x >> 7;
-			x ^= x << 17;
-			index = ((x >> 32) * n_pages) >> 32;
+		n += left;
+		for (; left; left--) {
+			if (control[STOP]) {
+				n -= left;
+				limit = n;
+				break;
+			}
+			if (random) {
+				x ^= x << 13;
+				x ^= x >> 7;
+				x ^= x << 17;
+				at = first + (((x >> 32) * n_pages) >> 32) * step;
+			}
+			if (fill) {
+				void *to = (void *)at;
+				u64 words = 512;
+
+				asm volatile("rep stosq" : "+D"(to), "+c"(words) : "a"(control[ITERATION]) : "memory");
+			} else {
+				*(volatile u64 *)at = control[ITERATION];
+			}
+			if (!random) {
+				at += step;
+				if (at == end)
+					at = first;
+			}
+			for (u64 i = pauses; i; i--)
+				pause();
 		}
-		at = first + index * step;
-		if (fill) {
-			void *to = (void *)at;
-			u64 words = 512;
-
-			asm volatile("rep stosq" : "+D"(to), "+c"(words) : "a"(control[ITERATION]) : "memory");
-		} else {
-			*(volatile u64 *)at = control[ITERATION];
-		}
-		if (!random && ++index == n_pages)
-			index = 0;
-		if (!(++n & 63))
-			*count = n;
-		for (u64 i = pauses; i; i--)
-			pause();
-		if (n == limit)
-			break;
+		*count = n;
 	}
-	*count = n;
+}
+
+/* Runs at CPL 0 or 3. */
+static void dirty_loop(void *job)
+{
+	if (rep || delay)
+		write_pages(job, pattern, rep, delay);
+	else if (pattern)
+		write_pages(job, 1, 0, 0);
+	else
+		write_pages(job, 0, 0, 0);
 }
 
 static void dirty_cpu(u32 cpu)
