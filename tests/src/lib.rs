@@ -6,6 +6,7 @@ pub mod load;
 pub mod measure;
 pub mod rig;
 pub mod seed;
+pub mod session;
 
 /// The hash chain of the workload's console: the very file that the guest's program is built from.
 #[path = "../../deploy/guest/workload/chain.rs"]

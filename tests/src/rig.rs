@@ -18,6 +18,8 @@ pub struct Rig {
     cadence: Cadence,
     image: Image,
     dirty: DirtySet,
+    /// What the last collect or cut alone has added to `dirty`.
+    reported: DirtySet,
     console: Vec<u8>,
     stopped: bool,
     /// Cuts whose dirty set was unknown; each brought a full compare.
@@ -55,8 +57,9 @@ impl Rig {
         guest.protect()?;
         let image = Image::new(Arc::new(GuestMemory::new(spec.memory_bytes)?), Epoch(0));
         let dirty = DirtySet::new(guest.memory().layout().frame_limit());
-        let console = Vec::new();
-        let mut rig = Self { guest: Some(guest), spec, cadence, image, dirty, console, stopped: true, losses: 0 };
+        let (reported, console) = (dirty.clone(), Vec::new());
+        let guest = Some(guest);
+        let mut rig = Self { guest, spec, cadence, image, dirty, reported, console, stopped: true, losses: 0 };
         rig.copy_everything()?;
         Ok(rig)
     }
@@ -108,7 +111,15 @@ impl Rig {
     /// KVM refuses.
     pub fn collect(&mut self) -> anyhow::Result<Tracked> {
         let guest = self.guest.as_mut().context("no guest")?;
-        Ok(guest.collect(&mut self.dirty)?)
+        self.reported.clear();
+        let tracked = guest.collect(&mut self.reported)?;
+        self.dirty.union_with(&self.reported);
+        Ok(tracked)
+    }
+
+    /// Frames that the last collect or cut reported by itself. After a collect their bytes may be read at once.
+    pub fn reported(&self) -> &DirtySet {
+        &self.reported
     }
 
     /// Cuts, copies the dirty pages into the image, and leaves the guest stopped.
@@ -118,7 +129,9 @@ impl Rig {
     pub fn cut(&mut self) -> anyhow::Result<Taken> {
         let started = Instant::now();
         let guest = self.guest.as_mut().context("no guest")?;
-        let cut = guest.cut(&mut self.dirty)?;
+        self.reported.clear();
+        let cut = guest.cut(&mut self.reported)?;
+        self.dirty.union_with(&self.reported);
         self.stopped = true;
         ensure!(cut.output.start.console == self.console.len() as u64, "console output left a gap");
         let pages = self.copy_dirty()?;
@@ -162,8 +175,9 @@ impl Rig {
         let image = std::mem::replace(&mut self.image, Image::new(old, epoch));
         let started = Instant::now();
         let mut guest = KvmGuest::with_memory(self.spec.clone(), image.into_memory(), self.cadence)?;
-        guest.restore(&MachineState::decode(&bytes)?)?;
+        // Restoring writes guest memory (kvmclock's wall clock), so tracking is on before it.
         guest.protect()?;
+        guest.restore(&MachineState::decode(&bytes)?)?;
         let took = started.elapsed();
         self.image.memory().track_writes(false);
         self.guest = Some(guest);
@@ -201,8 +215,11 @@ impl Rig {
         Ok(pages)
     }
 
-    /// The first copy, and the way back after a dirty set that is unknown.
-    fn copy_everything(&mut self) -> anyhow::Result<()> {
+    /// The first copy of a stopped guest, and the way back after writes that were not tracked.
+    ///
+    /// # Errors
+    /// Memory cannot be read.
+    pub fn copy_everything(&mut self) -> anyhow::Result<()> {
         let memory = Arc::clone(self.guest().memory());
         self.image.memory().discard_all()?;
         let mut pages = Pages::new();

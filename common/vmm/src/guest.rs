@@ -213,6 +213,8 @@ pub trait ProtectedGuest: Send {
     fn boot(&mut self) -> Result<(), GuestError>;
 
     /// Sets the machine to `state`; its memory must already hold the same point. Stopped guests only.
+    /// Setting a machine can write guest memory (KVM renews kvmclock's wall clock), so a guest that shall be
+    /// protected without a new full copy is protected before it is restored.
     ///
     /// # Errors
     /// The state is of another spec or kind, or KVM refuses it; the guest must then be dropped.

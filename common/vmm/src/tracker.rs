@@ -20,6 +20,9 @@ use crate::ioctl;
 use crate::memory::MemoryLayout;
 use crate::spec::TrackerKind;
 
+/// How often in a row KVM_RESET_DIRTY_RINGS may do nothing; each time takes a signal that arrives in between.
+const RESETS_IN_VAIN: u32 = 1000;
+
 /// When vCPU threads harvest their rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cadence {
@@ -152,14 +155,18 @@ impl Tracker {
         Ok(taken)
     }
 
-    /// KVM may return early when a signal is pending; all that was taken must be reset before bytes are read.
+    /// All that was taken must be reset before bytes are read. With a signal pending, and the tick is one, KVM
+    /// returns early: with what it has done so far, which can be nothing. So nothing is asked for again, and
+    /// only a KVM that does nothing time after time has another idea of the ring than we have.
     fn reset(&self, taken: u32) -> io::Result<()> {
-        let mut reset = 0;
-        while reset < taken {
+        let (mut reset, mut in_vain) = (0, 0);
+        while reset < taken && in_vain < RESETS_IN_VAIN {
             match ioctl::reset_dirty_rings(&self.vm) {
-                Ok(0) => break,
-                Ok(count) => reset += count,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(count) => {
+                    reset += count;
+                    in_vain = if count == 0 { in_vain + 1 } else { 0 };
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => in_vain += 1,
                 Err(e) => return Err(e),
             }
         }

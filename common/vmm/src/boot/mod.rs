@@ -4,8 +4,8 @@
 //! kernel expects to find is written anew, zeroes included. Images come from files, so nothing in them is
 //! believed: a hostile image gives a [`BootError`], and work is bounded by the guest's memory.
 //!
-//! Which kernel it is shows in its content: [`linux`] takes bzImage and ELF vmlinux, [`multiboot`] takes
-//! multiboot-1 with an ELF or an address header; [`flat`] images are named as such by the spec.
+//! Which kernel it is shows in its content: `linux` takes bzImage and ELF vmlinux, `multiboot` takes
+//! multiboot-1 with an ELF or an address header; flat images are named as such by the spec.
 
 mod elf;
 mod flat;
@@ -425,24 +425,25 @@ mod tests {
 
     #[test]
     fn loading_again_over_a_used_memory_gives_the_same_memory() {
-        for image in [Elf::linux().build(), Elf::multiboot().build()] {
+        let linux = [(0x7000, 0x1000), (0x9000, 0x6000), (0x2_0000, 14), (0xff_f000, 24)];
+        let multiboot = [(0x1_0000, 0x100), (0x10_3000, 5), (0x10_4000, 13), (0x10_0000, 0x3000)];
+        for (image, own) in [(Elf::linux().build(), linux), (Elf::multiboot().build(), multiboot)] {
             let source = kernel(image, &[b"first", b"second module"]);
             let (fresh, used) = (memory(16), memory(16));
             let entry = boot(&fresh, source.clone()).unwrap();
-            assert_eq!(boot(&used, source.clone()).unwrap(), entry);
-            // Where neither tables nor image are, the guest's own bytes stay.
-            let written: Vec<_> = fresh.populated().unwrap();
-            for &(first, frames) in &written {
+            for (first, frames) in fresh.populated().unwrap() {
                 let garbage = vec![0xa5; frames as usize * 4096];
                 used.ram().write_slice(&garbage, GuestAddress(first.address())).unwrap();
             }
             assert_eq!(boot(&used, source).unwrap(), entry);
-            assert_ne!(used.digest().unwrap(), fresh.digest().unwrap(), "the garbage around stays");
-            for (start, len) in [(0x500, 32), (0xe_0000, 0x200), (0x10_0000, 0x3000), (0x9_fc00, 16)] {
+            let tables =
+                [(0x400, 0x120), (0x9_fc00, 16), (0xe_0000, 0x100), (0xf_0000, 300), (0x10_0000, 0x3000)];
+            for (start, len) in own.into_iter().chain(tables) {
                 let (mut a, mut b) = (vec![0; len], vec![0; len]);
                 fresh.ram().read_slice(&mut a, GuestAddress(start)).unwrap();
                 used.ram().read_slice(&mut b, GuestAddress(start)).unwrap();
-                assert_eq!(a, b, "{start:#x}");
+                let differ = (0..len).find(|&i| a[i] != b[i]);
+                assert_eq!(differ, None, "from {start:#x}");
             }
         }
     }
