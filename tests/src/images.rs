@@ -44,8 +44,9 @@ impl Images {
     /// # Errors
     /// The variable is not set, or the manifest cannot be read.
     pub fn find() -> anyhow::Result<Self> {
-        let path = std::env::var_os("COLO_GUEST_MANIFEST")
-            .context("COLO_GUEST_MANIFEST is not set: run `make guest` and set it to the path that it prints")?;
+        let path = std::env::var_os("COLO_GUEST_MANIFEST").context(
+            "COLO_GUEST_MANIFEST is not set: run `make guest` and set it to the path that it prints",
+        )?;
         let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is not an image manifest", path.display()))
     }
@@ -105,7 +106,13 @@ impl Images {
         self.linux_with(self.initramfs()?, kernel, vcpus, command)
     }
 
-    fn linux_with(&self, initramfs: &Path, kernel: Kernel, vcpus: u32, line: &str) -> anyhow::Result<GuestSpec> {
+    fn linux_with(
+        &self,
+        initramfs: &Path,
+        kernel: Kernel,
+        vcpus: u32,
+        line: &str,
+    ) -> anyhow::Result<GuestSpec> {
         let boot = BootSource::Kernel {
             kernel: BootFile::kernel(self.kernel(kernel)?)?,
             modules: vec![BootFile::module(initramfs)?],

@@ -19,7 +19,8 @@ impl Busy {
             std::thread::spawn(move || {
                 let mut value = 1_u64;
                 while !stop.load(Ordering::Relaxed) {
-                    (0..10_000).for_each(|n| value = std::hint::black_box(value.wrapping_mul(31).wrapping_add(n)));
+                    (0..10_000)
+                        .for_each(|n| value = std::hint::black_box(value.wrapping_mul(31).wrapping_add(n)));
                 }
             })
         };

@@ -59,7 +59,8 @@ impl Rig {
         let dirty = DirtySet::new(guest.memory().layout().frame_limit());
         let (reported, console) = (dirty.clone(), Vec::new());
         let guest = Some(guest);
-        let mut rig = Self { guest, spec, cadence, image, dirty, reported, console, stopped: true, losses: 0 };
+        let mut rig =
+            Self { guest, spec, cadence, image, dirty, reported, console, stopped: true, losses: 0 };
         rig.copy_everything()?;
         Ok(rig)
     }
@@ -70,6 +71,14 @@ impl Rig {
     /// It could not be replaced before.
     pub fn guest(&mut self) -> &mut KvmGuest {
         self.guest.as_mut().expect("a rig has a guest between its calls")
+    }
+
+    /// The guest's memory.
+    ///
+    /// # Panics
+    /// As [`guest`](Self::guest).
+    pub fn guest_memory(&self) -> &GuestMemory {
+        self.guest.as_ref().expect("a rig has a guest between its calls").memory()
     }
 
     /// Console bytes of all cuts so far.
@@ -100,7 +109,9 @@ impl Rig {
             self.resume()?;
         }
         match self.guest().next_event(time) {
-            Some(GuestEvent::Failed(failure)) => bail!("the guest failed: {failure}; console:\n{}", self.tail()),
+            Some(GuestEvent::Failed(failure)) => {
+                bail!("the guest failed: {failure}; console:\n{}", self.tail())
+            }
             event => Ok(event),
         }
     }
@@ -191,7 +202,11 @@ impl Rig {
     pub fn run_until(&mut self, text: &str, from: usize, limit: Duration) -> anyhow::Result<()> {
         let started = Instant::now();
         while !contains(&self.console[from.min(self.console.len())..], text.as_bytes()) {
-            ensure!(started.elapsed() < limit, "no {text:?} within {limit:?}; console ends:\n{}", self.tail());
+            ensure!(
+                started.elapsed() < limit,
+                "no {text:?} within {limit:?}; console ends:\n{}",
+                self.tail()
+            );
             self.run(Duration::from_millis(25))?;
             self.cut()?;
         }

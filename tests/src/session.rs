@@ -10,7 +10,7 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// Longer than any step of a guest takes on a host that others load as well: only a guest that stands still
 /// comes near it.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A guest that runs, and what it has said.
 pub struct Session {

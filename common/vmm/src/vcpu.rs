@@ -15,7 +15,7 @@
 
 use kvm_ioctls::VcpuFd;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -135,6 +135,8 @@ pub(crate) struct Shared {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) events: Sender<GuestEvent>,
     pub(crate) cadence: Cadence,
+    /// Port and MMIO accesses that a cut found half done, and completed.
+    pub(crate) settled: AtomicU64,
     /// What the guest asked for and nobody carried out yet. While set, no vCPU enters.
     pending: Mutex<Option<Lifecycle>>,
 }
@@ -148,8 +150,8 @@ impl Shared {
         events: Sender<GuestEvent>,
         cadence: Cadence,
     ) -> Self {
-        let pending = Mutex::new(None);
-        Self { gate: Gate::new(), tracker, devices, egress, memory, events, cadence, pending }
+        let (pending, settled) = (Mutex::new(None), AtomicU64::new(0));
+        Self { gate: Gate::new(), tracker, devices, egress, memory, events, cadence, settled, pending }
     }
 
     pub(crate) fn pending(&self) -> Option<Lifecycle> {
@@ -313,7 +315,9 @@ impl Worker {
         loop {
             fd.set_kvm_immediate_exit(1);
             match self.enter(fd) {
-                Next::Enter | Next::WaitForOutput => {}
+                Next::Enter | Next::WaitForOutput => {
+                    self.shared.settled.fetch_add(1, Ordering::Relaxed);
+                }
                 Next::Interrupted | Next::Wait => break,
             }
         }

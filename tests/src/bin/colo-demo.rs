@@ -92,8 +92,8 @@ fn demo(args: &Args) -> anyhow::Result<()> {
     (summary.runs, summary.seed, summary.chain_ok) = (args.runs, args.seed, true);
     for run in 1..=args.runs {
         say(&format!("run {run} of {}: booting Linux {}", args.runs, images.release));
-        let workload_seed = seed.next() % 1_000_000;
-        let line = format!("seed={workload_seed} pages=512 touch=64 pattern=rand delay_us=20000");
+        let workload_seed = seed.below(1_000_000);
+        let line = format!("seed={workload_seed} lines=0 pages=512 touch=64 pattern=rand delay_us=20000");
         let spec = images.linux(Kernel::Up, 1, &line)?;
         one_run(args, spec, workload_seed, &mut seed, &mut summary, &mut figures)?;
     }
@@ -135,7 +135,10 @@ fn one_run(
             working_since = Some(cut_at);
             next_teardown = Some(cut_at + LIFE);
             figures.boots.push(cut_at - started);
-            say(&format!("the guest works after {:.1} s; from now on it moves to a fresh VM every second", (cut_at - started).as_secs_f64()));
+            say(&format!(
+                "the guest works after {:.1} s; from now on it moves to a fresh VM every second",
+                (cut_at - started).as_secs_f64()
+            ));
         }
         if next_teardown.is_some_and(|at| cut_at >= at) {
             let restore = rig.replace(&taken.cut.state)?;
@@ -152,7 +155,11 @@ fn one_run(
         if working_since.is_some_and(|since| since.elapsed() >= Duration::from_secs(args.seconds)) {
             break;
         }
-        ensure!(working_since.is_some() || started.elapsed() < BOOT_LIMIT, "no boot in {BOOT_LIMIT:?}:\n{}", rig.tail());
+        ensure!(
+            working_since.is_some() || started.elapsed() < BOOT_LIMIT,
+            "no boot in {BOOT_LIMIT:?}:\n{}",
+            rig.tail()
+        );
     }
     summary.lines += checker.counts().lines;
     summary.console_bytes += rig.console().len() as u64;

@@ -83,6 +83,21 @@ impl KvmState {
         self.devices.check_limits()
     }
 
+    /// vCPUs that were halted at the cut.
+    pub fn halted(&self) -> usize {
+        self.vcpus.iter().filter(|vcpu| vcpu.is_halted()).count()
+    }
+
+    /// vCPUs that had an interrupt requested or injected and not yet taken at the cut.
+    pub fn interrupted(&self) -> usize {
+        self.vcpus.iter().filter(|vcpu| vcpu.has_interrupt()).count()
+    }
+
+    /// vCPUs whose local timer was counting at the cut.
+    pub fn timers_armed(&self) -> usize {
+        self.vcpus.iter().filter(|vcpu| vcpu.has_armed_timer()).count()
+    }
+
     fn tsc_offsets(&self) -> Vec<Option<u64>> {
         self.vcpus.iter().map(VcpuState::tsc_offset).collect()
     }
@@ -168,6 +183,11 @@ impl KvmGuest {
     /// kvmclock alone carries guest time.
     pub fn tsc_moves(&self) -> bool {
         self.vm().tsc_moves()
+    }
+
+    /// Port and MMIO accesses that cuts of this VM found half done, and completed before saving.
+    pub fn accesses_settled(&self) -> u64 {
+        self.vm().shared().settled.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     fn build_vm(&self) -> Result<Vm, BuildError> {

@@ -6,7 +6,7 @@
 
 use colo_common::limits::{MAX_MSRS, MAX_XSAVE};
 use kvm_bindings::{
-    KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    KVM_MP_STATE_HALTED, KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
     kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
@@ -17,6 +17,11 @@ use std::io;
 use crate::arch::x86_64::msrs::{self, MsrValue};
 use crate::ioctl;
 use crate::state::StateError;
+
+/// First of the local APIC's eight interrupt request registers.
+const APIC_IRR: usize = 0x200;
+/// What is left of the local APIC's timer.
+const APIC_CURRENT_COUNT: usize = 0x390;
 
 /// Bytes that KVM_GET_XSAVE transfers.
 const XSAVE_BYTES: usize = size_of::<kvm_xsave>();
@@ -97,6 +102,24 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).map_err(refused("events"))?;
         vcpu.set_mp_state(self.mp_state).map_err(refused("run state"))?;
         Ok(())
+    }
+
+    pub(crate) fn is_halted(&self) -> bool {
+        self.mp_state.mp_state == KVM_MP_STATE_HALTED
+    }
+
+    pub(crate) fn has_interrupt(&self) -> bool {
+        let requested = (0..8).any(|n| self.apic_register(APIC_IRR + n * 0x10) != 0);
+        requested || self.events.interrupt.injected != 0
+    }
+
+    pub(crate) fn has_armed_timer(&self) -> bool {
+        self.apic_register(APIC_CURRENT_COUNT) != 0
+    }
+
+    fn apic_register(&self, offset: usize) -> u32 {
+        let bytes: Vec<u8> = self.lapic.regs[offset..offset + 4].iter().map(|byte| byte.cast_unsigned()).collect();
+        u32::from_le_bytes(bytes.try_into().expect("four bytes"))
     }
 
     /// Guest TSC less host TSC at the cut, where it can be moved.

@@ -1,0 +1,28 @@
+# What a developer or a CI machine asks of this tree. deploy/make.sh does it; `make` alone prints this list.
+
+RUN := ./deploy/make.sh
+
+# Each target is whole in itself, and two at a time would only wait for each other's build.
+.NOTPARALLEL:
+.PHONY: help setup guest build test check demo bench clean
+
+help:
+	@echo 'make demo    boot a guest and show what this milestone does; writes target/demo/summary.json'
+	@echo '             (RUNS=n SEED=n SECONDS=n are passed on)'
+	@echo 'make test    all tests; those that boot a guest need /dev/kvm'
+	@echo 'make check   formatting, clippy, licences and sources of dependencies'
+	@echo '             (COLO_ADVISORIES=1: security advisories too, from the network)'
+	@echo 'make bench   benchmarks; needs an otherwise idle machine'
+	@echo 'make setup   install or check what building needs'
+	@echo 'make guest   prepare the guest kernels, initramfs and payloads'
+	@echo 'make build   build everything'
+	@echo 'make clean   remove what was built, but no guest image'
+	@echo
+	@echo 'COLO_CACHE          where guest images, tools and builds are kept'
+	@echo 'CARGO_TARGET_DIR    where cargo builds (default: target/ in that cache)'
+
+setup guest build test check bench clean:
+	@$(RUN) $@
+
+demo:
+	@$(RUN) demo $(if $(RUNS),--runs '$(RUNS)') $(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)')
