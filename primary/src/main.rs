@@ -101,7 +101,8 @@ impl Run {
             Some(_) if !self.modules.is_empty() => bail!("a flat image takes no --initrd: leave it out"),
             Some(address) => BootSource::Flat { image: kernel, address },
             None => {
-                let modules = self.modules.iter().map(|path| BootFile::module(path)).collect::<Result<_, _>>()?;
+                let modules =
+                    self.modules.iter().map(|path| BootFile::module(path)).collect::<Result<_, _>>()?;
                 BootSource::Kernel { kernel, modules, command_line: self.cmdline.clone() }
             }
         };
@@ -117,7 +118,13 @@ impl Run {
             Model::X86_64V3 => CpuModel::X86_64V3,
         };
         let overcommit = self.overcommit;
-        Ok(GuestSpec { vcpus: self.cpus, cpu_model, tracker, overcommit, ..GuestSpec::new(&name, bytes, boot) })
+        Ok(GuestSpec {
+            vcpus: self.cpus,
+            cpu_model,
+            tracker,
+            overcommit,
+            ..GuestSpec::new(&name, bytes, boot)
+        })
     }
 }
 

@@ -93,7 +93,9 @@ fn write_out(bytes: &[u8]) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut out = std::io::stdout().lock();
-    out.write_all(bytes).and_then(|()| out.flush()).context("cannot write the guest's console to standard output")
+    out.write_all(bytes)
+        .and_then(|()| out.flush())
+        .context("cannot write the guest's console to standard output")
 }
 
 /// Reads standard input on a thread of its own; it ends with the input or with the process.

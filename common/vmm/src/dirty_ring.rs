@@ -136,7 +136,8 @@ mod tests {
     }
 
     fn ring(count: u32) -> (DirtyRing, Kernel) {
-        let entry = |_| Entry { flags: AtomicU32::new(0), slot: AtomicU32::new(0), offset: AtomicU64::new(0) };
+        let entry =
+            |_| Entry { flags: AtomicU32::new(0), slot: AtomicU32::new(0), offset: AtomicU64::new(0) };
         let entries = Entries::Owned((0..count).map(entry).collect());
         (DirtyRing { entries, fetch: 0 }, Kernel { dirty: 0, reset: 0 })
     }

@@ -126,7 +126,10 @@ impl DirtySet {
         order.sort_unstable_by_key(|chunk| chunk.number);
         order.into_iter().flat_map(|chunk| {
             let first = u64::from(chunk.number) * CHUNK_FRAMES;
-            (first..).step_by(64).zip(chunk.words).flat_map(|(word, bits)| Bits(bits).map(move |b| Gfn(word + b)))
+            (first..)
+                .step_by(64)
+                .zip(chunk.words)
+                .flat_map(|(word, bits)| Bits(bits).map(move |b| Gfn(word + b)))
         })
     }
 

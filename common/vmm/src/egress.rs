@@ -175,7 +175,10 @@ mod tests {
         assert_eq!(egress.push_frame(0, vec![0]), Err(EgressError::Full));
         egress.take();
         egress.push_frame(0, vec![0]).unwrap();
-        assert_eq!(egress.push_frame(0, vec![0; MAX_FRAME + 1]), Err(EgressError::FrameTooLong(MAX_FRAME + 1)));
+        assert_eq!(
+            egress.push_frame(0, vec![0; MAX_FRAME + 1]),
+            Err(EgressError::FrameTooLong(MAX_FRAME + 1))
+        );
         for _ in 0..MAX_EPOCH_CONSOLE {
             egress.push_console(b'x');
         }

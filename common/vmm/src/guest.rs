@@ -93,7 +93,9 @@ impl std::fmt::Display for TrackingLoss {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::RingOverrun { vcpu } => write!(f, "the dirty ring of vCPU {vcpu} was overrun"),
-            Self::BadEntry { vcpu } => write!(f, "the dirty ring of vCPU {vcpu} holds an entry that KVM cannot have written"),
+            Self::BadEntry { vcpu } => {
+                write!(f, "the dirty ring of vCPU {vcpu} holds an entry that KVM cannot have written")
+            }
         }
     }
 }
@@ -125,7 +127,10 @@ pub enum ResetCause {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GuestFailure {
     /// KVM could not go on with a vCPU, mostly an instruction that it cannot emulate.
-    #[error("KVM internal error {suberror} on vCPU {vcpu} at RIP {rip:#x}, instruction bytes {}", hex(instruction))]
+    #[error(
+        "KVM internal error {suberror} on vCPU {vcpu} at RIP {rip:#x}, instruction bytes {}",
+        hex(instruction)
+    )]
     Internal {
         /// The vCPU.
         vcpu: u32,

@@ -52,7 +52,9 @@ pub enum HostError {
     #[error("{DEVICE} speaks KVM API version {0}, this build speaks {API_VERSION}")]
     ApiVersion(i32),
     /// A capability is missing.
-    #[error("this host's KVM lacks {capability}, which Colo needs {purpose}: use a newer kernel or another host")]
+    #[error(
+        "this host's KVM lacks {capability}, which Colo needs {purpose}: use a newer kernel or another host"
+    )]
     Missing {
         /// Its name in the KVM API.
         capability: &'static str,
@@ -60,7 +62,9 @@ pub enum HostError {
         purpose: &'static str,
     },
     /// Rings smaller than asked for.
-    #[error("this host's dirty rings have at most {most} entries and {wanted} were asked for: set a smaller ring, or the bitmap tracker")]
+    #[error(
+        "this host's dirty rings have at most {most} entries and {wanted} were asked for: set a smaller ring, or the bitmap tracker"
+    )]
     RingTooLarge {
         /// Entries asked for.
         wanted: u32,

@@ -1,8 +1,8 @@
 //! The KVM requests that kvm-ioctls does not wrap, each as one small safe function.
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
-    kvm_sregs2,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_sregs2,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::io;

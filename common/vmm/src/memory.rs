@@ -16,9 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::seek_hole::SeekHole;
 use vmm_sys_util::write_zeroes::PunchHole;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
@@ -37,7 +35,9 @@ pub type Page = [u8; PAGE_SIZE];
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The memfd cannot be made or sized.
-    #[error("cannot create guest memory of {bytes} bytes: {source}; lower the guest's memory or raise the host's limits (memory, RLIMIT_FSIZE)")]
+    #[error(
+        "cannot create guest memory of {bytes} bytes: {source}; lower the guest's memory or raise the host's limits (memory, RLIMIT_FSIZE)"
+    )]
     Create {
         /// Bytes asked for.
         bytes: u64,
@@ -45,7 +45,9 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The address space of this process has no room.
-    #[error("cannot map guest memory of {bytes} bytes: {reason}; lower the guest's memory or raise the limit on address space (ulimit -v)")]
+    #[error(
+        "cannot map guest memory of {bytes} bytes: {reason}; lower the guest's memory or raise the limit on address space (ulimit -v)"
+    )]
     Map {
         /// Bytes asked for.
         bytes: u64,

@@ -1,9 +1,9 @@
 //! What a guest is: everything that both nodes must agree on before they can hold the same machine.
 
+use colo_common::PAGE_SIZE;
 use colo_common::limits::{
     MAX_BOOT_MODULE, MAX_COMMAND_LINE, MAX_GUEST_MEMORY, MAX_KERNEL_IMAGE, MAX_VCPUS, MIN_GUEST_MEMORY,
 };
-use colo_common::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -17,7 +17,9 @@ use crate::arch::x86_64::layout::MAX_VIRTIO_SLOTS;
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     /// Memory outside the supported range, or not whole pages.
-    #[error("guest memory of {bytes} bytes is not between {MIN_GUEST_MEMORY} and {MAX_GUEST_MEMORY} bytes in whole pages: choose another size")]
+    #[error(
+        "guest memory of {bytes} bytes is not between {MIN_GUEST_MEMORY} and {MAX_GUEST_MEMORY} bytes in whole pages: choose another size"
+    )]
     Memory {
         /// What was asked for.
         bytes: u64,
@@ -208,7 +210,8 @@ impl GuestSpec {
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), SpecError> {
         let bytes = self.memory_bytes;
-        if !(MIN_GUEST_MEMORY..=MAX_GUEST_MEMORY).contains(&bytes) || !bytes.is_multiple_of(PAGE_SIZE as u64) {
+        if !(MIN_GUEST_MEMORY..=MAX_GUEST_MEMORY).contains(&bytes) || !bytes.is_multiple_of(PAGE_SIZE as u64)
+        {
             return Err(SpecError::Memory { bytes });
         }
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {

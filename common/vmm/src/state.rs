@@ -41,7 +41,9 @@ pub enum StateError {
     #[error("these bytes are not a Colo machine state")]
     Magic,
     /// Written by another version.
-    #[error("the machine state has version {found}, this build reads version {STATE_VERSION}: run the same version on both nodes")]
+    #[error(
+        "the machine state has version {found}, this build reads version {STATE_VERSION}: run the same version on both nodes"
+    )]
     Version {
         /// Version in the header.
         found: u32,
@@ -56,7 +58,9 @@ pub enum StateError {
     #[error("the machine state is malformed: {0}")]
     Malformed(String),
     /// Of another guest, or of the same under another spec.
-    #[error("the machine state belongs to a guest with another spec ({found:016x}, this one has {expected:016x}): memory, vCPUs, CPU model and boot images must be the same")]
+    #[error(
+        "the machine state belongs to a guest with another spec ({found:016x}, this one has {expected:016x}): memory, vCPUs, CPU model and boot images must be the same"
+    )]
     OtherSpec {
         /// Digest in the state.
         found: u64,

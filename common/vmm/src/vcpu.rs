@@ -222,7 +222,9 @@ pub(crate) fn pause_all(gate: &Gate, vcpus: &[Vcpu]) -> Result<(), u32> {
             return Ok(());
         }
         let busy = vcpus.iter().find(|vcpu| vcpu.fd.try_lock().is_err()).map_or(0, Vcpu::id);
-        if started.elapsed() > STOP_LIMIT || vcpus.iter().any(|v| v.thread.as_ref().is_some_and(JoinHandle::is_finished)) {
+        if started.elapsed() > STOP_LIMIT
+            || vcpus.iter().any(|v| v.thread.as_ref().is_some_and(JoinHandle::is_finished))
+        {
             return Err(busy);
         }
         tracing::warn!(vcpu = busy, "a vCPU does not leave the guest; kicking it again");
@@ -401,7 +403,8 @@ impl Worker {
             && at.valid != 0
         {
             instruction.resize(15, 0);
-            let read = self.shared.memory.ram().read_slice(&mut instruction, GuestAddress(at.physical_address));
+            let read =
+                self.shared.memory.ram().read_slice(&mut instruction, GuestAddress(at.physical_address));
             if read.is_err() {
                 instruction.clear();
             }

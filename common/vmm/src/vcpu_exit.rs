@@ -8,11 +8,25 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 #[derive(Debug)]
 pub(crate) enum Exit<'a> {
     /// IN: each `size` bytes of `data` are one access.
-    PortIn { port: u16, size: usize, data: &'a mut [u8] },
+    PortIn {
+        port: u16,
+        size: usize,
+        data: &'a mut [u8],
+    },
     /// OUT: each `size` bytes of `data` are one access.
-    PortOut { port: u16, size: usize, data: &'a [u8] },
-    MmioRead { address: u64, data: &'a mut [u8] },
-    MmioWrite { address: u64, data: &'a [u8] },
+    PortOut {
+        port: u16,
+        size: usize,
+        data: &'a [u8],
+    },
+    MmioRead {
+        address: u64,
+        data: &'a mut [u8],
+    },
+    MmioWrite {
+        address: u64,
+        data: &'a [u8],
+    },
     /// A signal, `immediate_exit`, or a vCPU that waits for its start: enter again when nothing else is asked.
     Interrupted,
     /// The dirty ring wants a harvest.
@@ -20,7 +34,10 @@ pub(crate) enum Exit<'a> {
     /// Triple fault.
     Shutdown,
     /// KVM cannot go on; the instruction's bytes where it gives them.
-    Internal { suberror: u32, instruction: Vec<u8> },
+    Internal {
+        suberror: u32,
+        instruction: Vec<u8>,
+    },
     /// The processor did not enter.
     FailEntry(u64),
     /// Anything that this machine has no answer to.

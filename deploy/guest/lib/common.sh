@@ -40,7 +40,11 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then DEBIAN_FRONTEND=noninteractive "$@"; else sudo DEBIAN_FRONTEND=noninteractive "$@"; fi
 }
 
-package_version() { dpkg-query -W -f='${Version}' "$1"; }
+# The first line of what a command says of its version. A tool that is not there gives a key that no artefact has: a
+# run that was not asked for what needs it is not the place to fail.
+version_of() { "$@" 2>/dev/null | head -n 1 || echo absent; }
+
+package_version() { version_of dpkg-query -W -f='${Version}' "$1"; }
 
 # Twelve hex digits over what is read: enough to tell the builds of one cache apart.
 short_hash() { sha256sum | cut -c1-12; }

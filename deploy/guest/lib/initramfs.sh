@@ -11,20 +11,22 @@
 readonly rust_flags=(--edition=2024 -C opt-level=2 -C panic=abort -C strip=symbols -C target-feature=+crt-static
     -C lto=fat -C codegen-units=1 -C relocation-model=static)
 
-rust_compiler() { command -v rustc || { [ -x "$HOME/.cargo/bin/rustc" ] && echo "$HOME/.cargo/bin/rustc"; } || die "no rustc"; }
+# In the checkout, so that a toolchain file there is heeded. An installer of Rust need not have touched PATH.
+rust_compiler() { (cd "$guest_dir" && PATH=$PATH:${HOME:-}/.cargo/bin rustc "$@"); }
 
 initramfs_name() {
-    local key rustc
-    rustc=$(rust_compiler)
+    local key
     key=$({
-        (cd "$guest_dir" && "$rustc" -V)
-        hash_files "$guest_dir"/workload/*.rs "$guest_dir/lib/initramfs.sh" /bin/busybox
+        version_of rust_compiler -V
+        package_version busybox-static
+        hash_files "$guest_dir"/workload/*.rs "$guest_dir/lib/initramfs.sh"
         [ "$kind" = small ] || { stock_name; cat "$guest_dir/lib/stock.sh"; }
     } | short_hash)
     echo "initramfs-$key"
 }
 
 initramfs() {
+    rust_compiler -V >/dev/null || die "no rustc on PATH or in ~/.cargo/bin"
     need_packages busybox-static
     [ "$kind" = small ] || stock_kernel
     local name
@@ -36,7 +38,7 @@ initramfs_build() {
     local out=$1 root=$1/root
     need_packages busybox-static cpio gcc libc6-dev
     mkdir -p "$root"/{dev,proc,sys,tmp}
-    (cd "$guest_dir" && "$(rust_compiler)" "${rust_flags[@]}" -o "$root/init" workload/workload.rs)
+    rust_compiler "${rust_flags[@]}" -o "$root/init" workload/workload.rs
     [ "$kind" = small ] || stock_modules "$root"
     initramfs_pack "$root" "$out/workload.cpio"
     mkdir "$root/bin"

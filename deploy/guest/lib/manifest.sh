@@ -34,7 +34,7 @@ payloads_name() {
     local key
     key=$({
         cd "$guest_dir/payloads" 2>/dev/null || { echo none; exit 0; }
-        gcc --version | head -n 1
+        version_of gcc --version
         find . -type f -print0 | LC_ALL=C sort -z | xargs -0r sha256sum
     } | short_hash)
     echo "payloads-$key"

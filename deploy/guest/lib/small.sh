@@ -24,7 +24,7 @@ small_name() {
     read -ra fragments <<<"$(small_fragments "$1")"
     key=$({
         package_version "$small_source_package"
-        gcc --version | head -n 1
+        version_of gcc --version
         hash_files "$guest_dir/linux/linux.patch" "${fragments[@]}"
         declare -f small_unpack small_build small_configure small_make
     } | short_hash)

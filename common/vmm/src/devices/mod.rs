@@ -92,7 +92,9 @@ impl Devices {
     pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> io::Result<Option<Lifecycle>> {
         let first = data[0];
         match port {
-            _ if in_range(port, COM1_PORT, 8) => self.inner().serial.write((port - COM1_PORT) as u8, first)?,
+            _ if in_range(port, COM1_PORT, 8) => {
+                self.inner().serial.write((port - COM1_PORT) as u8, first)?;
+            }
             _ if in_range(port, PM1_EVENT_PORT, 4) => {
                 self.inner().acpi_pm.write_event(port - PM1_EVENT_PORT, data)?;
             }
@@ -111,7 +113,9 @@ impl Devices {
     pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) -> io::Result<()> {
         data.fill(0xff);
         match port {
-            _ if in_range(port, COM1_PORT, 8) => data[0] = self.inner().serial.read((port - COM1_PORT) as u8)?,
+            _ if in_range(port, COM1_PORT, 8) => {
+                data[0] = self.inner().serial.read((port - COM1_PORT) as u8)?;
+            }
             _ if in_range(port, PM1_EVENT_PORT, 4) => {
                 self.inner().acpi_pm.read_event(port - PM1_EVENT_PORT, data);
             }
@@ -137,7 +141,9 @@ impl Devices {
                 _ => 0,
             };
             let bytes = word.to_le_bytes();
-            data.iter_mut().zip(offset as usize & 3..).for_each(|(b, i)| *b = bytes.get(i).copied().unwrap_or(0));
+            data.iter_mut()
+                .zip(offset as usize & 3..)
+                .for_each(|(b, i)| *b = bytes.get(i).copied().unwrap_or(0));
         }
     }
 
@@ -167,7 +173,8 @@ impl Devices {
 
     /// Sets the devices, before the interrupt chips: what a device raises here is overwritten by theirs.
     pub(crate) fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
-        let refused = |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
+        let refused =
+            |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
         let mut inner = self.inner();
         inner.serial.restore(&state.serial, &state.input, state.input_offset).map_err(refused)?;
         inner.acpi_pm.restore(&state.acpi_pm);
@@ -200,7 +207,9 @@ fn little_endian(data: &[u8]) -> u32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::{Devices, InterruptLines};
-    use crate::arch::x86_64::layout::{COM1_IRQ, COM1_PORT, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_IRQ, VIRTIO_BASE};
+    use crate::arch::x86_64::layout::{
+        COM1_IRQ, COM1_PORT, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_IRQ, VIRTIO_BASE,
+    };
     use crate::egress::Egress;
     use crate::guest::{Lifecycle, ResetCause};
     use std::io;

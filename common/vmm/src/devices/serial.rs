@@ -51,7 +51,11 @@ impl SerialConsoleState {
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
         // The 16550 checks its own queue when it is set; this only bounds what is kept until then.
         let len = self.queue.len();
-        if len > 4096 { Err(StateError::Malformed(format!("a console queue of {len} bytes"))) } else { Ok(()) }
+        if len > 4096 {
+            Err(StateError::Malformed(format!("a console queue of {len} bytes")))
+        } else {
+            Ok(())
+        }
     }
 
     fn from_device(state: SerialState) -> Self {
@@ -134,7 +138,12 @@ impl SerialConsole {
     }
 
     /// A power-on or reset passes what input there is through `input`, as a wire would.
-    pub(super) fn restore(&mut self, state: &SerialConsoleState, input: &[u8], offset: u64) -> io::Result<()> {
+    pub(super) fn restore(
+        &mut self,
+        state: &SerialConsoleState,
+        input: &[u8],
+        offset: u64,
+    ) -> io::Result<()> {
         let (irq, out) = (ConsoleIrq(Arc::clone(&self.lines)), ToEgress(Arc::clone(&self.egress)));
         self.device = Serial::from_state(&state.to_device(), irq, NoEvents, out).map_err(failed)?;
         self.input = input.iter().copied().collect();
@@ -157,6 +166,8 @@ impl SerialConsole {
 fn failed(e: vm_superio::serial::Error<io::Error>) -> io::Error {
     match e {
         vm_superio::serial::Error::Trigger(e) | vm_superio::serial::Error::IOError(e) => e,
-        vm_superio::serial::Error::FullFifo => io::Error::other("the console's queue is longer than it can be"),
+        vm_superio::serial::Error::FullFifo => {
+            io::Error::other("the console's queue is longer than it can be")
+        }
     }
 }

@@ -155,7 +155,11 @@ impl KvmGuest {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn with_memory(spec: GuestSpec, memory: Arc<GuestMemory>, cadence: Cadence) -> Result<Self, BuildError> {
+    pub fn with_memory(
+        spec: GuestSpec,
+        memory: Arc<GuestMemory>,
+        cadence: Cadence,
+    ) -> Result<Self, BuildError> {
         spec.validate()?;
         let (found, expected) = (memory.layout().bytes(), spec.memory_bytes);
         if found != expected {
@@ -336,7 +340,10 @@ impl ProtectedGuest for KvmGuest {
         while self.events.try_recv().is_ok() {}
         self.state = RunState::Stopped { clock: kvm.clock, tsc_offsets: kvm.tsc_offsets() };
         if let Tracked::Unknown(loss) = tracked {
-            tracing::error!(guest = self.spec.name, "{loss}: this epoch's dirty set is unknown, building the VM anew");
+            tracing::error!(
+                guest = self.spec.name,
+                "{loss}: this epoch's dirty set is unknown, building the VM anew"
+            );
             self.rebuild(&kvm)?;
         }
         let state = self.machine_state(kvm);
@@ -387,7 +394,10 @@ impl ProtectedGuest for KvmGuest {
 
 impl KvmGuest {
     /// Changes something that needs stopped vCPUs, whether the guest runs or not. Guest time goes on.
-    fn while_paused(&mut self, f: impl FnOnce(&mut Self) -> Result<(), GuestError>) -> Result<(), GuestError> {
+    fn while_paused(
+        &mut self,
+        f: impl FnOnce(&mut Self) -> Result<(), GuestError>,
+    ) -> Result<(), GuestError> {
         let running = matches!(self.state, RunState::Running);
         if running {
             self.vm().pause()?;

@@ -79,7 +79,8 @@ impl Vm {
         for (id, vcpu) in (0..).zip(vcpu_fds) {
             vcpus.push(Vcpu::spawn(id, &spec.name, vcpu, &shared).map_err(step("start a vCPU's thread"))?);
         }
-        let power_on = save(&vcpus, &shared, &fd, &ability, tsc_khz).map_err(step("read the power-on state"))?;
+        let power_on =
+            save(&vcpus, &shared, &fd, &ability, tsc_khz).map_err(step("read the power-on state"))?;
         Ok(Self { vcpus, shared, fd, ability, tsc_khz, power_on })
     }
 
@@ -138,7 +139,11 @@ impl Vm {
     /// overwritten by the chips' own state, and the clock right before the guest runs.
     pub(super) fn restore(&self, state: &KvmState) -> Result<(), StateError> {
         if state.vcpus.len() != self.vcpus.len() {
-            return Err(StateError::Malformed(format!("{} vCPUs of {}", state.vcpus.len(), self.vcpus.len())));
+            return Err(StateError::Malformed(format!(
+                "{} vCPUs of {}",
+                state.vcpus.len(),
+                self.vcpus.len()
+            )));
         }
         state.clock.check_rate(self.tsc_khz)?;
         self.shared.devices.restore(&state.devices)?;
@@ -147,7 +152,8 @@ impl Vm {
             saved.restore(&vcpu.fd(), &self.ability, shift)?;
         }
         state.chips.restore(&self.fd)?;
-        let refused = |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
+        let refused =
+            |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
         self.shared.devices.restore_levels().map_err(refused)?;
         for vcpu in &self.vcpus {
             // Tells the guest's watchdog that it was stopped; a guest without kvmclock refuses, and need not know.

@@ -63,6 +63,10 @@ impl ChipState {
 
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
         let ids: Vec<u32> = self.irqchips.iter().map(|chip| chip.chip_id).collect();
-        if ids == CHIPS { Ok(()) } else { Err(StateError::Malformed(format!("interrupt controllers {ids:?}"))) }
+        if ids == CHIPS {
+            Ok(())
+        } else {
+            Err(StateError::Malformed(format!("interrupt controllers {ids:?}")))
+        }
     }
 }

@@ -48,7 +48,8 @@ impl ClockState {
         if self.tsc_khz.abs_diff(khz) <= khz / 4000 {
             return Ok(());
         }
-        let reason = format!("it ran at {} kHz, this host's runs at {khz} kHz and cannot be scaled", self.tsc_khz);
+        let reason =
+            format!("it ran at {} kHz, this host's runs at {khz} kHz and cannot be scaled", self.tsc_khz);
         Err(StateError::Refused { part: "TSC".to_owned(), reason })
     }
 }

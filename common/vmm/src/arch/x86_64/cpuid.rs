@@ -88,7 +88,12 @@ impl CpuidTable {
     ///
     /// # Errors
     /// KVM cannot be asked, or the host lacks features of the model.
-    pub fn resolve(kvm: &Kvm, model: CpuModel, how: Virtualisation, deadline: bool) -> Result<Self, CpuidError> {
+    pub fn resolve(
+        kvm: &Kvm,
+        model: CpuModel,
+        how: Virtualisation,
+        deadline: bool,
+    ) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let supported = supported.map_err(|e| CpuidError::Unreadable(e.into()))?;
         Self::from_supported(supported.as_slice().to_vec(), model, how, deadline)
@@ -190,42 +195,60 @@ mod tests {
             edx: !0,
             ..Default::default()
         };
-        let leaves = [(1, 0), (7, 0), (7, 1), (0xd, 0), (0xd, 9), (0x8000_0001, 0), (0x8000_0007, 0), (KVM_FEATURES, 0)];
+        let leaves = [
+            (1, 0),
+            (7, 0),
+            (7, 1),
+            (0xd, 0),
+            (0xd, 9),
+            (0x8000_0001, 0),
+            (0x8000_0007, 0),
+            (KVM_FEATURES, 0),
+        ];
         leaves.into_iter().map(|(f, i)| leaf(f, i)).collect()
     }
 
     #[test]
     fn what_cannot_move_is_masked_in_every_model() {
         for model in [CpuModel::Host, CpuModel::X86_64V2, CpuModel::X86_64V3] {
-            let table = CpuidTable::from_supported(everything(), model, Virtualisation::Software, false).unwrap();
+            let table =
+                CpuidTable::from_supported(everything(), model, Virtualisation::Software, false).unwrap();
             assert_eq!(table.word((0x8000_0007, 0, Edx)) & 1 << 8, 0, "invariant TSC");
-            assert_eq!(table.word((KVM_FEATURES, 0, Eax)) & (1 << 4 | 1 << 5 | 1 << 7 | 1 << 11 | 1 << 13 | 1 << 14), 0);
+            assert_eq!(
+                table.word((KVM_FEATURES, 0, Eax)) & (1 << 4 | 1 << 5 | 1 << 7 | 1 << 11 | 1 << 13 | 1 << 14),
+                0
+            );
             assert_eq!(table.word((1, 0, Ecx)) & 1 << 5, 0, "VMX");
             assert_eq!(table.word((1, 0, Ecx)) & 1 << 24, 0, "TSC deadline");
             assert_ne!(table.word((1, 0, Ecx)) & 1 << 31, 0, "hypervisor");
         }
-        let table = CpuidTable::from_supported(everything(), CpuModel::Host, Virtualisation::Vmx, true).unwrap();
+        let table =
+            CpuidTable::from_supported(everything(), CpuModel::Host, Virtualisation::Vmx, true).unwrap();
         assert_ne!(table.word((1, 0, Ecx)) & 1 << 24, 0);
         assert_ne!(table.word((KVM_FEATURES, 0, Eax)) & 1 << 11, 0);
     }
 
     #[test]
     fn levels_limit_features_and_refuse_a_host_without_them() {
-        let v2 = CpuidTable::from_supported(everything(), CpuModel::X86_64V2, Virtualisation::Vmx, false).unwrap();
+        let v2 =
+            CpuidTable::from_supported(everything(), CpuModel::X86_64V2, Virtualisation::Vmx, false).unwrap();
         assert_eq!(v2.word((7, 0, Ebx)), 0);
         assert_eq!(v2.word((1, 0, Ecx)) & 1 << 28, 0, "AVX");
-        let v3 = CpuidTable::from_supported(everything(), CpuModel::X86_64V3, Virtualisation::Vmx, false).unwrap();
+        let v3 =
+            CpuidTable::from_supported(everything(), CpuModel::X86_64V3, Virtualisation::Vmx, false).unwrap();
         assert_eq!(v3.word((7, 0, Ebx)), 1 << 3 | 1 << 5 | 1 << 8);
         assert_eq!(v3.word((0xd, 0, Eax)), 7);
         let mut poor = everything();
         poor[1].ebx = 0;
-        let error = CpuidTable::from_supported(poor, CpuModel::X86_64V3, Virtualisation::Vmx, false).unwrap_err();
+        let error =
+            CpuidTable::from_supported(poor, CpuModel::X86_64V3, Virtualisation::Vmx, false).unwrap_err();
         assert!(error.to_string().contains("leaf 0x7"), "{error}");
     }
 
     #[test]
     fn each_vcpu_has_its_own_apic_id() {
-        let table = CpuidTable::from_supported(everything(), CpuModel::Host, Virtualisation::Vmx, false).unwrap();
+        let table =
+            CpuidTable::from_supported(everything(), CpuModel::Host, Virtualisation::Vmx, false).unwrap();
         let ids: Vec<u32> = (0..2).map(|n| table.for_vcpu(n, 2).unwrap().as_slice()[0].ebx >> 24).collect();
         assert_eq!(ids, [0, 1]);
     }

@@ -74,10 +74,12 @@ pub(crate) fn read(vcpu: &VcpuFd, list: &[u32]) -> std::io::Result<Vec<MsrValue>
 /// Writes the values in order. A short count names the one that was refused: an essential one fails, any
 /// other is passed over (some hosts list MSRs that they do not let anybody write).
 pub(crate) fn write(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<(), StateError> {
-    let refused = |index: u32, reason: String| StateError::Refused { part: format!("MSR {index:#x}"), reason };
+    let refused =
+        |index: u32, reason: String| StateError::Refused { part: format!("MSR {index:#x}"), reason };
     let mut rest = values;
     while let Some(first) = rest.first() {
-        let entry = |msr: &MsrValue| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() };
+        let entry =
+            |msr: &MsrValue| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() };
         let entries: Vec<_> = rest.iter().map(entry).collect();
         let msrs = Msrs::from_entries(&entries).map_err(|e| refused(first.index, format!("{e:?}")))?;
         let written = vcpu.set_msrs(&msrs).map_err(|e| refused(first.index, e.to_string()))?;

@@ -6,8 +6,8 @@
 
 use colo_common::limits::{MAX_MSRS, MAX_XSAVE};
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
-    kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -80,7 +80,12 @@ impl VcpuState {
 
     /// Sets a vCPU of the same CPUID that is not in KVM_RUN. `tsc_shift` is added to the saved TSC offset:
     /// the host cycles that the guest must not see.
-    pub(crate) fn restore(&self, vcpu: &VcpuFd, ability: &SaveAbility, tsc_shift: u64) -> Result<(), StateError> {
+    pub(crate) fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        ability: &SaveAbility,
+        tsc_shift: u64,
+    ) -> Result<(), StateError> {
         vcpu.set_sregs(&self.sregs).map_err(refused("special registers"))?;
         if let Some(pdptrs) = self.pdptrs
             && ability.sregs2
@@ -118,7 +123,8 @@ impl VcpuState {
     }
 
     fn apic_register(&self, offset: usize) -> u32 {
-        let bytes: Vec<u8> = self.lapic.regs[offset..offset + 4].iter().map(|byte| byte.cast_unsigned()).collect();
+        let bytes: Vec<u8> =
+            self.lapic.regs[offset..offset + 4].iter().map(|byte| byte.cast_unsigned()).collect();
         u32::from_le_bytes(bytes.try_into().expect("four bytes"))
     }
 
