@@ -42,8 +42,9 @@ as_root() {
 
 # The first line of what a command says of its version. A tool that is not there gives a key that no artefact has: a
 # run that was not asked for what needs it is not the place to fail.
-version_of() { "$@" 2>/dev/null | head -n 1 || echo absent; }
+version_of() { "$@" 2>/dev/null | sed -n 1p || echo absent; }
 
+# shellcheck disable=SC2016 # the format is dpkg's
 package_version() { version_of dpkg-query -W -f='${Version}' "$1"; }
 
 # Twelve hex digits over what is read: enough to tell the builds of one cache apart.
