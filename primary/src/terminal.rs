@@ -1,6 +1,7 @@
 //! Runs a guest without protection on the terminal that started it: what the guest says goes out at once.
 
 use anyhow::{Context, bail};
+use colo_common::limits::MAX_CONSOLE_INPUT;
 use colo_vmm::guest::{GuestEvent, Lifecycle};
 use colo_vmm::{KvmGuest, ProtectedGuest};
 use std::io::{IsTerminal, Read, Write};
@@ -46,7 +47,10 @@ fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> 
     loop {
         let event = guest.next_event(POLL);
         pass_on(guest)?;
-        typed.extend(keys.try_iter().flatten());
+        // What the guest does not read waits at the keyboard, not here.
+        if typed.len() < MAX_CONSOLE_INPUT {
+            typed.extend(keys.try_recv().unwrap_or_default());
+        }
         if typed.contains(&ESCAPE) {
             return Ok(End::Off);
         }

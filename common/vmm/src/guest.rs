@@ -87,12 +87,18 @@ pub enum TrackingLoss {
         /// The vCPU.
         vcpu: u32,
     },
+    /// KVM ended the reset of harvested entries early, which can leave pages writable that nobody logs.
+    ResetCutShort {
+        /// The vCPU whose entries they were.
+        vcpu: u32,
+    },
 }
 
 impl std::fmt::Display for TrackingLoss {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::RingOverrun { vcpu } => write!(f, "the dirty ring of vCPU {vcpu} was overrun"),
+            Self::ResetCutShort { vcpu } => write!(f, "the reset of vCPU {vcpu}'s dirty ring was cut short"),
             Self::BadEntry { vcpu } => {
                 write!(f, "the dirty ring of vCPU {vcpu} holds an entry that KVM cannot have written")
             }
@@ -199,6 +205,8 @@ pub struct Cut {
     pub tracked: Tracked,
     /// What the guest said since the last cut.
     pub output: Output,
+    /// Why the guest cannot run on, if so: the state is of a guest that has failed.
+    pub failed: Option<GuestFailure>,
     /// Where the time went.
     pub timing: CutTiming,
 }

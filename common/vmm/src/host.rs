@@ -49,7 +49,9 @@ pub enum HostError {
     #[error("cannot open {DEVICE}: {0}")]
     Open(#[source] io::Error),
     /// A KVM of another API.
-    #[error("{DEVICE} speaks KVM API version {0}, this build speaks {API_VERSION}")]
+    #[error(
+        "{DEVICE} speaks KVM API version {0}, this build speaks {API_VERSION}: use a Linux kernel from after 2007"
+    )]
     ApiVersion(i32),
     /// A capability is missing.
     #[error(
@@ -72,7 +74,9 @@ pub enum HostError {
         most: u32,
     },
     /// More vCPUs than KVM gives one VM.
-    #[error("this host's KVM runs at most {most} vCPUs in a guest and {wanted} were asked for")]
+    #[error(
+        "this host's KVM runs at most {most} vCPUs in a guest and {wanted} were asked for: give the guest fewer"
+    )]
     TooManyVcpus {
         /// vCPUs asked for.
         wanted: u32,
@@ -126,7 +130,13 @@ impl Host {
             return Err(HostError::ApiVersion(kvm.get_api_version()));
         }
         check_required(|cap| kvm.check_extension_int(cap))?;
-        Ok(Self { kvm, virtualisation: virtualisation() })
+        let host = Self { kvm, virtualisation: virtualisation() };
+        // Where guest code runs on the processor, its TSC goes backward on a restore unless it can be moved.
+        if host.virtualisation != Virtualisation::Software && !host.has_vcpu_attributes() {
+            let (capability, purpose) = ("KVM_CAP_VCPU_ATTRIBUTES", "to carry the guest's TSC");
+            return Err(HostError::Missing { capability, purpose });
+        }
+        Ok(host)
     }
 
     /// The KVM device.

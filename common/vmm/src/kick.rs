@@ -34,8 +34,8 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     });
 }
 
-/// Installs the handler, once per process.
-fn install() {
+/// Installs the handler, once per process, before the first thread that may be kicked.
+pub(crate) fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
         register_signal_handler(signal(), on_signal).expect("SIGRTMIN can be handled");
@@ -63,6 +63,22 @@ impl Drop for Registration {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.with(|cell| cell.set(ptr::null()));
     }
+}
+
+/// Runs `f` with every signal of the calling thread held back until after it.
+pub(crate) fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+    // SAFETY: all-zero bytes are a valid `sigset_t`.
+    let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+    // SAFETY: `all` is a live signal set.
+    unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: both pointers are to live signal sets.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+    assert_eq!(blocked, 0, "a thread can block its own signals");
+    let result = f();
+    // SAFETY: `before` is the live set that the call above has filled in; nothing is asked back.
+    let restored = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
+    assert_eq!(restored, 0, "a thread can have its own signals back");
+    result
 }
 
 /// A timer that signals the thread it was made on.

@@ -57,6 +57,9 @@ pub enum MemoryError {
     /// A frame outside guest RAM.
     #[error("{0} is not guest memory")]
     NoSuchFrame(Gfn),
+    /// The host does not take memory back.
+    #[error("cannot give guest memory back to the host: {0}")]
+    Discard(#[source] io::Error),
     /// The populated ranges cannot be read from the memfd.
     #[error("cannot look for populated guest memory: {0}")]
     Seek(#[source] io::Error),
@@ -210,13 +213,15 @@ impl GuestMemory {
         written.map_err(|_| MemoryError::NoSuchFrame(gfn))
     }
 
-    /// Gives the whole content back to the host: all zero afterwards, and no longer populated.
+    /// Gives the whole content back to the host: all zero afterwards, and no longer populated. Not tracked, so
+    /// only for memory whose writes are not.
     ///
     /// # Errors
     /// The host refuses to punch the hole.
     pub fn discard_all(&self) -> Result<(), MemoryError> {
-        let mut file = self.file.try_clone().map_err(MemoryError::Seek)?;
-        file.punch_hole(0, self.layout.bytes).map_err(MemoryError::Seek)
+        assert!(!self.writes.enabled.load(Ordering::SeqCst), "a tracked guest's memory cannot be discarded");
+        let mut file = self.file.try_clone().map_err(MemoryError::Discard)?;
+        file.punch_hole(0, self.layout.bytes).map_err(MemoryError::Discard)
     }
 
     /// Frames that have memory behind them; all others are zero. (first frame, number), ascending.

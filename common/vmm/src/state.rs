@@ -7,7 +7,10 @@
 //! Versions: 1, the first.
 
 use colo_common::limits::MAX_MACHINE_STATE;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::egress::OutputPosition;
@@ -22,6 +25,36 @@ const MAGIC: [u8; 8] = *b"COLOSTAT";
 const HEADER: usize = 24;
 /// Far beyond what a guest can say in its life, and far from where counting overflows.
 const MAX_POSITION: u64 = 1 << 62;
+
+/// Reads a list of at most `MOST` elements, however many the bytes announce.
+pub(crate) fn bounded<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct List<T, const MOST: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for List<T, MOST> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MOST} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(element) = elements.next_element()? {
+                if list.len() == MOST {
+                    return Err(A::Error::invalid_length(MOST + 1, &self));
+                }
+                list.push(element);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_seq(List::<T, MOST>(PhantomData))
+}
 
 /// Why saved bytes are not a state that can be taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,7 +71,7 @@ pub enum StateError {
     #[error("{0} bytes follow the machine state; it was not stored or sent by Colo as it is")]
     Trailing(usize),
     /// Not a machine state at all.
-    #[error("these bytes are not a Colo machine state")]
+    #[error("these bytes are not a Colo machine state; were they stored by something else?")]
     Magic,
     /// Written by another version.
     #[error(
@@ -159,12 +192,16 @@ impl MachineState {
         if !rest.is_empty() {
             return Err(StateError::Malformed(format!("{} bytes left over", rest.len())));
         }
+        // Structures of KVM are taken at any length and filled up; only what this encodes to is taken.
+        if state.encode()[HEADER..] != *body {
+            return Err(StateError::Malformed("it is not what any Colo writes".to_owned()));
+        }
         let positions = [state.output.console, state.output.frames, state.console_input];
         if let Some(position) = positions.into_iter().find(|&position| position > MAX_POSITION) {
             return Err(StateError::Malformed(format!("a console or frame position of {position}")));
         }
         match &state.body {
-            Body::Kvm(kvm) => kvm.check_limits()?,
+            Body::Kvm(kvm) => kvm.check_limits(state.console_input)?,
             Body::Synthetic(synthetic) => synthetic.check_limits()?,
         }
         Ok(state)

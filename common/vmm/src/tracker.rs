@@ -10,6 +10,7 @@ use colo_common::limits::MAX_SLOT_BYTES;
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,10 +18,11 @@ use crate::dirty_ring::{DirtyRing, ENTRY_BYTES};
 use crate::dirty_set::DirtySet;
 use crate::guest::{Tracked, TrackingLoss};
 use crate::ioctl;
+use crate::kick;
 use crate::memory::MemoryLayout;
 use crate::spec::TrackerKind;
 
-/// How often in a row KVM_RESET_DIRTY_RINGS may do nothing; each time takes a signal that arrives in between.
+/// How often KVM_RESET_DIRTY_RINGS may do nothing; each time takes a stop of this process just before it.
 const RESETS_IN_VAIN: u32 = 1000;
 
 /// When vCPU threads harvest their rings.
@@ -44,6 +46,8 @@ pub(crate) struct Tracker {
     vm: Arc<VmFd>,
     layout: MemoryLayout,
     kind: TrackerKind,
+    /// Whether KVM logs; without it there is no bitmap to read.
+    logging: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -70,7 +74,8 @@ impl Tracker {
         }
         let open = DirtySet::new(layout.frame_limit());
         let inner = Inner { rings: Vec::new(), open, loss: None, bitmap: vec![0; words] };
-        Ok(Self { vm, layout: layout.clone(), kind, inner: Mutex::new(inner) })
+        let (layout, logging) = (layout.clone(), AtomicBool::new(false));
+        Ok(Self { vm, layout, kind, logging, inner: Mutex::new(inner) })
     }
 
     /// Maps the ring of the next vCPU; vCPUs come in the order of their numbers.
@@ -80,6 +85,15 @@ impl Tracker {
             self.inner().rings.push(ring);
         }
         Ok(())
+    }
+
+    /// KVM's logging was turned on or off. What it has logged until now is to be taken before it goes off.
+    pub(crate) fn set_logging(&self, on: bool) {
+        self.logging.store(on, Ordering::SeqCst);
+    }
+
+    fn reads_bitmap(&self) -> bool {
+        !self.has_rings() && self.logging.load(Ordering::SeqCst)
     }
 
     /// Whether vCPU threads have rings to harvest.
@@ -118,7 +132,7 @@ impl Tracker {
     /// Moves what is known to be dirty into `dirty`; vCPUs may run.
     pub(crate) fn collect(&self, dirty: &mut DirtySet) -> io::Result<Tracked> {
         let mut inner = self.inner();
-        if !self.has_rings() {
+        if self.reads_bitmap() {
             self.read_bitmap(&mut inner)?;
         }
         Ok(take(&mut inner, dirty))
@@ -130,7 +144,7 @@ impl Tracker {
         for vcpu in 0..inner.rings.len() as u32 {
             self.harvest_locked(&mut inner, vcpu)?;
         }
-        if !self.has_rings() {
+        if self.reads_bitmap() {
             self.read_bitmap(&mut inner)?;
         }
         Ok(take(&mut inner, dirty))
@@ -151,27 +165,32 @@ impl Tracker {
         if taken == ring.len() {
             *loss = Some(TrackingLoss::RingOverrun { vcpu });
         }
-        self.reset(taken)?;
-        Ok(taken)
+        // Entries that are harvested and not reset would be counted to the next harvest.
+        let reset = self.reset(taken);
+        if !matches!(reset, Ok(true)) {
+            loss.get_or_insert(TrackingLoss::ResetCutShort { vcpu });
+        }
+        reset.map(|_| taken)
     }
 
-    /// All that was taken must be reset before bytes are read. With a signal pending, and the tick is one, KVM
-    /// returns early: with what it has done so far, which can be nothing. So nothing is asked for again, and
-    /// only a KVM that does nothing time after time has another idea of the ring than we have.
-    fn reset(&self, taken: u32) -> io::Result<()> {
-        let (mut reset, mut in_vain) = (0, 0);
+    /// All that was taken must be reset before bytes are read. Returns whether KVM has protected every page of it.
+    ///
+    /// Signals are held back. Since Linux 6.17 this request ends early when one is pending, and it does so between
+    /// freeing entries and protecting their pages: the last pages of those that it counts stay writable and are
+    /// never logged again. No answer of KVM tells that apart, so it must not happen.
+    fn reset(&self, taken: u32) -> io::Result<bool> {
+        let (mut parts, mut reset, mut in_vain) = (0, 0, 0);
         while reset < taken && in_vain < RESETS_IN_VAIN {
-            match ioctl::reset_dirty_rings(&self.vm) {
-                Ok(count) => {
-                    reset += count;
-                    in_vain = if count == 0 { in_vain + 1 } else { 0 };
-                }
+            match kick::without_signals(|| ioctl::reset_dirty_rings(&self.vm)) {
+                // Nothing was freed, so nothing was left half done.
+                Ok(0) => in_vain += 1,
+                Ok(count) => (parts, reset) = (parts + 1, reset + count),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => in_vain += 1,
                 Err(e) => return Err(e),
             }
         }
         assert_eq!(reset, taken, "KVM reset another number of ring entries than were harvested");
-        Ok(())
+        Ok(parts <= 1)
     }
 
     fn read_bitmap(&self, inner: &mut Inner) -> io::Result<()> {

@@ -135,6 +135,8 @@ pub(crate) struct Shared {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) events: Sender<GuestEvent>,
     pub(crate) cadence: Cadence,
+    /// Why the guest cannot run on. While set, no vCPU enters.
+    failure: Mutex<Option<GuestFailure>>,
     /// Port and MMIO accesses that a cut found half done, and completed.
     pub(crate) settled: AtomicU64,
     /// What the guest asked for and nobody carried out yet. While set, no vCPU enters.
@@ -150,8 +152,39 @@ impl Shared {
         events: Sender<GuestEvent>,
         cadence: Cadence,
     ) -> Self {
-        let (pending, settled) = (Mutex::new(None), AtomicU64::new(0));
-        Self { gate: Gate::new(), tracker, devices, egress, memory, events, cadence, settled, pending }
+        let (gate, settled) = (Gate::new(), AtomicU64::new(0));
+        let (failure, pending) = (Mutex::new(None), Mutex::new(None));
+        Self { gate, tracker, devices, egress, memory, events, cadence, failure, settled, pending }
+    }
+
+    pub(crate) fn failure(&self) -> Option<GuestFailure> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The machine was set to another state, so whatever failed did not happen in it.
+    pub(crate) fn clear_failure(&self) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The first failure stands.
+    fn fail(&self, failure: GuestFailure) {
+        let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.is_none() {
+            tracing::error!("{failure}");
+            *first = Some(failure.clone());
+            self.tell(GuestEvent::Failed(failure));
+        }
+    }
+
+    /// Whether vCPUs stay out of the guest until somebody has seen to it.
+    fn is_held(&self) -> bool {
+        self.pending().is_some() || self.failure().is_some()
+    }
+
+    /// Says again what holds the guest, for an epoch loop that resumes it all the same.
+    pub(crate) fn tell_again(&self) {
+        let events = [self.pending().map(GuestEvent::Lifecycle), self.failure().map(GuestEvent::Failed)];
+        events.into_iter().flatten().for_each(|event| self.tell(event));
     }
 
     pub(crate) fn pending(&self) -> Option<Lifecycle> {
@@ -203,6 +236,10 @@ impl Vcpu {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     fn kick(&self) {
         if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished())
             && let Err(e) = thread.kill(kick::signal())
@@ -218,13 +255,16 @@ pub(crate) fn pause_all(gate: &Gate, vcpus: &[Vcpu]) -> Result<(), u32> {
     let started = Instant::now();
     loop {
         vcpus.iter().for_each(Vcpu::kick);
-        if gate.all_parked(KICK_AGAIN) {
+        let parked = gate.all_parked(KICK_AGAIN);
+        // A thread that ended counts as parked nowhere else, and its vCPU has not run.
+        if let Some(ended) = vcpus.iter().find(|vcpu| vcpu.has_ended()) {
+            return Err(ended.id);
+        }
+        if parked {
             return Ok(());
         }
         let busy = vcpus.iter().find(|vcpu| vcpu.fd.try_lock().is_err()).map_or(0, Vcpu::id);
-        if started.elapsed() > STOP_LIMIT
-            || vcpus.iter().any(|v| v.thread.as_ref().is_some_and(JoinHandle::is_finished))
-        {
+        if started.elapsed() > STOP_LIMIT {
             return Err(busy);
         }
         tracing::warn!(vcpu = busy, "a vCPU does not leave the guest; kicking it again");
@@ -275,7 +315,13 @@ impl Worker {
         // registration is dropped: locals are dropped before `self`.
         let _registration = unsafe { Registration::new(immediate_exit) };
         let period = self.shared.cadence.period.filter(|_| self.shared.tracker.has_rings());
-        let ticker = period.map(|period| Ticker::new(period).expect("a thread can have one timer"));
+        let ticker = period.map(Ticker::new).transpose().unwrap_or_else(|e| {
+            let what =
+                format!("no timer for its thread: {e}; raise the limit on pending signals (ulimit -i)");
+            self.shared.fail(GuestFailure::Run { vcpu: self.id, what });
+            None
+        });
+        let _watch = Watch { shared: &self.shared, vcpu: self.id };
         while self.shared.gate.leave_parking() {
             let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
             ticker.iter().for_each(Ticker::start);
@@ -291,7 +337,7 @@ impl Worker {
     fn run(&self, fd: &mut VcpuFd) {
         let shared = &*self.shared;
         while shared.gate.is_open() {
-            if shared.pending().is_some() {
+            if shared.is_held() {
                 shared.gate.wait_for_cut(|| false);
                 continue;
             }
@@ -380,7 +426,7 @@ impl Worker {
             Exit::FailEntry(reason) => GuestFailure::Entry { vcpu: self.id, reason },
             Exit::Other(what) => GuestFailure::Run { vcpu: self.id, what },
         };
-        self.shared.tell(GuestEvent::Failed(failure));
+        self.shared.fail(failure);
         Next::Wait
     }
 
@@ -415,8 +461,22 @@ impl Worker {
     /// KVM refusing what it has always taken ends the guest here, with its words.
     fn checked(&self, result: io::Result<()>) {
         if let Err(e) = result {
-            let failure = GuestFailure::Run { vcpu: self.id, what: e.to_string() };
-            self.shared.tell(GuestEvent::Failed(failure));
+            self.shared.fail(GuestFailure::Run { vcpu: self.id, what: e.to_string() });
+        }
+    }
+}
+
+/// Tells when a vCPU's thread ends by a panic: an own bug, which must not look like a guest that is silent.
+struct Watch<'a> {
+    shared: &'a Shared,
+    vcpu: u32,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let what = "its thread has panicked".to_owned();
+            self.shared.fail(GuestFailure::Run { vcpu: self.vcpu, what });
         }
     }
 }

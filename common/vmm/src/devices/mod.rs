@@ -18,7 +18,7 @@ use crate::arch::x86_64::layout::{
 };
 use crate::egress::Egress;
 use crate::guest::{Lifecycle, ResetCause};
-use crate::state::StateError;
+use crate::state::{StateError, bounded};
 
 pub use acpi_pm::AcpiPmState;
 pub use serial::SerialConsoleState;
@@ -48,6 +48,7 @@ pub struct DeviceState {
     serial: SerialConsoleState,
     acpi_pm: AcpiPmState,
     /// Console bytes taken and not yet in the console's own queue.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_CONSOLE_INPUT>")]
     input: Vec<u8>,
     input_offset: u64,
 }

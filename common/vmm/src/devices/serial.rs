@@ -11,7 +11,10 @@ use vm_superio::{Serial, SerialState, Trigger};
 use super::InterruptLines;
 use crate::arch::x86_64::layout::COM1_IRQ;
 use crate::egress::Egress;
-use crate::state::StateError;
+use crate::state::{StateError, bounded};
+
+/// Bytes of the device's own queue that are kept until the device has checked them itself.
+const QUEUE_MOST: usize = 256;
 
 /// Raises the console's interrupt: an edge.
 struct ConsoleIrq(Arc<dyn InterruptLines>);
@@ -44,6 +47,7 @@ impl io::Write for ToEgress {
 pub struct SerialConsoleState {
     /// In the order of vm-superio's state: divisor low and high, IER, IIR, LCR, LSR, MCR, MSR, scratch.
     registers: [u8; 9],
+    #[serde(deserialize_with = "bounded::<_, _, QUEUE_MOST>")]
     queue: Vec<u8>,
 }
 
@@ -51,7 +55,7 @@ impl SerialConsoleState {
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
         // The 16550 checks its own queue when it is set; this only bounds what is kept until then.
         let len = self.queue.len();
-        if len > 4096 {
+        if len > QUEUE_MOST {
             Err(StateError::Malformed(format!("a console queue of {len} bytes")))
         } else {
             Ok(())
@@ -137,7 +141,7 @@ impl SerialConsole {
         (state, self.input.iter().copied().collect(), self.input_offset)
     }
 
-    /// A power-on or reset passes what input there is through `input`, as a wire would.
+    /// Input that waits gets into the device when the guest next touches it, or with the next input.
     pub(super) fn restore(
         &mut self,
         state: &SerialConsoleState,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{BuildError, KvmState};
 use crate::arch::x86_64::chips::{self, ChipState};
-use crate::arch::x86_64::clock::{ClockState, probe_tsc_offset};
+use crate::arch::x86_64::clock::{ClockState, host_tsc, probe_tsc_offset};
 use crate::arch::x86_64::cpuid::CpuidTable;
 use crate::arch::x86_64::msrs;
 use crate::arch::x86_64::vcpu_state::{SaveAbility, VcpuState};
@@ -33,7 +33,11 @@ pub(super) struct Vm {
     fd: Arc<VmFd>,
     ability: SaveAbility,
     tsc_khz: u32,
-    power_on: KvmState,
+    /// What the guest sees; a restored guest brings its own.
+    cpuid: CpuidTable,
+    supported: CpuidTable,
+    /// Read once the VM is whole.
+    power_on: Option<KvmState>,
 }
 
 /// What is shared with the VM that comes after this one.
@@ -60,9 +64,9 @@ impl Vm {
         let vcpu_fds = create_vcpus(&fd, &tracker, spec).map_err(step("create a vCPU"))?;
         let tsc_offset = host.has_vcpu_attributes() && probe_tsc_offset(&vcpu_fds[0]);
         let cpuid = CpuidTable::resolve(host.kvm(), spec.cpu_model, host.virtualisation(), tsc_offset)?;
+        let supported = CpuidTable::supported(host.kvm())?;
         for (id, vcpu) in (0..).zip(&vcpu_fds) {
-            let table = cpuid.for_vcpu(id, spec.vcpus).map_err(step("make the CPUID table"))?;
-            vcpu.set_cpuid2(&table).map_err(|e| step("set the CPUID")(e.into()))?;
+            set_cpuid(vcpu, &cpuid, id, spec.vcpus).map_err(step("set the CPUID"))?;
         }
         let msrs = msrs::saved_list(host.kvm(), &vcpu_fds[0]).map_err(step("list the MSRs"))?;
         let xsave2 = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
@@ -79,9 +83,9 @@ impl Vm {
         for (id, vcpu) in (0..).zip(vcpu_fds) {
             vcpus.push(Vcpu::spawn(id, &spec.name, vcpu, &shared).map_err(step("start a vCPU's thread"))?);
         }
-        let power_on =
-            save(&vcpus, &shared, &fd, &ability, tsc_khz).map_err(step("read the power-on state"))?;
-        Ok(Self { vcpus, shared, fd, ability, tsc_khz, power_on })
+        let mut vm = Self { vcpus, shared, fd, ability, tsc_khz, cpuid, supported, power_on: None };
+        vm.power_on = Some(vm.read().map_err(step("read the power-on state"))?);
+        Ok(vm)
     }
 
     pub(super) fn shared(&self) -> &Shared {
@@ -90,7 +94,8 @@ impl Vm {
 
     /// The state of power-on.
     pub(super) fn power_on(&self) -> KvmState {
-        self.power_on.clone()
+        let power_on = self.power_on.clone().expect("read when the VM was built");
+        KvmState { cpuid: self.cpuid.clone(), ..power_on }
     }
 
     /// Whether the guest's TSC stops and moves with the guest. Where it cannot, the guest sees the host's.
@@ -102,7 +107,9 @@ impl Vm {
     pub(super) fn set_logging(&self, on: bool) -> Result<(), GuestError> {
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         let set = set_slots(&self.fd, &self.shared.memory, flags);
-        set.map_err(kvm("change the logging of guest memory"))
+        set.map_err(kvm("change the logging of guest memory"))?;
+        self.shared.tracker.set_logging(on);
+        Ok(())
     }
 
     pub(super) fn pause(&self) -> Result<(), GuestError> {
@@ -117,8 +124,16 @@ impl Vm {
 
     /// The machine; vCPUs are stopped.
     pub(super) fn save(&self) -> Result<KvmState, GuestError> {
-        let state = save(&self.vcpus, &self.shared, &self.fd, &self.ability, self.tsc_khz);
-        state.map_err(kvm("save the machine"))
+        self.read().map_err(kvm("save the machine"))
+    }
+
+    /// Guest time first, it stops here; devices last, they do not run without vCPUs.
+    fn read(&self) -> io::Result<KvmState> {
+        let clock = ClockState::save(&self.fd, self.tsc_khz)?;
+        let save = |vcpu: &Vcpu| VcpuState::save(&vcpu.fd(), &self.ability);
+        let vcpus = self.vcpus.iter().map(save).collect::<io::Result<_>>()?;
+        let chips = ChipState::save(&self.fd)?;
+        Ok(KvmState { cpuid: self.cpuid.clone(), vcpus, chips, clock, devices: self.shared.devices.save() })
     }
 
     /// Closes the dirty set; vCPUs are stopped and saved.
@@ -137,7 +152,7 @@ impl Vm {
 
     /// Sets the machine; vCPUs are stopped. Devices come first, since what they raise while they are set is
     /// overwritten by the chips' own state, and the clock right before the guest runs.
-    pub(super) fn restore(&self, state: &KvmState) -> Result<(), StateError> {
+    pub(super) fn restore(&mut self, state: &KvmState) -> Result<(), StateError> {
         if state.vcpus.len() != self.vcpus.len() {
             return Err(StateError::Malformed(format!(
                 "{} vCPUs of {}",
@@ -146,8 +161,9 @@ impl Vm {
             )));
         }
         state.clock.check_rate(self.tsc_khz)?;
+        self.adopt_cpuid(&state.cpuid)?;
         self.shared.devices.restore(&state.devices)?;
-        let shift = state.clock.tsc_shift();
+        let shift = state.clock.tsc_shift(host_tsc());
         for (vcpu, saved) in self.vcpus.iter().zip(&state.vcpus) {
             saved.restore(&vcpu.fd(), &self.ability, shift)?;
         }
@@ -164,16 +180,32 @@ impl Vm {
         Ok(())
     }
 
+    /// A guest keeps the CPUID that it was started with, wherever it runs on.
+    fn adopt_cpuid(&mut self, table: &CpuidTable) -> Result<(), StateError> {
+        if *table == self.cpuid {
+            return Ok(());
+        }
+        let refused = |reason: String| StateError::Refused { part: "CPU model".to_owned(), reason };
+        table.check_runs_on(&self.supported).map_err(|e| refused(e.to_string()))?;
+        let count = self.vcpus.len() as u32;
+        for vcpu in &self.vcpus {
+            set_cpuid(&vcpu.fd(), table, vcpu.id(), count).map_err(|e| refused(e.to_string()))?;
+        }
+        self.cpuid = table.clone();
+        Ok(())
+    }
+
     /// Lets guest time go on from `clock`, on every vCPU from one reading of the host's counter.
     pub(super) fn start_clock(&self, clock: &ClockState, offsets: &[Option<u64>]) -> Result<(), GuestError> {
-        let shift = clock.tsc_shift();
+        let now = host_tsc();
+        let shift = clock.tsc_shift(now);
         for (vcpu, offset) in self.vcpus.iter().zip(offsets) {
             if let Some(offset) = offset.filter(|_| self.ability.tsc_offset) {
                 let set = ioctl::set_tsc_offset(&vcpu.fd(), offset.wrapping_add(shift));
                 set.map_err(kvm("set the TSC offset"))?;
             }
         }
-        clock.start(&self.fd).map_err(kvm("set the guest's clock"))
+        clock.start(&self.fd, now).map_err(kvm("set the guest's clock"))
     }
 }
 
@@ -210,6 +242,10 @@ fn set_slots(fd: &VmFd, memory: &GuestMemory, flags: u32) -> io::Result<()> {
     Ok(())
 }
 
+fn set_cpuid(vcpu: &kvm_ioctls::VcpuFd, table: &CpuidTable, id: u32, count: u32) -> io::Result<()> {
+    Ok(vcpu.set_cpuid2(&table.for_vcpu(id, count)?)?)
+}
+
 fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Vec<kvm_ioctls::VcpuFd>> {
     let mut vcpus = Vec::new();
     for id in 0..spec.vcpus {
@@ -218,18 +254,4 @@ fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Ve
         vcpus.push(vcpu);
     }
     Ok(vcpus)
-}
-
-/// Guest time first, it stops here; devices last, they do not run without vCPUs.
-fn save(
-    vcpus: &[Vcpu],
-    shared: &Shared,
-    fd: &VmFd,
-    ability: &SaveAbility,
-    tsc_khz: u32,
-) -> io::Result<KvmState> {
-    let clock = ClockState::save(fd, tsc_khz)?;
-    let vcpus = vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), ability)).collect::<io::Result<_>>()?;
-    let chips = ChipState::save(fd)?;
-    Ok(KvmState { vcpus, chips, clock, devices: shared.devices.save() })
 }

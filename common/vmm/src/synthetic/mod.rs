@@ -156,12 +156,14 @@ impl SyntheticGuest {
         self.pending.is_some() || self.state.failed.is_some() || self.egress.is_full()
     }
 
+    fn failure(&self) -> Option<GuestFailure> {
+        let wrong = self.state.failed?;
+        Some(GuestFailure::Run { vcpu: wrong.vcpu, what: format!("it found {wrong}") })
+    }
+
     /// Raises what asks for a cut, each thing once between two cuts.
     fn raise(&mut self) {
-        let failed = self.state.failed.map(|wrong| {
-            let what = format!("it found {wrong}");
-            GuestEvent::Failed(GuestFailure::Run { vcpu: wrong.vcpu, what })
-        });
+        let failed = self.failure().map(GuestEvent::Failed);
         let lifecycle = self.pending.map(GuestEvent::Lifecycle);
         let lost = self.tracker.loss().map(GuestEvent::TrackingLost);
         let full = self.egress.is_full().then_some(GuestEvent::OutputFull);
@@ -270,7 +272,8 @@ impl ProtectedGuest for SyntheticGuest {
         self.told = 0;
         self.memory.take_writes(dirty);
         let tracked = self.tracker.close(dirty);
-        Ok(Cut { state, tracked, output: self.egress.take(), timing: CutTiming::default() })
+        let (failed, output) = (self.failure(), self.egress.take());
+        Ok(Cut { state, tracked, output, failed, timing: CutTiming::default() })
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

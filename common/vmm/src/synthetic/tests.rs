@@ -68,7 +68,9 @@ fn cut(guest: &mut SyntheticGuest) -> crate::guest::Cut {
 }
 
 fn copy_all(from: &GuestMemory, to: &GuestMemory) {
-    to.discard_all().unwrap();
+    for (first, frames) in to.populated().unwrap() {
+        (first.0..first.0 + frames).for_each(|gfn| to.write_page(Gfn(gfn), &[0; PAGE_SIZE]).unwrap());
+    }
     let mut page = [0; PAGE_SIZE];
     for (first, frames) in from.populated().unwrap() {
         for gfn in (first.0..first.0 + frames).map(Gfn) {

@@ -5,7 +5,7 @@
 //! ignore it; [`probe_tsc_offset`] reads one back to know. There the guest sees the host's TSC, and kvmclock,
 //! which KVM computes for the guest from it, carries guest time alone.
 
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data};
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use std::arch::x86_64::_rdtsc;
@@ -29,17 +29,23 @@ impl ClockState {
     /// Reads guest time; all vCPUs are stopped.
     pub(crate) fn save(vm: &VmFd, tsc_khz: u32) -> io::Result<Self> {
         let clock = vm.get_clock()?;
-        Ok(Self { kvmclock_ns: clock.clock, host_tsc: host_tsc(), tsc_khz })
+        // Where KVM says which TSC the clock was read at, both stop at one instant.
+        let host_tsc = if clock.flags & KVM_CLOCK_HOST_TSC != 0 { clock.host_tsc } else { host_tsc() };
+        Ok(Self { kvmclock_ns: clock.clock, host_tsc, tsc_khz })
     }
 
-    /// Sets kvmclock to the saved time; done right before the guest runs.
-    pub(crate) fn start(&self, vm: &VmFd) -> io::Result<()> {
-        Ok(vm.set_clock(&kvm_clock_data { clock: self.kvmclock_ns, ..Default::default() })?)
+    /// Sets kvmclock, right before the guest runs, to the saved time and what has passed since the host's TSC
+    /// was `started`, from where the guest's TSC goes on.
+    pub(crate) fn start(&self, vm: &VmFd, started: u64) -> io::Result<()> {
+        let cycles = u128::from(host_tsc().saturating_sub(started));
+        let passed = u64::try_from(cycles * 1_000_000 / u128::from(self.tsc_khz.max(1))).unwrap_or(0);
+        let clock = self.kvmclock_ns.saturating_add(passed);
+        Ok(vm.set_clock(&kvm_clock_data { clock, ..Default::default() })?)
     }
 
-    /// What to add to the saved TSC offsets so that the guest does not see the time since the cut.
-    pub(crate) fn tsc_shift(&self) -> u64 {
-        self.host_tsc.wrapping_sub(host_tsc())
+    /// What to add to the saved TSC offsets so that the guest's TSC goes on at the host's TSC `now`.
+    pub(crate) fn tsc_shift(&self, now: u64) -> u64 {
+        self.host_tsc.wrapping_sub(now)
     }
 
     /// Refuses a state from a host with another TSC rate: without scaling, the guest's time would run wrong.

@@ -7,9 +7,11 @@
 use colo_common::limits::MAX_CPUID_ENTRIES;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
 
 use crate::host::Virtualisation;
 use crate::spec::CpuModel;
+use crate::state::{StateError, bounded};
 
 /// Why a model cannot be had on a host.
 #[derive(Debug, thiserror::Error)]
@@ -77,9 +79,29 @@ const V3: [(Word, u32); 4] = [
 /// Set by the processor or by us as it runs; a host need not have them.
 const NOT_REQUIRED: u32 = 1 << 27 | 1 << 31 | 1 << 21;
 
+/// Feature words in which every bit of a guest's must be one of the host's.
+const FEATURE_WORDS: [Word; 13] = [
+    (1, 0, Ecx),
+    (1, 0, Edx),
+    (7, 0, Ebx),
+    (7, 0, Ecx),
+    (7, 0, Edx),
+    (7, 1, Eax),
+    (0xd, 0, Eax),
+    (0xd, 1, Eax),
+    (0x8000_0001, 0, Ecx),
+    (0x8000_0001, 0, Edx),
+    (0x8000_0007, 0, Edx),
+    (0x8000_0008, 0, Ebx),
+    (KVM_FEATURES, 0, Eax),
+];
+/// The deadline timer is KVM's own and not in what it says to support.
+const DEADLINE: u32 = 1 << 24;
+
 /// The CPUID of one guest, the same for all its vCPUs but for their numbers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CpuidTable {
+    #[serde(deserialize_with = "bounded::<_, _, MAX_CPUID_ENTRIES>")]
     entries: Vec<kvm_cpuid_entry2>,
 }
 
@@ -94,9 +116,39 @@ impl CpuidTable {
         how: Virtualisation,
         deadline: bool,
     ) -> Result<Self, CpuidError> {
+        Self::from_supported(Self::supported(kvm)?.entries, model, how, deadline)
+    }
+
+    /// Everything that this host's KVM supports.
+    ///
+    /// # Errors
+    /// KVM cannot be asked.
+    pub fn supported(kvm: &Kvm) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let supported = supported.map_err(|e| CpuidError::Unreadable(e.into()))?;
-        Self::from_supported(supported.as_slice().to_vec(), model, how, deadline)
+        Ok(Self { entries: supported.as_slice().to_vec() })
+    }
+
+    /// Refuses a guest's table on a host that lacks a feature of it.
+    ///
+    /// # Errors
+    /// The leaves and bits that are lacking.
+    pub fn check_runs_on(&self, host: &Self) -> Result<(), CpuidError> {
+        let mut lacking = Vec::new();
+        for word in FEATURE_WORDS {
+            let own = if matches!(word, (1, 0, Ecx)) { NOT_REQUIRED | DEADLINE } else { 0 };
+            let missing = self.word(word) & !host.word(word) & !own;
+            if missing != 0 {
+                lacking.push(format!("leaf {:#x} bits {missing:#010x}", word.0));
+            }
+        }
+        if lacking.is_empty() { Ok(()) } else { Err(CpuidError::Lacking(lacking.join(", "))) }
+    }
+
+    pub(crate) fn check_limits(&self) -> Result<(), StateError> {
+        let count = self.entries.len();
+        let fits = (1..=MAX_CPUID_ENTRIES).contains(&count);
+        if fits { Ok(()) } else { Err(StateError::Malformed(format!("{count} CPUID entries"))) }
     }
 
     fn from_supported(
@@ -118,8 +170,7 @@ impl CpuidTable {
             let hypercalls = KVM_UNHALT | KVM_SEND_IPI | KVM_SCHED_YIELD;
             table.change((KVM_FEATURES, 0, Eax), |value| value & !hypercalls);
         }
-        let timer = 1 << 24;
-        table.change((1, 0, Ecx), |value| if deadline { value | timer } else { value & !timer });
+        table.change((1, 0, Ecx), |value| if deadline { value | DEADLINE } else { value & !DEADLINE });
         table.change((1, 0, Ecx), |value| value | 1 << 31);
         Ok(table)
     }
@@ -243,6 +294,21 @@ mod tests {
         let error =
             CpuidTable::from_supported(poor, CpuModel::X86_64V3, Virtualisation::Vmx, false).unwrap_err();
         assert!(error.to_string().contains("leaf 0x7"), "{error}");
+    }
+
+    #[test]
+    fn a_guest_moves_only_to_a_host_that_has_its_features() {
+        let host = CpuidTable { entries: everything() };
+        let v3 =
+            CpuidTable::from_supported(everything(), CpuModel::X86_64V3, Virtualisation::Vmx, true).unwrap();
+        v3.check_runs_on(&host).unwrap();
+        let mut poor = host.clone();
+        poor.change((7, 0, Ebx), |value| value & !(1 << 5));
+        let error = v3.check_runs_on(&poor).unwrap_err().to_string();
+        assert!(error.contains("leaf 0x7 bits 0x00000020"), "{error}");
+        let v2 =
+            CpuidTable::from_supported(everything(), CpuModel::X86_64V2, Virtualisation::Vmx, true).unwrap();
+        v2.check_runs_on(&poor).unwrap();
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub(crate) fn write(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<(), StateError
         if let Some((_, name)) = ESSENTIAL.iter().find(|(index, _)| *index == stopped.index) {
             return Err(refused(stopped.index, format!("{name} = {:#x} was refused", stopped.value)));
         }
-        tracing::debug!(msr = format_args!("{:#x}", stopped.index), "KVM does not take this MSR back");
+        tracing::warn!("KVM does not take MSR {:#x} = {:#x} back", stopped.index, stopped.value);
         rest = &rest[written + 1..];
     }
     Ok(())

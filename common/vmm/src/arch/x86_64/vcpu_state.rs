@@ -14,12 +14,17 @@ use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 use std::io;
 
-use crate::arch::x86_64::msrs::{self, MsrValue};
+use crate::arch::x86_64::msrs::{self, MsrValue, TSC, TSC_DEADLINE};
 use crate::ioctl;
-use crate::state::StateError;
+use crate::state::{StateError, bounded};
 
 /// First of the local APIC's eight interrupt request registers.
 const APIC_IRR: usize = 0x200;
+/// Timer entry of the local vector table, its mode field, and the deadline mode in it.
+const APIC_TIMER: usize = 0x320;
+const APIC_TIMER_MASKED: u32 = 1 << 16;
+const APIC_TIMER_MODE: u32 = 3 << 17;
+const APIC_TIMER_DEADLINE: u32 = 2 << 17;
 /// What is left of the local APIC's timer.
 const APIC_CURRENT_COUNT: usize = 0x390;
 
@@ -47,10 +52,12 @@ pub struct VcpuState {
     sregs: kvm_sregs,
     /// PDPTRs as the processor holds them, for a guest in PAE mode.
     pdptrs: Option<[u64; 4]>,
+    #[serde(deserialize_with = "bounded::<_, _, { MAX_XSAVE / 4 }>")]
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: kvm_lapic_state,
+    #[serde(deserialize_with = "bounded::<_, _, MAX_MSRS>")]
     msrs: Vec<MsrValue>,
     events: kvm_vcpu_events,
     /// Guest TSC less host TSC, where it can be moved.
@@ -68,10 +75,17 @@ impl VcpuState {
         let xcrs = vcpu.get_xcrs()?;
         let debugregs = vcpu.get_debug_regs()?;
         let lapic = vcpu.get_lapic()?;
-        let msrs = msrs::read(vcpu, &ability.msrs)?;
+        let mut msrs = msrs::read(vcpu, &ability.msrs)?;
         if msrs.len() != ability.msrs.len() {
             let refused = ability.msrs[msrs.len()];
             return Err(io::Error::other(format!("MSR {refused:#x} could be read before and cannot now")));
+        }
+        // A deadline that passed between the reads of the APIC and of the MSRs is in neither: it is set to the
+        // present, so that the timer fires once more rather than never.
+        if apic_register(&lapic, APIC_TIMER) & (APIC_TIMER_MODE | APIC_TIMER_MASKED) == APIC_TIMER_DEADLINE
+            && let Some(deadline) = msrs.iter_mut().find(|msr| msr.index == TSC_DEADLINE && msr.value == 0)
+        {
+            deadline.value = msrs::read(vcpu, &[TSC])?.first().map_or(1, |tsc| tsc.value);
         }
         let tsc_offset = if ability.tsc_offset { Some(ioctl::tsc_offset(vcpu)?) } else { None };
         let events = vcpu.get_vcpu_events()?;
@@ -114,18 +128,12 @@ impl VcpuState {
     }
 
     pub(crate) fn has_interrupt(&self) -> bool {
-        let requested = (0..8).any(|n| self.apic_register(APIC_IRR + n * 0x10) != 0);
+        let requested = (0..8).any(|n| apic_register(&self.lapic, APIC_IRR + n * 0x10) != 0);
         requested || self.events.interrupt.injected != 0
     }
 
     pub(crate) fn has_armed_timer(&self) -> bool {
-        self.apic_register(APIC_CURRENT_COUNT) != 0
-    }
-
-    fn apic_register(&self, offset: usize) -> u32 {
-        let bytes: Vec<u8> =
-            self.lapic.regs[offset..offset + 4].iter().map(|byte| byte.cast_unsigned()).collect();
-        u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+        apic_register(&self.lapic, APIC_CURRENT_COUNT) != 0
     }
 
     /// Guest TSC less host TSC at the cut, where it can be moved.
@@ -178,6 +186,11 @@ impl VcpuState {
             pdptrs,
         }
     }
+}
+
+fn apic_register(lapic: &kvm_lapic_state, offset: usize) -> u32 {
+    let bytes: Vec<u8> = lapic.regs[offset..offset + 4].iter().map(|byte| byte.cast_unsigned()).collect();
+    u32::from_le_bytes(bytes.try_into().expect("four bytes"))
 }
 
 fn refused<E: Display>(part: &'static str) -> impl Fn(E) -> StateError {
