@@ -8,7 +8,7 @@ use colo_tests::rig::{Rig, contains};
 use colo_tests::seed::Seed;
 use colo_vmm::guest::{GuestEvent, Lifecycle};
 use colo_vmm::state::Body;
-use colo_vmm::{GuestSpec, TrackerKind};
+use colo_vmm::{DirtySet, GuestSpec, KvmGuest, ProtectedGuest, Tracked, TrackerKind};
 use std::time::{Duration, Instant};
 
 /// No guest here needs longer, even on a busy host.
@@ -119,4 +119,41 @@ fn linux_is_carried_from_vm_to_vm_without_a_seam() {
 #[test]
 fn linux_on_two_vcpus_is_carried_from_vm_to_vm_without_a_seam() {
     linux(Kernel::Smp, 2, "pages=256 touch=32 pattern=rand delay_us=10000", 60);
+}
+
+/// Tracking goes on and off, of a running guest and of a stopped one, and a guest that is not tracked is cut like
+/// any other.
+#[test]
+fn protection_is_put_on_and_taken_off() {
+    if !kvm_usable() {
+        return;
+    }
+    let images = Images::find().unwrap();
+    for tracker in [TrackerKind::default(), TrackerKind::Bitmap] {
+        let spec = images.bare("dirty.elf", 1, 32 << 20, "pages=64 mode=user").unwrap();
+        let mut guest = KvmGuest::new(GuestSpec { tracker, ..spec }).unwrap();
+        guest.boot().unwrap();
+        let mut dirty = DirtySet::new(guest.memory().layout().frame_limit());
+        for protected in [false, true, false, true] {
+            for stopped in [false, true] {
+                if !stopped {
+                    guest.resume().unwrap();
+                }
+                if protected {
+                    guest.protect().unwrap()
+                } else {
+                    guest.unprotect().unwrap()
+                }
+                if stopped {
+                    guest.resume().unwrap();
+                }
+                assert_eq!(guest.next_event(Duration::from_millis(100)), None);
+                let tracked = guest.collect(&mut dirty).unwrap();
+                let cut = guest.cut(&mut dirty).unwrap();
+                assert_eq!((tracked, cut.tracked, cut.failed), (Tracked::Complete, Tracked::Complete, None));
+                assert_eq!(dirty.is_empty(), !protected, "{tracker:?}, stopped {stopped}: {dirty:?}");
+                dirty.clear();
+            }
+        }
+    }
 }

@@ -148,16 +148,8 @@ impl MachineState {
     /// # Panics
     /// The state is larger than [`MAX_MACHINE_STATE`], which the limits on its parts rule out.
     pub fn encode(&self) -> Vec<u8> {
-        let bytes = vec![0; HEADER];
-        let mut bytes = postcard::to_extend(self, bytes).expect("a state has only plain data in it");
-        let body = bytes.len() - HEADER;
-        assert!(body <= MAX_MACHINE_STATE, "a machine state of {body} bytes");
-        bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&STATE_VERSION.to_le_bytes());
-        bytes[12..16].copy_from_slice(&(body as u32).to_le_bytes());
-        let sum = checksum(&bytes);
-        bytes[16..HEADER].copy_from_slice(&sum.to_le_bytes());
-        bytes
+        let bytes = postcard::to_extend(self, vec![0; HEADER]).expect("a state has only plain data in it");
+        seal(bytes)
     }
 
     /// Reads encoded bytes, which may come from a peer or a disk.
@@ -217,9 +209,121 @@ impl MachineState {
     }
 }
 
+/// Fills in the header before a body.
+fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+    let body = bytes.len() - HEADER;
+    assert!(body <= MAX_MACHINE_STATE, "a machine state of {body} bytes");
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..12].copy_from_slice(&STATE_VERSION.to_le_bytes());
+    bytes[12..16].copy_from_slice(&(body as u32).to_le_bytes());
+    let sum = checksum(&bytes);
+    bytes[16..HEADER].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
 fn checksum(bytes: &[u8]) -> u64 {
     let mut hasher = Xxh3::new();
     hasher.update(&bytes[..16]);
     hasher.update(&bytes[HEADER..]);
     hasher.digest()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{HEADER, MAX_MACHINE_STATE, MachineState, STATE_VERSION, StateError, seal};
+    use crate::DirtySet;
+    use crate::guest::ProtectedGuest;
+    use crate::spec::{BootFile, BootSource, GuestSpec};
+    use crate::synthetic::{SyntheticConfig, SyntheticGuest};
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
+
+    fn saved() -> Vec<u8> {
+        let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
+        let spec = GuestSpec::new("test", 4 << 20, BootSource::Flat { image, address: 1 << 20 });
+        let mut guest = SyntheticGuest::new(spec, SyntheticConfig::default()).unwrap();
+        guest.boot().unwrap();
+        guest.resume().unwrap();
+        guest.advance(100);
+        let mut dirty = DirtySet::new(guest.memory().layout().frame_limit());
+        guest.cut(&mut dirty).unwrap().state.encode()
+    }
+
+    fn sealed(body: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER];
+        bytes.extend_from_slice(body);
+        seal(bytes)
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        let bytes = saved();
+        assert_eq!(MachineState::decode(&bytes).unwrap().encode(), bytes);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let good = saved();
+        for bit in 0..good.len() * 8 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(MachineState::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_says_how_much_is_missing() {
+        let good = saved();
+        for len in 0..good.len() {
+            let error = MachineState::decode(&good[..len]).unwrap_err();
+            assert!(matches!(error, StateError::Truncated { found, .. } if found == len), "{len}: {error}");
+        }
+        let mut long = good.clone();
+        long.push(0);
+        assert_eq!(MachineState::decode(&long).unwrap_err(), StateError::Trailing(1));
+    }
+
+    #[test]
+    fn another_version_is_named_before_anything_else_is_believed() {
+        let mut bytes = saved();
+        bytes[8..12].copy_from_slice(&(STATE_VERSION + 1).to_le_bytes());
+        let error = MachineState::decode(&bytes).unwrap_err();
+        assert_eq!(error, StateError::Version { found: STATE_VERSION + 1 });
+        bytes = saved();
+        bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(MachineState::decode(&bytes).unwrap_err(), StateError::TooLarge(u32::MAX as usize));
+        assert!(u32::MAX as usize > MAX_MACHINE_STATE);
+    }
+
+    #[test]
+    fn lists_end_at_their_limit_whatever_they_announce() {
+        // Five fields, a KVM body, and a table of a million CPUID entries of no bytes each, with a right checksum.
+        let mut body = vec![0; 6];
+        body.extend([0xc0, 0x84, 0x3d]);
+        body.resize(body.len() + 1_000_000, 0);
+        let error = MachineState::decode(&sealed(&body)).unwrap_err();
+        assert!(matches!(error, StateError::Malformed(_)), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_body_with_a_right_checksum_panics(body in proptest::collection::vec(any::<u8>(), 0..600)) {
+            if let Ok(state) = MachineState::decode(&sealed(&body)) {
+                prop_assert_eq!(&state.encode()[HEADER..], body.as_slice());
+            }
+        }
+
+        #[test]
+        fn a_changed_body_with_a_right_checksum_is_refused_or_taken_as_it_is(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..8),
+        ) {
+            let mut body = saved()[HEADER..].to_vec();
+            for (at, value) in changes {
+                let at = at.index(body.len());
+                body[at] = value;
+            }
+            if let Ok(state) = MachineState::decode(&sealed(&body)) {
+                prop_assert!(state.encode()[HEADER..] == body);
+            }
+        }
+    }
 }
