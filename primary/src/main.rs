@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use colo_primary::terminal::{self, End};
 use colo_vmm::host::Host;
 use colo_vmm::{BootFile, BootSource, CpuModel, GuestSpec, KvmGuest, ProtectedGuest, TrackerKind};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -77,9 +78,22 @@ fn main() -> ExitCode {
         Command::Host => host(),
     };
     done.unwrap_or_else(|e| {
-        tracing::error!("{e:#}");
+        tracing::error!("{}", one_line(&e));
         ExitCode::FAILURE
     })
+}
+
+/// An error and its causes, less those whose words are in it already.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }
 
 impl Run {
@@ -107,7 +121,10 @@ impl Run {
             }
         };
         let name = self.kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let bytes = self.memory.checked_mul(1 << 20).context("--memory is too large")?;
+        let bytes = self
+            .memory
+            .checked_mul(1 << 20)
+            .context("--memory is too large: a guest has at most 1048576 MiB")?;
         let tracker = match self.tracker {
             Tracker::Ring => TrackerKind::Ring { entries: self.ring_entries },
             Tracker::Bitmap => TrackerKind::Bitmap,
@@ -128,13 +145,18 @@ impl Run {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the command's answer")]
 fn host() -> anyhow::Result<ExitCode> {
     let host = Host::open()?;
-    println!("hypervisor    {}", host.virtualisation());
-    println!("dirty rings   {} entries per vCPU at most", host.ring_entries());
-    println!("vCPUs         {} per guest at most", host.kvm().get_max_vcpus());
-    println!("TSC rate      {}", if host.scales_tsc() { "can be scaled" } else { "fixed" });
+    let answer = format!(
+        "hypervisor    {}\ndirty rings   {} entries per vCPU at most\nvCPUs         {} per guest at most\nTSC rate      {}\n",
+        host.virtualisation(),
+        host.ring_entries(),
+        host.kvm().get_max_vcpus(),
+        if host.scales_tsc() { "can be scaled" } else { "fixed" },
+    );
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(answer.as_bytes()).and_then(|()| out.flush());
+    written.context("cannot write the answer to standard output; is its disk full?")?;
     Ok(ExitCode::SUCCESS)
 }
 

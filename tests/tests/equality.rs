@@ -65,3 +65,45 @@ fn with_rings_and_a_guest_that_computes() {
     let line = "rounds=1000000 seed=9 cpus=2 io=1";
     equal_over_thousands_of_cuts("compute.elf", 2, TrackerKind::default(), line);
 }
+
+#[test]
+fn with_the_bitmap_and_a_guest_that_computes() {
+    let line = "rounds=1000000 seed=9 cpus=2 io=1";
+    equal_over_thousands_of_cuts("compute.elf", 2, TrackerKind::Bitmap, line);
+}
+
+/// What the guest writes unprotected is neither tracked nor expected to be, so the image begins anew after it; and
+/// every page that became writable meanwhile must be protected again.
+#[test]
+fn through_protection_that_is_switched_off_and_on() {
+    if !kvm_usable() {
+        return;
+    }
+    let mut seed = Seed::from_env(2001);
+    for tracker in [TrackerKind::default(), TrackerKind::Bitmap] {
+        let line = "pages=512 pattern=rand mode=user cpus=2";
+        let spec = Images::find().unwrap().bare("dirty.elf", 2, 32 << 20, line).unwrap();
+        let mut rig = Rig::boot(GuestSpec { tracker, ..spec }).unwrap();
+        let mut pages = 0;
+        for _ in 0..100 {
+            for _ in 0..seed.below(4) {
+                assert_eq!(rig.run(Duration::from_micros(seed.below(4000))).unwrap(), None);
+                pages += rig.cut().unwrap().pages;
+            }
+            rig.check_image().unwrap();
+            rig.guest().unprotect().unwrap();
+            let runs = seed.below(2) == 0;
+            if runs {
+                assert_eq!(rig.run(Duration::from_micros(seed.below(4000))).unwrap(), None);
+                assert_eq!(rig.cut().unwrap().pages, 0, "pages were tracked without protection");
+            }
+            rig.guest().protect().unwrap();
+            if runs {
+                rig.copy_everything().unwrap();
+            }
+        }
+        rig.check_image().unwrap();
+        assert!(pages > 1000, "{tracker:?}: a guest that wrote {pages} pages shows nothing");
+        assert_eq!(rig.losses, 0);
+    }
+}

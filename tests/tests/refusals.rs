@@ -133,7 +133,6 @@ fn memory_that_the_host_does_not_have() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn a_cgroup_that_is_too_small() {
     if !kvm_usable() {
         return;
@@ -163,7 +162,6 @@ fn a_cgroup_that_is_too_small() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn a_host_without_kvm() {
     let script = "mount -t tmpfs none /dev && exec \"$0\" host";
     let output = Command::new("unshare").args(["-m", "sh", "-c", script]).arg(colo_primary()).output();
@@ -177,7 +175,6 @@ fn a_host_without_kvm() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn a_user_who_may_not() {
     if !kvm_usable() {
         return;

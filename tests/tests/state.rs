@@ -140,9 +140,9 @@ fn protection_is_put_on_and_taken_off() {
                     guest.resume().unwrap();
                 }
                 if protected {
-                    guest.protect().unwrap()
+                    guest.protect().unwrap();
                 } else {
-                    guest.unprotect().unwrap()
+                    guest.unprotect().unwrap();
                 }
                 if stopped {
                     guest.resume().unwrap();

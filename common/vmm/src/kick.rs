@@ -65,8 +65,9 @@ impl Drop for Registration {
     }
 }
 
-/// Runs `f` with every signal of the calling thread held back until after it.
-pub(crate) fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+/// Runs `f` with every signal of the calling thread held back until after it. Stops cannot be held back (SIGSTOP,
+/// a debugger, a frozen cgroup): also tells whether the thread may have been stopped.
+pub(crate) fn without_signals<T>(f: impl FnOnce() -> T) -> (T, bool) {
     // SAFETY: all-zero bytes are a valid `sigset_t`.
     let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
     // SAFETY: `all` is a live signal set.
@@ -74,11 +75,23 @@ pub(crate) fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     // SAFETY: both pointers are to live signal sets.
     let blocked = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
     assert_eq!(blocked, 0, "a thread can block its own signals");
+    let switches = voluntary_switches();
     let result = f();
+    let stopped = voluntary_switches() != switches;
     // SAFETY: `before` is the live set that the call above has filled in; nothing is asked back.
     let restored = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
     assert_eq!(restored, 0, "a thread can have its own signals back");
-    result
+    (result, stopped)
+}
+
+/// How often the calling thread gave up its core by itself: to wait for something, or because it was stopped.
+fn voluntary_switches() -> libc::c_long {
+    // SAFETY: all-zero bytes are a valid `rusage`.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live `rusage`.
+    let ret = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    assert_eq!(ret, 0, "a thread can ask for its own usage");
+    usage.ru_nvcsw
 }
 
 /// A timer that signals the thread it was made on.

@@ -175,22 +175,26 @@ impl Tracker {
 
     /// All that was taken must be reset before bytes are read. Returns whether KVM has protected every page of it.
     ///
-    /// Signals are held back. Since Linux 6.17 this request ends early when one is pending, and it does so between
-    /// freeing entries and protecting their pages: the last pages of those that it counts stay writable and are
-    /// never logged again. No answer of KVM tells that apart, so it must not happen.
+    /// Since Linux 6.17 this request ends early when a signal is pending, and it does so between freeing entries
+    /// and protecting their pages: the last pages of those that it counts stay writable and are never logged
+    /// again, even if it counts them all. So signals are held back; a stop of the process cannot be, and is told.
     fn reset(&self, taken: u32) -> io::Result<bool> {
-        let (mut parts, mut reset, mut in_vain) = (0, 0, 0);
+        let (mut whole, mut reset, mut in_vain) = (true, 0, 0);
         while reset < taken && in_vain < RESETS_IN_VAIN {
-            match kick::without_signals(|| ioctl::reset_dirty_rings(&self.vm)) {
+            let (answer, stopped) = kick::without_signals(|| ioctl::reset_dirty_rings(&self.vm));
+            match answer {
                 // Nothing was freed, so nothing was left half done.
                 Ok(0) => in_vain += 1,
-                Ok(count) => (parts, reset) = (parts + 1, reset + count),
+                Ok(count) => {
+                    reset += count;
+                    whole &= count == taken && !stopped;
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => in_vain += 1,
                 Err(e) => return Err(e),
             }
         }
         assert_eq!(reset, taken, "KVM reset another number of ring entries than were harvested");
-        Ok(parts <= 1)
+        Ok(whole)
     }
 
     fn read_bitmap(&self, inner: &mut Inner) -> io::Result<()> {

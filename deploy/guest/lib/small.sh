@@ -75,7 +75,7 @@ small_source_drop() {
 
 small_build() {
     local out=$1 variant=$2 tree fragments target=vmlinux
-    need_packages "$small_source_package" gcc make flex bison bc libelf-dev libc6-dev patch xz-utils cpio
+    need_packages "$small_source_package" gcc make flex bison bc libelf-dev libc6-dev patch xz-utils lz4
     [ -n "${source_tree:-}" ] || small_source
     tree=$out/build
     mkdir "$tree"

@@ -19,7 +19,7 @@ struct Watched {
 }
 
 /// The watched pages of one guest.
-pub struct Held {
+pub(crate) struct Held {
     pages: HashMap<Gfn, Watched>,
     /// Words of a page that the guest writes numbers into.
     words: usize,
@@ -27,19 +27,19 @@ pub struct Held {
 
 /// What the pages of a working set show at a cut.
 #[derive(Default)]
-pub struct Shown {
+pub(crate) struct Shown {
     /// Pages that are not as they were read last: lost writes.
-    pub lost: Vec<Gfn>,
+    pub(crate) lost: Vec<Gfn>,
     /// Pages that were reported since the cut before.
-    pub reported: u64,
+    pub(crate) reported: u64,
     /// Of these, pages that hold no number of this epoch: reported for a write that is yet to come, or for one
     /// of a number that a vCPU had read before the last cut.
-    pub early: u64,
+    pub(crate) early: u64,
 }
 
 impl Held {
     /// Reads the working set and the control page of a stopped guest.
-    pub fn new(rig: &Rig, dirtier: &Dirtier) -> anyhow::Result<Self> {
+    pub(crate) fn new(rig: &Rig, dirtier: &Dirtier) -> anyhow::Result<Self> {
         let words = if dirtier.fill { PAGE_SIZE / 8 } else { dirtier.cpus as usize };
         let mut held = Self { pages: HashMap::new(), words };
         for gfn in dirtier.frames().chain([CONTROL]) {
@@ -49,7 +49,7 @@ impl Held {
     }
 
     /// Reads what the last collect or cut has reported.
-    pub fn take_reported(&mut self, rig: &Rig) -> anyhow::Result<()> {
+    pub(crate) fn take_reported(&mut self, rig: &Rig) -> anyhow::Result<()> {
         for gfn in rig.reported().iter() {
             if let Some(page) = self.pages.get_mut(&gfn) {
                 *page = Watched { last_read: read(rig, gfn)?, reported: true };
@@ -63,7 +63,7 @@ impl Held {
     ///
     /// # Errors
     /// A page holds a number that the guest cannot know yet.
-    pub fn close(&mut self, rig: &Rig, numbers: RangeInclusive<u64>) -> anyhow::Result<Shown> {
+    pub(crate) fn close(&mut self, rig: &Rig, numbers: RangeInclusive<u64>) -> anyhow::Result<Shown> {
         let mut shown = Shown::default();
         for (&gfn, page) in &mut self.pages {
             let now = read(rig, gfn)?;

@@ -119,6 +119,10 @@ pub(super) fn load_bzimage(
     if image_bytes <= ENTRY_64 {
         return Err(BootError::Truncated { path: path(), what: "its setup code" });
     }
+    // Counted in 16 bytes. More may follow (a signature); with less it would unpack what is not there.
+    if image_bytes < u64::from(header.syssize) * 16 {
+        return Err(BootError::Truncated { path: path(), what: "its compressed kernel" });
+    }
     check_place(target, file, HIMEM_START, image_bytes)?;
     // Where it unpacks and runs until it knows its memory.
     let (start, bytes) = (run_address(&header), u64::from(header.init_size));
@@ -385,6 +389,9 @@ mod tests {
         assert!(matches!(with(0x206, 0x0b), Err(BootError::NoEntry64 { .. })), "old protocol");
         assert!(matches!(with(0x211, 0), Err(BootError::Loader { .. })), "zImage");
         assert!(matches!(with(0x1f1, 255), Err(BootError::Truncated { .. })));
+        // 0x3000 bytes are there.
+        assert!(matches!(with(0x1f5, 3), Ok(Entry::Linux64 { .. })));
+        assert!(matches!(with(0x1f5, 4), Err(BootError::Truncated { what: "its compressed kernel", .. })));
         let mut image = bzimage();
         write_u32(&mut image, 0x238, 12);
         assert!(matches!(
