@@ -51,7 +51,7 @@ impl Subject {
         let dirtier = Dirtier::new(Mode::User, Pattern::Seq, pages);
         let rig = dirtier.boot(dirtier.spec(&Images::find()?, memory_bytes, tracker)?, Cadence::default())?;
         let dirty = DirtySet::new(rig.guest_memory().layout().frame_limit());
-        let copy = vec![0; (pages as usize + 64) * PAGE_SIZE];
+        let copy = vec![0; (pages as usize + 65) * PAGE_SIZE];
         let mut subject = Self { dirtier, rig, dirty, copy, samples: Vec::new() };
         // From here on the guest is cut and resumed past its rig, which keeps taking it for running.
         subject.rig.resume()?;
@@ -77,7 +77,10 @@ impl Subject {
     }
 
     fn copy_out(&mut self) -> anyhow::Result<()> {
-        let places = self.copy.as_chunks_mut::<PAGE_SIZE>().0;
+        // To an address a little past a multiple of 4096, where allocators like to begin, a page is copied at less
+        // than half the speed: the processor takes each load for one that waits for a store just before it.
+        let aligned = self.copy.as_ptr().align_offset(PAGE_SIZE);
+        let places = self.copy[aligned..].as_chunks_mut::<PAGE_SIZE>().0;
         ensure!(self.dirty.len() <= places.len() as u64, "{} pages are dirty", self.dirty.len());
         for (gfn, page) in self.dirty.iter().zip(places) {
             self.rig.guest_memory().read_page(gfn, page)?;

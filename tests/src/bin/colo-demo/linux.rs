@@ -29,6 +29,7 @@ pub(crate) fn run(
     let spec = images.linux(Kernel::Up, 1, &line)?;
     summary.guest = format!("linux {} ({} kernel)", images.release, images.kind);
     say(&format!("booting {}", summary.guest));
+    colo_vmm::admission::check(&spec)?;
     let mut rig = Rig::boot(spec.clone())?;
     describe(&mut rig, &spec, summary);
     let (mut checker, mut shown) = (Checker::from_start(chain_seed), Shown::default());
