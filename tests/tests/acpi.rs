@@ -66,6 +66,13 @@ fn wait_for_sci(session: &mut Session, before: u64, press: u32) -> u64 {
     panic!("press {press} raised no interrupt:\n{}", session.text());
 }
 
+/// The button driver tells a press and a release of KEY_POWER, each followed by a report: four events of 24 bytes
+/// (time, type, code, value).
+fn check_key_events(session: &mut Session) {
+    let said = run(session, "for n in 1 2 3 4; do dd bs=24 count=1 <&3 2>/dev/null | hexdump -C; done");
+    check_said(&said, &["00000010  01 00 74 00 01 00 00 00", "00000010  01 00 74 00 00 00 00 00"]);
+}
+
 #[test]
 fn linux_finds_its_machine_by_acpi_and_powers_off() {
     if !kvm_usable() {
@@ -80,10 +87,13 @@ fn linux_finds_its_machine_by_acpi_and_powers_off() {
     let windows = ["d0000000-d0000fff : LNRO0005:00", "d0001000-d0001fff : LNRO0005:01"];
     check_said(&run(&mut session, "cat /proc/iomem"), &windows);
 
+    // Open from now on, so that no press can fall between two readers.
+    run(&mut session, "exec 3</dev/input/event0");
     let mut count = sci_count(&mut session);
     for press in 1..=2 {
         session.guest().power_button();
         count = wait_for_sci(&mut session, count, press);
+        check_key_events(&mut session);
     }
     // An emulating host may deliver a level once more that was lowered in its handler; never for ever.
     let steady = (0..5).any(|_| sci_count(&mut session) == sci_count(&mut session));

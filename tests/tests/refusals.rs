@@ -2,9 +2,14 @@
 //! zero and one clear line that names the thing and the remedy, before any guest runs.
 
 use colo_tests::images::{Images, Kernel, kvm_usable};
+use colo_tests::session::PATIENCE;
+use colo_vmm::host::HostError;
+use colo_vmm::{BootFile, BootSource, GuestSpec};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// Beside the test programs: the workspace is built before its tests run.
 fn colo_primary() -> PathBuf {
@@ -21,6 +26,8 @@ impl Scratch {
     fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("colo-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
+        // Other users may read it too.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         Self(path)
     }
 
@@ -37,22 +44,43 @@ impl Drop for Scratch {
     }
 }
 
-/// The one line that a refused run leaves on standard error.
+/// Runs to its end what must end by itself.
+fn finish(command: &mut Command) -> Output {
+    // Colours and backtraces are the environment's; nothing here may wait for a guest that runs after all.
+    command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "0").env_remove("COLO_LOG").stdin(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > PATIENCE {
+            child.kill().unwrap();
+            panic!("it does not end: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().unwrap()
+}
+
+/// Nothing but one line on standard error, with all of `parts` in it and nothing said twice.
 #[track_caller]
 fn refused(output: &Output, parts: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "it was not refused: {stderr}");
-    assert!(output.status.code().is_some(), "it died of a signal: {stderr}");
-    let lines: Vec<&str> = stderr.lines().filter(|line| line.contains("ERROR")).collect();
-    assert_eq!(lines.len(), 1, "not one line: {stderr}");
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "not one line: {stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
     for part in parts {
-        assert!(lines[0].contains(part), "{part:?} is not in: {stderr}");
+        assert!(stderr.contains(part), "no {part:?} in: {stderr}");
     }
+    assert!(stderr.matches("os error").count() <= 1, "a cause is repeated: {stderr}");
+    assert!(output.stdout.is_empty(), "something ran: {}", String::from_utf8_lossy(&output.stdout));
 }
 
 fn run(args: &[&str]) -> Output {
-    Command::new(colo_primary()).env("COLO_LOG", "error").arg("run").args(args).output().unwrap()
+    finish(Command::new(colo_primary()).arg("run").args(args))
+}
+
+/// Runs a shell script whose `$0` is the program.
+fn script(text: &str) -> Output {
+    finish(Command::new("sh").args(["-c", text]).arg(colo_primary()))
 }
 
 #[test]
@@ -70,8 +98,6 @@ fn kernels_that_are_none() {
     for path in [&empty, &text, &noise] {
         refused(&run(&["--kernel", path]), &[path, "is not a kernel"]);
     }
-    let cut_short = scratch.file("cut-short", &kernel[..kernel.len() / 2]);
-    refused(&run(&["--kernel", &cut_short]), &[&cut_short, "cut short"]);
     let mut arm = kernel;
     arm[18] = 0xb7;
     let arm = scratch.file("arm", &arm);
@@ -120,6 +146,66 @@ fn numbers_out_of_their_range() {
 }
 
 #[test]
+fn kernels_cut_short_are_refused_before_they_run() {
+    if !kvm_usable() {
+        return;
+    }
+    let images = Images::find().unwrap();
+    let scratch = Scratch::new("cut-short");
+    let check = |bytes: &[u8], part: &str| {
+        let path = scratch.file("kernel", bytes);
+        refused(&run(&["--kernel", &path]), &[&path, part]);
+    };
+    let bzimage = fs::read(images.kernel(Kernel::BzImage).unwrap()).unwrap();
+    for len in [1000, 20_000, bzimage.len() / 2, bzimage.len() - 16] {
+        check(&bzimage[..len], "the file was cut short");
+    }
+    check(&bzimage[..0x205], "is not a kernel that can be booted");
+    let vmlinux = fs::read(images.kernel(Kernel::Up).unwrap()).unwrap();
+    for len in [100, 10_000, vmlinux.len() / 2] {
+        check(&vmlinux[..len], "the file was cut short");
+    }
+}
+
+#[test]
+fn a_32_bit_elf_needs_a_multiboot_header() {
+    if !kvm_usable() {
+        return;
+    }
+    let images = Images::find().unwrap();
+    let scratch = Scratch::new("elf");
+    let mut elf = fs::read(images.payload("lifecycle.elf").unwrap()).unwrap();
+    let magic = 0x1bad_b002_u32.to_le_bytes();
+    while let Some(at) = elf.windows(4).position(|word| word == magic) {
+        elf[at] = 0;
+    }
+    let path = scratch.file("kernel", &elf);
+    refused(&run(&["--kernel", &path]), &[&path, "is not a kernel that can be booted", "multiboot"]);
+}
+
+/// A number that is none is clap's to refuse, with its own words and status.
+#[test]
+fn memory_in_broken_mebibytes_is_refused() {
+    for value in ["1.5", "-1", "", "64M", "99999999999999999999"] {
+        let value = format!("--memory={value}");
+        let output = run(&["--kernel", "/dev/null", &value]);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains("'--memory <MEMORY>'"), "{stderr}");
+    }
+    let spec = |bytes| GuestSpec { memory_bytes: bytes, ..flat() };
+    for bytes in [(16 << 20) + 1, 4095, (1 << 40) + 4096] {
+        let error = spec(bytes).validate().unwrap_err().to_string();
+        assert!(error.contains(&bytes.to_string()) && error.contains("choose another size"), "{error}");
+    }
+}
+
+fn flat() -> GuestSpec {
+    let image = BootFile { path: "hlt".into(), bytes: [0xf4].into() };
+    GuestSpec::new("flat", 16 << 20, BootSource::Flat { image, address: 0x10_0000 })
+}
+
+#[test]
 fn memory_that_the_host_does_not_have() {
     if !kvm_usable() {
         return;
@@ -127,9 +213,11 @@ fn memory_that_the_host_does_not_have() {
     let images = Images::find().unwrap();
     let kernel = images.kernel(Kernel::Up).unwrap().to_str().unwrap();
     refused(&run(&["--kernel", kernel, "--memory", "1048576"]), &["host memory", "overcommit"]);
-    let script = format!("ulimit -v 2000000; exec \"$0\" run --kernel {kernel} --memory 4096");
-    let limited = Command::new("sh").args(["-c", &script]).arg(colo_primary()).output().unwrap();
-    refused(&limited, &["address space"]);
+    let limited = |limit: &str| {
+        script(&format!("ulimit {limit}; exec \"$0\" run --kernel {kernel} --memory 4096 --overcommit"))
+    };
+    refused(&limited("-v 2000000"), &["address space", "lower the guest's memory or raise that limit"]);
+    refused(&limited("-f 1000000"), &["4294967296 bytes", "File too large", "ulimit -f"]);
 }
 
 #[test]
@@ -149,49 +237,83 @@ fn a_cgroup_that_is_too_small() {
         }
     });
     let Some((group, limit)) = made else {
-        eprintln!("skipped: no memory cgroup can be made here");
+        println!("skipped: no memory cgroup can be made here");
         return;
     };
-    let script = format!(
+    let in_group = format!(
         "echo $$ >{}/cgroup.procs && exec \"$0\" run --kernel {kernel} --memory 1024",
         group.display()
     );
-    let limited = Command::new("sh").args(["-c", &script]).arg(colo_primary()).output().unwrap();
+    let limited = script(&in_group);
     fs::remove_dir(&group).unwrap();
     refused(&limited, &[limit, &name]);
 }
 
 #[test]
 fn a_host_without_kvm() {
-    let script = "mount -t tmpfs none /dev && exec \"$0\" host";
-    let output = Command::new("unshare").args(["-m", "sh", "-c", script]).arg(colo_primary()).output();
-
-    let made = output.as_ref().is_ok_and(|o| !String::from_utf8_lossy(&o.stderr).contains("unshare:"));
-    if !made {
-        eprintln!("skipped: no mount namespace can be made here");
+    let output = script("unshare -m sh -c 'mount -t tmpfs none /dev && exec \"$0\" host' \"$0\"");
+    if let Some(why) = failed_tool(&output) {
+        println!("skipped: no mount namespace can be made here: {why}");
         return;
     }
-    refused(&output.unwrap(), &["/dev/kvm does not exist", "load the kvm module"]);
+    refused(&output, &["/dev/kvm does not exist", "load the kvm module"]);
 }
 
 #[test]
-fn a_user_who_may_not() {
+fn an_answer_that_cannot_be_written_is_an_error() {
     if !kvm_usable() {
         return;
     }
-    let scratch = Scratch::new("nobody");
-    let program = scratch.0.join("colo-primary");
-    fs::copy(colo_primary(), &program).unwrap();
-    let allowed: fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(&scratch.0, allowed).unwrap();
-    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
-    let output = Command::new("setpriv").args(nobody).arg(&program).arg("host").output();
-    let open_to_all = fs::metadata("/dev/kvm")
-        .is_ok_and(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()) & 6 == 6);
-    match output {
-        Ok(output) if !open_to_all && !String::from_utf8_lossy(&output.stderr).contains("setpriv") => {
-            refused(&output, &["no permission to open /dev/kvm", "run as root or join the group"]);
-        }
-        _ => eprintln!("skipped: no other user can be had here, or /dev/kvm is open to all"),
+    let output = script("exec \"$0\" host >/dev/full");
+    refused(&output, &["cannot write the answer to standard output", "No space left"]);
+}
+
+#[test]
+fn a_process_that_may_open_too_few_files_says_so() {
+    if !kvm_usable() {
+        return;
     }
+    let flat = Images::find().unwrap().payload("flat.bin").unwrap();
+    let run = format!("exec \"$0\" run --flat 0x100000 --kernel {}", flat.display());
+    for limit in 4..7 {
+        let output = script(&format!("ulimit -n {limit}; {run}"));
+        refused(&output, &["Too many open files", "raise the limit on open files (ulimit -n)"]);
+    }
+}
+
+/// In a /dev of its own, whose kvm belongs to root alone, and as a user who is nobody. Copied to where anybody
+/// may read it.
+#[test]
+fn a_user_without_permission_is_told_the_group() {
+    if !kvm_usable() {
+        return;
+    }
+    let script = "cp \"$0\" \"$1\" && mount -t tmpfs none /dev && mknod -m 600 /dev/kvm c 10 232 && \
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$1\" host";
+    let scratch = Scratch::new("nobody");
+    let copy = scratch.0.join("colo-primary");
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(colo_primary()).arg(&copy);
+    let output = finish(&mut command);
+    if let Some(why) = failed_tool(&output) {
+        println!("skipped: no other user, or no mount namespace, can be had here: {why}");
+        return;
+    }
+    refused(&output, &["no permission to open /dev/kvm", "run as root or join the group"]);
+}
+
+/// What a tool that a test needs has said against it.
+fn failed_tool(output: &Output) -> Option<String> {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    ["unshare:", "mount:", "mknod:", "setpriv:"].iter().any(|tool| stderr.contains(tool)).then_some(stderr)
+}
+
+/// Its check is tested beside it, with every capability; here is what an operator reads.
+#[test]
+fn a_missing_capability_is_named_with_its_purpose_and_remedy() {
+    let error = HostError::Missing { capability: "KVM_CAP_X", purpose: "to save a guest" };
+    assert_eq!(
+        error.to_string(),
+        "this host's KVM lacks KVM_CAP_X, which Colo needs to save a guest: use a newer kernel or another host"
+    );
 }

@@ -9,11 +9,30 @@ use colo_common::Gfn;
 /// Frames of one chunk: 16 MiB of guest memory in 512 bytes of bits.
 const CHUNK_FRAMES: u64 = 4096;
 const WORDS: usize = (CHUNK_FRAMES / 64) as usize;
+const _: () = assert!(WORDS == 64, "`Chunk::used` has a bit for each word");
 
 #[derive(Clone)]
 struct Chunk {
     number: u32,
+    /// Which words are not 0.
+    used: u64,
     words: [u64; WORDS],
+}
+
+impl Chunk {
+    /// Adds bits to a word; tells which are new.
+    fn add(&mut self, word: usize, bits: u64) -> u64 {
+        let new = bits & !self.words[word];
+        self.words[word] |= bits;
+        self.used |= u64::from(bits != 0) << word;
+        new
+    }
+
+    /// The words that are not 0, ascending: (first frame, bits).
+    fn used_words(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let first = u64::from(self.number) * CHUNK_FRAMES;
+        Bits(self.used).map(move |word| (first + word * 64, self.words[word as usize]))
+    }
 }
 
 /// Frames dirtied since some instant; ordered, without duplicates.
@@ -55,10 +74,7 @@ impl DirtySet {
     pub fn insert(&mut self, gfn: Gfn) -> bool {
         assert!(gfn.0 < self.frames, "{gfn} is not below {:#x}", self.frames);
         let (number, bit) = (gfn.0 / CHUNK_FRAMES, gfn.0 % CHUNK_FRAMES);
-        let word = &mut self.chunk_mut(number as usize).words[(bit / 64) as usize];
-        let mask = 1 << (bit % 64);
-        let new = *word & mask == 0;
-        *word |= mask;
+        let new = self.chunk_mut(number as usize).add((bit / 64) as usize, 1 << (bit % 64)) != 0;
         self.len += u64::from(new);
         new
     }
@@ -85,9 +101,7 @@ impl DirtySet {
         let last = first.0 + u64::from(63 - bits.leading_zeros());
         assert!(last < self.frames, "{} is not below {:#x}", Gfn(last), self.frames);
         let place = ((first.0 % CHUNK_FRAMES) / 64) as usize;
-        let word = &mut self.chunk_mut((first.0 / CHUNK_FRAMES) as usize).words[place];
-        let new = bits & !*word;
-        *word |= bits;
+        let new = self.chunk_mut((first.0 / CHUNK_FRAMES) as usize).add(place, bits);
         self.len += u64::from(new.count_ones());
     }
 
@@ -104,9 +118,8 @@ impl DirtySet {
     /// `other` holds a frame that this set cannot.
     pub fn union_with(&mut self, other: &Self) {
         for chunk in &other.chunks {
-            let first = u64::from(chunk.number) * CHUNK_FRAMES;
-            for (word, bits) in (first..).step_by(64).zip(chunk.words) {
-                self.insert_word(Gfn(word), bits);
+            for (first, bits) in chunk.used_words() {
+                self.insert_word(Gfn(first), bits);
             }
         }
     }
@@ -124,13 +137,8 @@ impl DirtySet {
     pub fn iter(&self) -> impl Iterator<Item = Gfn> + '_ {
         let mut order: Vec<&Chunk> = self.chunks.iter().collect();
         order.sort_unstable_by_key(|chunk| chunk.number);
-        order.into_iter().flat_map(|chunk| {
-            let first = u64::from(chunk.number) * CHUNK_FRAMES;
-            (first..)
-                .step_by(64)
-                .zip(chunk.words)
-                .flat_map(|(word, bits)| Bits(bits).map(move |b| Gfn(word + b)))
-        })
+        let words = order.into_iter().flat_map(Chunk::used_words);
+        words.flat_map(|(first, bits)| Bits(bits).map(move |bit| Gfn(first + bit)))
     }
 
     /// Maximal runs of neighbouring frames, ascending: (first frame, number of frames).
@@ -151,7 +159,7 @@ impl DirtySet {
         if place != 0 {
             return &mut self.chunks[place - 1];
         }
-        self.chunks.push(Chunk { number: number as u32, words: [0; WORDS] });
+        self.chunks.push(Chunk { number: number as u32, used: 0, words: [0; WORDS] });
         self.index[number] = self.chunks.len() as u32;
         self.chunks.last_mut().expect("one was pushed above")
     }

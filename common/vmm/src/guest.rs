@@ -22,6 +22,7 @@ use std::time::Duration;
 use crate::boot::BootError;
 use crate::dirty_set::DirtySet;
 use crate::egress::Output;
+use crate::host::remedy;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::spec::GuestSpec;
 use crate::state::{MachineState, StateError};
@@ -30,7 +31,7 @@ use crate::state::{MachineState, StateError};
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
     /// KVM refused a request.
-    #[error("KVM refused to {what}: {source}")]
+    #[error("KVM refused to {what}: {source}{}", remedy(.source))]
     Kvm {
         /// The request.
         what: &'static str,

@@ -46,8 +46,11 @@ pub enum HostError {
     #[error("no permission to open {DEVICE}: run as root or join the group that owns it (usually kvm)")]
     NoPermission,
     /// The device cannot be opened for another reason.
-    #[error("cannot open {DEVICE}: {0}")]
-    Open(#[source] io::Error),
+    #[error("cannot open {DEVICE}: {source}{}", remedy(.source))]
+    Open {
+        /// What the system said.
+        source: io::Error,
+    },
     /// A KVM of another API.
     #[error(
         "{DEVICE} speaks KVM API version {0}, this build speaks {API_VERSION}: use a Linux kernel from after 2007"
@@ -83,6 +86,17 @@ pub enum HostError {
         /// vCPUs possible.
         most: u32,
     },
+}
+
+/// What to do about an answer of the system that has a remedy, to follow the answer's own words.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "; raise the limit on open files (ulimit -n)",
+        Some(libc::ENFILE) => "; raise the host's limit on open files (sysctl fs.file-max)",
+        Some(libc::EAGAIN) => "; raise the limit on processes (ulimit -u, or the cgroup's pids.max)",
+        Some(libc::ENOMEM) => "; free memory on this host or raise the limits on it (ulimit -v, cgroup)",
+        _ => "",
+    }
 }
 
 /// How this host's processor runs guests.
@@ -124,7 +138,7 @@ impl Host {
         let kvm = Kvm::new().map_err(|e| match e.errno() {
             libc::EACCES | libc::EPERM => HostError::NoPermission,
             libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::NoDevice,
-            _ => HostError::Open(e.into()),
+            _ => HostError::Open { source: e.into() },
         })?;
         if kvm.get_api_version() != API_VERSION {
             return Err(HostError::ApiVersion(kvm.get_api_version()));

@@ -36,7 +36,7 @@ pub type Page = [u8; PAGE_SIZE];
 pub enum MemoryError {
     /// The memfd cannot be made or sized.
     #[error(
-        "cannot create guest memory of {bytes} bytes: {source}; lower the guest's memory or raise the host's limits (memory, RLIMIT_FSIZE)"
+        "cannot create guest memory of {bytes} bytes: {source}; lower the guest's memory or raise the limit on file size (ulimit -f)"
     )]
     Create {
         /// Bytes asked for.
@@ -292,6 +292,10 @@ impl std::fmt::Debug for GuestMemory {
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
+    if file_size_limit()? < bytes {
+        // The system would not refuse but kill this process (SIGXFSZ).
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+    }
     let name = CString::new("colo-guest").expect("the name has no NUL");
     // SAFETY: `name` is a NUL-terminated string that outlives the call; the call has no other precondition.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
@@ -302,6 +306,16 @@ fn memfd(bytes: u64) -> io::Result<File> {
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(bytes)?;
     Ok(file)
+}
+
+/// How long a file of this process may become, in bytes.
+fn file_size_limit() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one `rlimit`, and `limit` is one.
+    if unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(limit.rlim_cur)
 }
 
 struct WriteLog {

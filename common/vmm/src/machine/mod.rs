@@ -21,7 +21,7 @@ use crate::devices::DeviceState;
 use crate::dirty_set::DirtySet;
 use crate::egress::{Egress, Output};
 use crate::guest::{Cut, CutTiming, GuestError, GuestEvent, Lifecycle, ProtectedGuest, Tracked};
-use crate::host::{Host, HostError, Virtualisation};
+use crate::host::{Host, HostError, Virtualisation, remedy};
 use crate::kick;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::sigbus;
@@ -57,7 +57,7 @@ pub enum BuildError {
         expected: u64,
     },
     /// KVM refused a step.
-    #[error("KVM refused to {what}: {source}")]
+    #[error("KVM refused to {what}: {source}{}", remedy(.source))]
     Kvm {
         /// The step.
         what: &'static str,

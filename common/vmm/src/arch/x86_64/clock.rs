@@ -48,14 +48,17 @@ impl ClockState {
         self.host_tsc.wrapping_sub(now)
     }
 
-    /// Refuses a state from a host with another TSC rate: without scaling, the guest's time would run wrong.
+    /// Refuses a state from a host with another TSC rate: the guest's time would run wrong. (Where the processor
+    /// could scale it, Colo does not yet ask it to.)
     /// Readings of one rate differ by a little from boot to boot, so up to 250 ppm is the same rate.
     pub(crate) fn check_rate(&self, khz: u32) -> Result<(), StateError> {
         if self.tsc_khz.abs_diff(khz) <= khz / 4000 {
             return Ok(());
         }
-        let reason =
-            format!("it ran at {} kHz, this host's runs at {khz} kHz and cannot be scaled", self.tsc_khz);
+        let reason = format!(
+            "it ran at {} kHz and this host's runs at {khz} kHz; use hosts of one rate",
+            self.tsc_khz
+        );
         Err(StateError::Refused { part: "TSC".to_owned(), reason })
     }
 }

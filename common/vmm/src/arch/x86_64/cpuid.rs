@@ -95,6 +95,8 @@ const FEATURE_WORDS: [Word; 13] = [
     (0x8000_0008, 0, Ebx),
     (KVM_FEATURES, 0, Eax),
 ];
+/// Where the number of physical address bits is, in the lowest byte.
+const ADDRESS_BITS: Word = (0x8000_0008, 0, Eax);
 /// The deadline timer is KVM's own and not in what it says to support.
 const DEADLINE: u32 = 1 << 24;
 
@@ -141,6 +143,11 @@ impl CpuidTable {
             if missing != 0 {
                 lacking.push(format!("leaf {:#x} bits {missing:#010x}", word.0));
             }
+        }
+        // Page tables and memory-type masks of the guest may use all that it was told of.
+        let (own, host) = (self.word(ADDRESS_BITS) & 0xff, host.word(ADDRESS_BITS) & 0xff);
+        if own > host {
+            lacking.push(format!("{own} physical address bits (it has {host})"));
         }
         if lacking.is_empty() { Ok(()) } else { Err(CpuidError::Lacking(lacking.join(", "))) }
     }
@@ -231,7 +238,7 @@ impl CpuidTable {
 
 #[cfg(test)]
 mod tests {
-    use super::{CpuidTable, Eax, Ebx, Ecx, Edx, KVM_FEATURES};
+    use super::{ADDRESS_BITS, CpuidTable, Eax, Ebx, Ecx, Edx, KVM_FEATURES};
     use crate::host::Virtualisation;
     use crate::spec::CpuModel;
     use kvm_bindings::kvm_cpuid_entry2;
@@ -254,6 +261,7 @@ mod tests {
             (0xd, 9),
             (0x8000_0001, 0),
             (0x8000_0007, 0),
+            (0x8000_0008, 0),
             (KVM_FEATURES, 0),
         ];
         leaves.into_iter().map(|(f, i)| leaf(f, i)).collect()
@@ -309,6 +317,9 @@ mod tests {
         let v2 =
             CpuidTable::from_supported(everything(), CpuModel::X86_64V2, Virtualisation::Vmx, true).unwrap();
         v2.check_runs_on(&poor).unwrap();
+        poor.change(ADDRESS_BITS, |value| value & !0xff | 46);
+        let error = v2.check_runs_on(&poor).unwrap_err().to_string();
+        assert!(error.contains("255 physical address bits (it has 46)"), "{error}");
     }
 
     #[test]

@@ -53,9 +53,13 @@ pub(crate) fn saved_list(kvm: &Kvm, probe: &VcpuFd) -> std::io::Result<Vec<u32>>
     let mut readable = Vec::new();
     for index in list.as_slice().iter().copied().chain(memory_types()) {
         let known = index == TSC || readable.contains(&index);
-        if !known && readable.len() < MAX_MSRS && read(probe, &[index])?.len() == 1 {
+        if !known && read(probe, &[index])?.len() == 1 {
             readable.push(index);
         }
+    }
+    if readable.len() > MAX_MSRS {
+        let what = format!("{} of them carry state, and Colo saves at most {MAX_MSRS}", readable.len());
+        return Err(std::io::Error::other(what));
     }
     // Deadline after the counter and the APIC it depends on.
     readable.sort_by_key(|&index| index == TSC_DEADLINE);
