@@ -190,7 +190,7 @@ impl GuestMemory {
     /// # Errors
     /// It is not.
     pub fn check_frame(&self, gfn: Gfn) -> Result<(), MemoryError> {
-        let page = GuestAddress(gfn.0.checked_mul(PAGE_SIZE as u64).ok_or(MemoryError::NoSuchFrame(gfn))?);
+        let page = address_of(gfn)?;
         if self.ram.address_in_range(page) { Ok(()) } else { Err(MemoryError::NoSuchFrame(gfn)) }
     }
 
@@ -200,7 +200,7 @@ impl GuestMemory {
     /// # Errors
     /// The frame is not RAM.
     pub fn read_page(&self, gfn: Gfn, page: &mut Page) -> Result<(), MemoryError> {
-        let read = self.ram.read_slice(page, GuestAddress(gfn.address()));
+        let read = self.ram.read_slice(page, address_of(gfn)?);
         read.map_err(|_| MemoryError::NoSuchFrame(gfn))
     }
 
@@ -209,7 +209,7 @@ impl GuestMemory {
     /// # Errors
     /// The frame is not RAM.
     pub fn write_page(&self, gfn: Gfn, page: &Page) -> Result<(), MemoryError> {
-        let written = self.ram.write_slice(page, GuestAddress(gfn.address()));
+        let written = self.ram.write_slice(page, address_of(gfn)?);
         written.map_err(|_| MemoryError::NoSuchFrame(gfn))
     }
 
@@ -289,6 +289,11 @@ impl std::fmt::Debug for GuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "GuestMemory({} bytes)", self.layout.bytes)
     }
+}
+
+/// A frame's number may come from a peer: it may have no address at all.
+fn address_of(gfn: Gfn) -> Result<GuestAddress, MemoryError> {
+    gfn.0.checked_mul(PAGE_SIZE as u64).map(GuestAddress).ok_or(MemoryError::NoSuchFrame(gfn))
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
@@ -371,7 +376,7 @@ impl Bitmap for DeviceWrites {
 
 #[cfg(test)]
 mod tests {
-    use super::{GuestMemory, MemoryLayout};
+    use super::{GuestMemory, MemoryError, MemoryLayout};
     use crate::arch::x86_64::layout::{HIGH_RAM_START, HOLE_START};
     use crate::dirty_set::DirtySet;
     use colo_common::limits::{MAX_GUEST_MEMORY, MAX_SLOT_BYTES};
@@ -420,6 +425,16 @@ mod tests {
         let top = Gfn(memory.layout().frame_limit() - 1);
         assert_eq!(memory.populated().unwrap(), [(Gfn(3), 1), (last_low, 1), (high, 2), (top, 1)]);
         assert!(memory.write_page(Gfn(HOLE_START / PAGE_SIZE as u64), &ONES).is_err());
+    }
+
+    #[test]
+    fn a_frame_that_is_none_is_refused_whatever_its_number() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        for gfn in [1 << 8, 1 << 40, (1 << 52) - 1, 1 << 52, u64::MAX].map(Gfn) {
+            assert!(matches!(memory.check_frame(gfn), Err(MemoryError::NoSuchFrame(n)) if n == gfn));
+            assert!(matches!(memory.read_page(gfn, &mut [0; PAGE_SIZE]), Err(MemoryError::NoSuchFrame(_))));
+            assert!(matches!(memory.write_page(gfn, &ONES), Err(MemoryError::NoSuchFrame(_))));
+        }
     }
 
     #[test]

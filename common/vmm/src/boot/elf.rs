@@ -108,13 +108,16 @@ pub(super) fn parse(file: &BootFile) -> Result<Image, BootError> {
         let entry = at.and_then(|at| bytes.get(at..at.checked_add(header.entry_bytes)?));
         let entry = entry.ok_or_else(truncated("its program headers"))?;
         let raw = RawSegment::read(class, entry).ok_or_else(truncated("its program headers"))?;
-        if raw.kind == PT_LOAD && raw.memory_bytes > 0 {
-            segments.push(raw.check(bytes.len()).map_err(|fault| match fault {
-                Fault::Truncated => truncated("a segment")(),
-                Fault::Malformed(what) => malformed(what),
-            })?);
+        if raw.kind != PT_LOAD {
+            continue;
         }
+        // One without memory is checked too: linux-loader goes by the bytes in the file alone.
+        segments.push(raw.check(bytes.len()).map_err(|fault| match fault {
+            Fault::Truncated => truncated("a segment")(),
+            Fault::Malformed(what) => malformed(what),
+        })?);
     }
+    segments.retain(|segment| segment.memory_bytes > 0);
     segments.sort_by_key(|s| s.address);
     if segments.is_empty() {
         return Err(malformed("it has nothing to load"));
@@ -279,6 +282,24 @@ mod tests {
         write_u32(&mut image, 64 + 8 + 4, u32::MAX);
         let image = parse(&file(image)).unwrap();
         assert_eq!((image.segments[0].offset, image.segments[0].file_bytes), (0, 0));
+    }
+
+    /// linux-loader would write its bytes to wherever it says, over the tables below 1 MiB too.
+    #[test]
+    fn a_segment_with_bytes_and_no_memory_is_refused() {
+        let part = |bytes: &[u8]| Part {
+            address: 0xe_0000,
+            virtual_address: 0,
+            bytes: bytes.to_vec(),
+            memory_bytes: 0,
+        };
+        let with = |bytes| {
+            let mut elf = Elf::linux();
+            elf.parts.push(part(bytes));
+            read(&elf)
+        };
+        assert!(matches!(with(&[0xff; 16]), Err(BootError::Malformed { .. })));
+        assert_eq!(with(&[]).unwrap().segments.len(), 2, "without bytes it is nothing");
     }
 
     #[test]
