@@ -42,6 +42,9 @@ pub const MAX_FRAME: usize = (64 << 10) + 256;
 /// Console input bytes waiting for the guest to read them.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 
+/// Bytes of a guest's name; those of a file's name.
+pub const MAX_GUEST_NAME: usize = 255;
+
 /// Bytes of a kernel image file.
 pub const MAX_KERNEL_IMAGE: u64 = 512 << 20;
 

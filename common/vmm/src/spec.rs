@@ -2,7 +2,8 @@
 
 use colo_common::PAGE_SIZE;
 use colo_common::limits::{
-    MAX_BOOT_MODULE, MAX_COMMAND_LINE, MAX_GUEST_MEMORY, MAX_KERNEL_IMAGE, MAX_VCPUS, MIN_GUEST_MEMORY,
+    MAX_BOOT_MODULE, MAX_COMMAND_LINE, MAX_GUEST_MEMORY, MAX_GUEST_NAME, MAX_KERNEL_IMAGE, MAX_VCPUS,
+    MIN_GUEST_MEMORY,
 };
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -16,6 +17,14 @@ use crate::arch::x86_64::layout::MAX_VIRTIO_SLOTS;
 /// Why a guest's description was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
+    /// A name that no thread or message can carry.
+    #[error(
+        "the guest's name {name:?} is not 1 to {MAX_GUEST_NAME} bytes without control characters: choose another"
+    )]
+    Name {
+        /// The name, or its beginning.
+        name: String,
+    },
     /// Memory outside the supported range, or not whole pages.
     #[error(
         "guest memory of {bytes} bytes is not between {MIN_GUEST_MEMORY} and {MAX_GUEST_MEMORY} bytes in whole pages: choose another size"
@@ -209,6 +218,10 @@ impl GuestSpec {
     /// # Errors
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), SpecError> {
+        let fits = (1..=MAX_GUEST_NAME).contains(&self.name.len());
+        if !fits || self.name.contains(char::is_control) {
+            return Err(SpecError::Name { name: self.name.chars().take(80).collect() });
+        }
         let bytes = self.memory_bytes;
         if !(MIN_GUEST_MEMORY..=MAX_GUEST_MEMORY).contains(&bytes) || !bytes.is_multiple_of(PAGE_SIZE as u64)
         {
@@ -252,5 +265,29 @@ impl GuestSpec {
             }
         }
         xxh3_64(text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BootFile, BootSource, GuestSpec, SpecError};
+
+    #[test]
+    fn a_name_that_no_thread_can_have_is_refused() {
+        let named = |name: &str| {
+            let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
+            GuestSpec::new(name, 1 << 20, BootSource::Flat { image, address: 0 }).validate()
+        };
+        for name in ["vmlinux", "a guest (2)", "gäst", &"x".repeat(255)] {
+            named(name).unwrap();
+        }
+        for name in ["", "a\0b", "a\nb", &"x".repeat(256)] {
+            let error = named(name).unwrap_err();
+            assert!(matches!(error, SpecError::Name { .. }), "{error}");
+            assert!(
+                error.to_string().contains("choose another") && !error.to_string().contains('\0'),
+                "{error}"
+            );
+        }
     }
 }
