@@ -30,6 +30,9 @@ const VIRTIO_VERSION: u32 = 2;
 /// Control bit of the reset register: reset the CPU (bit 1 alone chooses the kind).
 const RESET_NOW: u8 = 4;
 
+/// Console bytes that may wait: those that are taken, and after a reset those that the console held besides.
+const MAX_INPUT: usize = MAX_CONSOLE_INPUT + serial::QUEUE_MOST;
+
 /// Where devices raise interrupts.
 pub(crate) trait InterruptLines: Send + Sync {
     /// Sets a line; an edge is a set and a clear.
@@ -47,15 +50,15 @@ impl InterruptLines for VmFd {
 pub struct DeviceState {
     serial: SerialConsoleState,
     acpi_pm: AcpiPmState,
-    /// Console bytes taken and not yet in the console's own queue.
-    #[serde(deserialize_with = "bounded::<_, _, MAX_CONSOLE_INPUT>")]
+    /// Console bytes taken and not yet in the console's own queue. A reset puts that queue's bytes in front.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_INPUT>")]
     input: Vec<u8>,
     input_offset: u64,
 }
 
 impl DeviceState {
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
-        if self.input.len() > MAX_CONSOLE_INPUT {
+        if self.input.len() > MAX_INPUT {
             return Err(StateError::Malformed(format!("{} bytes of console input", self.input.len())));
         }
         self.serial.check_limits()
@@ -65,9 +68,12 @@ impl DeviceState {
         self.input_offset
     }
 
-    /// This power-on state with what lies outside the machine: console input that the guest had not taken yet.
+    /// This power-on state with what lies outside the machine: console input that was taken and that the guest had
+    /// not read yet, the console's own queue first.
     pub(crate) fn after_reset(self, before: &Self) -> Self {
-        Self { input: before.input.clone(), input_offset: before.input_offset, ..self }
+        let mut input = before.serial.unread_input().to_vec();
+        input.extend(&before.input);
+        Self { input, input_offset: before.input_offset, ..self }
     }
 }
 
@@ -267,6 +273,33 @@ pub(crate) mod tests {
             assert_eq!(byte, [expected]);
         }
         assert_eq!(two.input_offset(), 200);
+    }
+
+    #[test]
+    fn a_reset_keeps_every_byte_of_input_that_was_not_read() {
+        let power_on = devices().0.save();
+        let (devices, ..) = devices();
+        let mut byte = [0];
+        let mut read = |port| {
+            devices.port_read(port, &mut byte).unwrap();
+            byte[0]
+        };
+        // As much as is taken, so that what waits after the reset is at its most.
+        let much: Vec<u8> = (0..colo_common::limits::MAX_CONSOLE_INPUT).map(|n| n as u8).collect();
+        let mut taken = devices.input(&much).unwrap();
+        taken += devices.input(&much[..much.len().min(64)]).unwrap();
+        assert_eq!(read(COM1_PORT), 0);
+        let state = power_on.after_reset(&devices.save());
+        state.check_limits().unwrap();
+        devices.restore(&state).unwrap();
+        assert_eq!(devices.input(b"more").unwrap(), 0, "it is as full as before");
+        assert_eq!(devices.input_offset(), taken as u64);
+        // A guest that polls, and has not written a register since.
+        for expected in 1..taken {
+            assert_eq!(read(COM1_PORT + 5) & 1, 1, "byte {expected} is not ready");
+            assert_eq!(read(COM1_PORT), expected as u8, "byte {expected}");
+        }
+        assert_eq!(read(COM1_PORT + 5) & 1, 0);
     }
 
     #[test]

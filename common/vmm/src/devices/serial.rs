@@ -14,7 +14,12 @@ use crate::egress::Egress;
 use crate::state::{StateError, bounded};
 
 /// Bytes of the device's own queue that are kept until the device has checked them itself.
-const QUEUE_MOST: usize = 256;
+pub(super) const QUEUE_MOST: usize = 256;
+
+/// Line status register: where a guest that polls looks for input.
+const LINE_STATUS: u8 = 5;
+/// Bit of the modem control register that has the device read what it writes.
+const LOOPBACK: u8 = 1 << 4;
 
 /// Raises the console's interrupt: an edge.
 struct ConsoleIrq(Arc<dyn InterruptLines>);
@@ -60,6 +65,11 @@ impl SerialConsoleState {
         } else {
             Ok(())
         }
+    }
+
+    /// Input that the guest was to read next. In loopback the queue has what the guest wrote itself.
+    pub(super) fn unread_input(&self) -> &[u8] {
+        if self.registers[6] & LOOPBACK == 0 { &self.queue } else { &[] }
     }
 
     fn from_device(state: SerialState) -> Self {
@@ -117,6 +127,9 @@ impl SerialConsole {
     }
 
     pub(super) fn read(&mut self, register: u8) -> io::Result<u8> {
+        if register == LINE_STATUS {
+            self.refill()?;
+        }
         let value = self.device.read(register);
         if register == 0 {
             self.refill()?;
@@ -125,7 +138,7 @@ impl SerialConsole {
     }
 
     pub(super) fn input(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(MAX_CONSOLE_INPUT - self.input.len());
+        let taken = bytes.len().min(MAX_CONSOLE_INPUT.saturating_sub(self.input.len()));
         self.input.extend(&bytes[..taken]);
         self.input_offset += taken as u64;
         self.refill()?;
