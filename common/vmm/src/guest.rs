@@ -5,7 +5,7 @@
 //!  (built) ----------------> stopped ------------------> running
 //!                               ^                           |
 //!                               +----------- cut -----------+
-//!                          reset (in place, stopped -> stopped)
+//!                          reset, restore (in place, stopped -> stopped)
 //! ```
 //!
 //! A builder of epochs takes pages in two ways, and the last version of a page wins:
@@ -186,6 +186,10 @@ pub enum GuestEvent {
     OutputFull,
 }
 
+/// How an owner that waits for more than one guest's events is woken; see
+/// [`on_event`](ProtectedGuest::on_event).
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
 /// Where the time of a cut went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CutTiming {
@@ -220,13 +224,14 @@ pub trait ProtectedGuest: Send {
     /// Its memory; may be read from other threads.
     fn memory(&self) -> &Arc<GuestMemory>;
 
-    /// Loads the boot images and sets the machine as after power-on. Stopped guests only.
+    /// Loads the boot images and sets the machine as after power-on. Only guests that were neither booted nor
+    /// restored: one that was is [`reset`](Self::reset).
     ///
     /// # Errors
-    /// The guest runs, or its boot images do not fit.
+    /// The guest was booted or restored before, or its boot images do not fit.
     fn boot(&mut self) -> Result<(), GuestError>;
 
-    /// Sets the machine to `state`; its memory must already hold the same point. Stopped guests only.
+    /// Sets the machine to `state`; its memory must already hold the same point. Any guest that does not run.
     /// Setting a machine can write guest memory (KVM renews kvmclock's wall clock), so a guest that shall be
     /// protected without a new full copy is protected before it is restored.
     ///
@@ -235,10 +240,11 @@ pub trait ProtectedGuest: Send {
     fn restore(&mut self, state: &MachineState) -> Result<(), GuestError>;
 
     /// Resets vCPUs and devices in place and loads the boot images again; tracking goes on, output positions
-    /// too, and a pending [`Lifecycle`] is done with. Stopped guests only.
+    /// too, and a pending [`Lifecycle`] is done with. Stopped guests only. Console input that the guest had not
+    /// read is there for its next boot.
     ///
     /// # Errors
-    /// As [`boot`](Self::boot).
+    /// The guest is not stopped, or its boot images do not fit.
     fn reset(&mut self) -> Result<(), GuestError>;
 
     /// Starts tracking: from now on every write is reported once. Begin the first full copy after it.
@@ -274,8 +280,14 @@ pub trait ProtectedGuest: Send {
     /// The guest runs already, or KVM refuses.
     fn resume(&mut self) -> Result<(), GuestError>;
 
-    /// Waits up to `timeout` for something that asks for a cut.
+    /// Waits up to `timeout` for something that asks for a cut. Each kind is told once until it is raised anew.
     fn next_event(&mut self, timeout: Duration) -> Option<GuestEvent>;
+
+    /// Has `wake` called whenever [`next_event`](Self::next_event) has something new to give, and at once if it
+    /// has already: so an owner waits on several sources and then asks with a timeout of zero. It may be called
+    /// on any thread, with no lock held that a guest's methods take, and a call may find nothing left to ask
+    /// for. It must not block: a vCPU may be waiting for it. A later `wake` takes its place.
+    fn on_event(&mut self, wake: Wake);
 
     /// Offers console input; returns how many bytes were taken, at most [`MAX_CONSOLE_INPUT`] in all before
     /// the guest reads them. The rest may be offered again later.

@@ -1,8 +1,8 @@
 //! This host's KVM: opened, and asked for everything that a guest of ours needs before one is built.
 
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES,
-    KVM_CAP_XSAVE2,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_SREGS2,
+    KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_XSAVE2,
 };
 use kvm_ioctls::{Cap, Kvm};
 use std::io;
@@ -194,6 +194,11 @@ impl Host {
     /// Whether vCPU attributes (the TSC offset) are there.
     pub fn has_vcpu_attributes(&self) -> bool {
         self.extension(KVM_CAP_VCPU_ATTRIBUTES) > 0
+    }
+
+    /// Whether KVM can refuse a guest the paravirtual features that its CPUID does not offer.
+    pub fn enforces_pv_features(&self) -> bool {
+        self.extension(KVM_CAP_ENFORCE_PV_FEATURE_CPUID) > 0
     }
 
     /// Whether KVM_GET_XSAVE2 is there; its size is asked of each VM.

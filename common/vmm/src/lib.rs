@@ -12,6 +12,7 @@ pub mod devices;
 mod dirty_ring;
 pub mod dirty_set;
 pub mod egress;
+mod events;
 pub mod guest;
 pub mod host;
 mod ioctl;

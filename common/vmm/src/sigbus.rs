@@ -12,7 +12,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Exit status of a node that lost its guest's memory. Apart from 0..=2 of ordinary ends, 101 of a panic and
+/// Exit status of a node that lost its guest's memory. Apart from 0..=3 of ordinary ends, 101 of a panic and
 /// 128 and above of signals, so that whoever started the node can tell.
 pub const EXIT_STATUS: i32 = 86;
 

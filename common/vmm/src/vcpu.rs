@@ -14,27 +14,33 @@
 //! the lock on its [`VcpuFd`], so the checkpoint thread saves and restores through it.
 
 use kvm_ioctls::VcpuFd;
+use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
 use crate::devices::Devices;
 use crate::egress::Egress;
+use crate::events::Events;
 use crate::guest::{GuestEvent, GuestFailure, Lifecycle, ResetCause, TrackingLoss};
 use crate::kick::{self, Registration, Ticker};
 use crate::memory::GuestMemory;
 use crate::tracker::{Cadence, Tracker};
 use crate::vcpu_exit::{self, Exit};
 
-/// How long a vCPU may take to come out of KVM_RUN before the node gives up on it.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How often a vCPU that has not stopped is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(100);
+/// Kicks after which the node gives up on a vCPU: 30 s. Kicks are counted and not time, since a stop of the whole
+/// process (SIGSTOP, a frozen cgroup) is not the vCPU's doing.
+const STOP_KICKS: u32 = 300;
+/// The same for the end of a thread, which mostly is there at once.
+const END_AGAIN: Duration = Duration::from_micros(100);
+const END_KICKS: u32 = 300_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -133,12 +139,11 @@ pub(crate) struct Shared {
     pub(crate) devices: Devices,
     pub(crate) egress: Arc<Egress>,
     pub(crate) memory: Arc<GuestMemory>,
-    pub(crate) events: Sender<GuestEvent>,
+    pub(crate) events: Arc<Events>,
+    pub(crate) settled: Arc<Settled>,
     pub(crate) cadence: Cadence,
     /// Why the guest cannot run on. While set, no vCPU enters.
     failure: Mutex<Option<GuestFailure>>,
-    /// Port and MMIO accesses that a cut found half done, and completed.
-    pub(crate) settled: AtomicU64,
     /// What the guest asked for and nobody carried out yet. While set, no vCPU enters.
     pending: Mutex<Option<Lifecycle>>,
 }
@@ -149,30 +154,28 @@ impl Shared {
         devices: Devices,
         egress: Arc<Egress>,
         memory: Arc<GuestMemory>,
-        events: Sender<GuestEvent>,
+        events: Arc<Events>,
+        settled: Arc<Settled>,
         cadence: Cadence,
     ) -> Self {
-        let (gate, settled) = (Gate::new(), AtomicU64::new(0));
-        let (failure, pending) = (Mutex::new(None), Mutex::new(None));
-        Self { gate, tracker, devices, egress, memory, events, cadence, failure, settled, pending }
+        let (gate, failure, pending) = (Gate::new(), Mutex::new(None), Mutex::new(None));
+        Self { gate, tracker, devices, egress, memory, events, settled, cadence, failure, pending }
     }
 
     pub(crate) fn failure(&self) -> Option<GuestFailure> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The machine was set to another state, so whatever failed did not happen in it.
-    pub(crate) fn clear_failure(&self) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// The machine was set to a state: nothing failed in it, unless it goes on from one in which something did.
+    pub(crate) fn set_failure(&self, failure: Option<GuestFailure>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
     /// The first failure stands.
     fn fail(&self, failure: GuestFailure) {
-        let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        if first.is_none() {
+        if stand(&self.failure, &failure) {
             tracing::error!("{failure}");
-            *first = Some(failure.clone());
-            self.tell(GuestEvent::Failed(failure));
+            self.events.raise(GuestEvent::Failed(failure));
         }
     }
 
@@ -184,7 +187,7 @@ impl Shared {
     /// Says again what holds the guest, for an epoch loop that resumes it all the same.
     pub(crate) fn tell_again(&self) {
         let events = [self.pending().map(GuestEvent::Lifecycle), self.failure().map(GuestEvent::Failed)];
-        events.into_iter().flatten().for_each(|event| self.tell(event));
+        events.into_iter().flatten().for_each(|event| self.events.raise(event));
     }
 
     pub(crate) fn pending(&self) -> Option<Lifecycle> {
@@ -197,17 +200,52 @@ impl Shared {
 
     /// The first request stands until the epoch loop has carried it out.
     fn ask(&self, lifecycle: Lifecycle) {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        if pending.is_none() {
-            *pending = Some(lifecycle);
-            self.tell(GuestEvent::Lifecycle(lifecycle));
+        if stand(&self.pending, &lifecycle) {
+            self.events.raise(GuestEvent::Lifecycle(lifecycle));
         }
     }
+}
 
-    pub(crate) fn tell(&self, event: GuestEvent) {
-        // Nobody listens any more only while the guest is being dropped.
-        drop(self.events.send(event));
+/// Puts `value` into an empty place; whether it was empty. The lock is given up before anybody is told.
+fn stand<T: Clone>(place: &Mutex<Option<T>>, value: &T) -> bool {
+    let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+    let empty = place.is_none();
+    if empty {
+        *place = Some(value.clone());
     }
+    empty
+}
+
+/// How a guest reaches a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Port,
+    Mmio,
+}
+
+/// Accesses that stops of a guest found half done, and completed.
+#[derive(Debug, Default)]
+pub(crate) struct Settled {
+    pub(crate) ports: AtomicU64,
+    pub(crate) mmio: AtomicU64,
+}
+
+impl Settled {
+    fn count(&self, access: Access) {
+        let counter = match access {
+            Access::Port => &self.ports,
+            Access::Mmio => &self.mmio,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Why a vCPU's thread is not there.
+#[derive(Debug)]
+pub(crate) enum StartError {
+    Thread(io::Error),
+    /// Without its timer it would harvest its ring too late.
+    Timer(io::Error),
 }
 
 /// A vCPU and its thread, as the checkpoint thread holds it.
@@ -218,13 +256,20 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the parked thread of a new vCPU.
-    pub(crate) fn spawn(id: u32, name: &str, fd: VcpuFd, shared: &Arc<Shared>) -> io::Result<Self> {
+    /// Starts the thread of a new vCPU, and waits until it has what it needs and is parked.
+    pub(crate) fn spawn(id: u32, name: &str, fd: VcpuFd, shared: &Arc<Shared>) -> Result<Self, StartError> {
         let fd = Arc::new(Mutex::new(fd));
-        let worker = Worker { id, fd: Arc::clone(&fd), shared: Arc::clone(shared) };
+        let half_done = Cell::new(None);
+        let worker = Worker { id, fd: Arc::clone(&fd), shared: Arc::clone(shared), half_done };
+        let (started, start) = mpsc::sync_channel(1);
         let builder = std::thread::Builder::new().name(format!("vcpu{id}-{name}"));
-        let thread = Some(builder.spawn(move || worker.main())?);
-        Ok(Self { id, fd, thread })
+        let thread = builder.spawn(move || worker.main(&started)).map_err(StartError::Thread)?;
+        let ended = || Err(StartError::Thread(io::Error::other("it ended before it began")));
+        match start.recv() {
+            Ok(made) => made.map_err(StartError::Timer)?,
+            Err(mpsc::RecvError) => return ended(),
+        }
+        Ok(Self { id, fd, thread: Some(thread) })
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -241,19 +286,23 @@ impl Vcpu {
     }
 
     fn kick(&self) {
-        if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished())
-            && let Err(e) = thread.kill(kick::signal())
-        {
-            tracing::debug!(vcpu = self.id, "a vCPU thread that ends was kicked: {e}");
-        }
+        self.thread.iter().for_each(kick_thread);
+    }
+}
+
+fn kick_thread(thread: &JoinHandle<()>) {
+    if !thread.is_finished()
+        && let Err(e) = thread.kill(kick::signal())
+    {
+        tracing::debug!("a vCPU's thread that ends was kicked: {e}");
     }
 }
 
 /// Stops all vCPUs and waits until each is parked; names one that does not stop.
 pub(crate) fn pause_all(gate: &Gate, vcpus: &[Vcpu]) -> Result<(), u32> {
     gate.set(Mode::Pause);
-    let started = Instant::now();
-    loop {
+    let mut busy = 0;
+    for _ in 0..STOP_KICKS {
         vcpus.iter().for_each(Vcpu::kick);
         let parked = gate.all_parked(KICK_AGAIN);
         // A thread that ended counts as parked nowhere else, and its vCPU has not run.
@@ -263,28 +312,44 @@ pub(crate) fn pause_all(gate: &Gate, vcpus: &[Vcpu]) -> Result<(), u32> {
         if parked {
             return Ok(());
         }
-        let busy = vcpus.iter().find(|vcpu| vcpu.fd.try_lock().is_err()).map_or(0, Vcpu::id);
-        if started.elapsed() > STOP_LIMIT {
-            return Err(busy);
-        }
+        busy = vcpus.iter().find(|vcpu| vcpu.fd.try_lock().is_err()).map_or(0, Vcpu::id);
         tracing::warn!(vcpu = busy, "a vCPU does not leave the guest; kicking it again");
     }
+    Err(busy)
 }
 
-/// Ends all threads, and joins them.
+/// Ends all threads, and joins them. One that does not leave the guest is left behind.
 pub(crate) fn end_all(gate: &Gate, vcpus: &mut [Vcpu]) {
     gate.set(Mode::Quit);
-    for vcpu in vcpus {
-        while vcpu.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            vcpu.kick();
-            std::thread::sleep(Duration::from_micros(100));
+    let threads = vcpus.iter_mut().filter_map(|vcpu| vcpu.thread.take()).collect();
+    end_threads(threads, END_KICKS);
+}
+
+/// A thread that is left behind owns all that it can reach, its vCPU and by [`Shared`] the VM, its rings and guest
+/// memory; so whenever it comes out, it finds them there, and then the closed gate. Returns how many were left.
+fn end_threads(threads: Vec<JoinHandle<()>>, kicks: u32) -> usize {
+    for _ in 0..kicks {
+        threads.iter().for_each(kick_thread);
+        if threads.iter().all(JoinHandle::is_finished) {
+            break;
         }
-        if let Some(thread) = vcpu.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!(vcpu = vcpu.id, "the vCPU's thread had panicked");
+        std::thread::sleep(END_AGAIN);
+    }
+    let (ended, left): (Vec<_>, Vec<_>) = threads.into_iter().partition(JoinHandle::is_finished);
+    for thread in ended {
+        let name = thread.thread().name().unwrap_or_default().to_owned();
+        if thread.join().is_err() {
+            tracing::error!("the thread {name} had panicked");
         }
     }
+    for thread in &left {
+        let name = thread.thread().name().unwrap_or_default();
+        tracing::error!(
+            "the thread {name} does not leave the guest; it keeps the guest's memory until this process ends: \
+             restart the process"
+        );
+    }
+    left.len()
 }
 
 /// What to do after an exit.
@@ -303,10 +368,12 @@ struct Worker {
     id: u32,
     fd: Arc<Mutex<VcpuFd>>,
     shared: Arc<Shared>,
+    /// The access that the last KVM_RUN came back with, which the next one completes.
+    half_done: Cell<Option<Access>>,
 }
 
 impl Worker {
-    fn main(self) {
+    fn main(self, started: &SyncSender<io::Result<()>>) {
         let immediate_exit = {
             let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
             std::ptr::from_mut(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>().cast_const()
@@ -315,12 +382,12 @@ impl Worker {
         // registration is dropped: locals are dropped before `self`.
         let _registration = unsafe { Registration::new(immediate_exit) };
         let period = self.shared.cadence.period.filter(|_| self.shared.tracker.has_rings());
-        let ticker = period.map(Ticker::new).transpose().unwrap_or_else(|e| {
-            let what =
-                format!("no timer for its thread: {e}; raise the limit on pending signals (ulimit -i)");
-            self.shared.fail(GuestFailure::Run { vcpu: self.id, what });
-            None
-        });
+        let ticker = period.map(Ticker::new).transpose();
+        let (ticker, made) = ticker.map_or_else(|e| (None, Err(e)), |ticker| (ticker, Ok(())));
+        let usable = made.is_ok();
+        if started.send(made).is_err() || !usable {
+            return;
+        }
         let _watch = Watch { shared: &self.shared, vcpu: self.id };
         while self.shared.gate.leave_parking() {
             let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
@@ -342,7 +409,7 @@ impl Worker {
                 continue;
             }
             if let Some(loss) = self.before_entry() {
-                shared.tell(GuestEvent::TrackingLost(loss));
+                shared.events.raise(GuestEvent::TrackingLost(loss));
                 shared.gate.wait_for_cut(|| false);
                 continue;
             }
@@ -351,7 +418,7 @@ impl Worker {
                 Next::Interrupted => self.tick(fd),
                 Next::Wait => shared.gate.wait_for_cut(|| false),
                 Next::WaitForOutput => {
-                    shared.tell(GuestEvent::OutputFull);
+                    shared.events.raise(GuestEvent::OutputFull);
                     shared.gate.wait_for_cut(|| !shared.egress.is_full());
                 }
             }
@@ -361,11 +428,12 @@ impl Worker {
     /// Completes what KVM has half done. Each KVM_RUN with `immediate_exit` makes one step of it.
     fn settle(&self, fd: &mut VcpuFd) {
         loop {
+            if let Some(access) = self.half_done.get() {
+                self.shared.settled.count(access);
+            }
             fd.set_kvm_immediate_exit(1);
             match self.enter(fd) {
-                Next::Enter | Next::WaitForOutput => {
-                    self.shared.settled.fetch_add(1, Ordering::Relaxed);
-                }
+                Next::Enter | Next::WaitForOutput => {}
                 Next::Interrupted | Next::Wait => break,
             }
         }
@@ -394,7 +462,13 @@ impl Worker {
     /// One KVM_RUN and the answer to what it asks.
     fn enter(&self, fd: &mut VcpuFd) -> Next {
         let devices = &self.shared.devices;
-        let failure = match vcpu_exit::run(fd) {
+        let exit = vcpu_exit::run(fd);
+        self.half_done.set(match exit {
+            Exit::PortIn { .. } | Exit::PortOut { .. } => Some(Access::Port),
+            Exit::MmioRead { .. } | Exit::MmioWrite { .. } => Some(Access::Mmio),
+            _ => None,
+        });
+        let failure = match exit {
             Exit::Interrupted => return Next::Interrupted,
             Exit::PortIn { port, size, data } => {
                 for access in data.chunks_mut(size) {
@@ -478,5 +552,26 @@ impl Drop for Watch<'_> {
             let what = "its thread has panicked".to_owned();
             self.shared.fail(GuestFailure::Run { vcpu: self.vcpu, what });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::end_threads;
+    use crate::kick;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_thread_that_does_not_end_is_left_behind_and_others_are_joined() {
+        kick::install();
+        let (release, released) = mpsc::channel::<()>();
+        let stuck = std::thread::spawn(move || {
+            assert!(released.recv_timeout(Duration::from_secs(60)).is_err(), "nobody sends");
+        });
+        let free = std::thread::spawn(|| {});
+        assert_eq!(end_threads(vec![stuck, free], 2000), 1);
+        assert_eq!(end_threads(vec![std::thread::spawn(|| {})], 300_000), 0);
+        drop(release);
     }
 }

@@ -62,13 +62,24 @@ pub(crate) fn run(fd: &mut VcpuFd) -> Exit<'_> {
         Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => return Exit::RingFull,
         Ok(other) => return Exit::Other(format!("KVM exit {other:?}")),
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Exit::Interrupted,
-        Err(e) => return Exit::Other(format!("KVM_RUN failed: {e}")),
+        Err(e) => return Exit::Other(not_run(e.errno(), &e.to_string())),
     };
     match kind {
         Kind::Port => port(fd),
         Kind::Mmio => mmio(fd),
         Kind::Internal => internal(fd),
     }
+}
+
+/// Why KVM_RUN failed, with the remedy where there is one.
+fn not_run(errno: i32, error: &str) -> String {
+    if errno == libc::EFAULT {
+        return format!(
+            "the host could not give it guest memory (KVM_RUN failed: {error}); free memory on this host or raise \
+             its limits (cgroup)"
+        );
+    }
+    format!("KVM_RUN failed: {error}")
 }
 
 fn port(fd: &mut VcpuFd) -> Exit<'_> {
@@ -111,4 +122,16 @@ fn internal(fd: &mut VcpuFd) -> Exit<'_> {
         instruction = bytes[1..].iter().take(usize::from(bytes[0])).copied().collect();
     }
     Exit::Internal { suberror, instruction }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::not_run;
+
+    #[test]
+    fn memory_that_the_host_does_not_give_is_said_so() {
+        let text = not_run(libc::EFAULT, "Bad address (os error 14)");
+        assert!(text.contains("could not give it guest memory") && text.contains("free memory"), "{text}");
+        assert_eq!(not_run(libc::EINVAL, "Invalid argument"), "KVM_RUN failed: Invalid argument");
+    }
 }

@@ -7,12 +7,11 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::admission::{self, AdmissionError};
 use crate::arch::x86_64::boot_regs;
-use crate::arch::x86_64::chips::ChipState;
+use crate::arch::x86_64::chips::{self, ChipState, Pit};
 use crate::arch::x86_64::clock::ClockState;
 use crate::arch::x86_64::cpuid::{CpuidError, CpuidTable};
 use crate::arch::x86_64::vcpu_state::VcpuState;
@@ -20,7 +19,10 @@ use crate::boot;
 use crate::devices::DeviceState;
 use crate::dirty_set::DirtySet;
 use crate::egress::{Egress, Output};
-use crate::guest::{Cut, CutTiming, GuestError, GuestEvent, Lifecycle, ProtectedGuest, Tracked};
+use crate::events::Events;
+use crate::guest::{
+    Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
+};
 use crate::host::{Host, HostError, Virtualisation, remedy};
 use crate::kick;
 use crate::memory::{GuestMemory, MemoryError};
@@ -28,6 +30,7 @@ use crate::sigbus;
 use crate::spec::{GuestSpec, SpecError};
 use crate::state::{Body, MachineState, StateError, bounded};
 use crate::tracker::Cadence;
+use crate::vcpu::Settled;
 use vm::{Surroundings, Vm, timed};
 
 /// Why a guest could not be built.
@@ -64,7 +67,20 @@ pub enum BuildError {
         /// What KVM said.
         source: io::Error,
     },
+    /// A vCPU's thread cannot have the timer by which it harvests its dirty ring.
+    #[error(
+        "no timer for the thread of vCPU {vcpu}: {source}; raise the limit on pending signals (ulimit -i)"
+    )]
+    Timer {
+        /// The vCPU.
+        vcpu: u32,
+        /// What the system said.
+        source: io::Error,
+    },
 }
+
+/// Longest stop after which the interval timer just runs on.
+const SHORT_STOP: Duration = Duration::from_millis(100);
 
 /// A KVM guest's machine at a cut.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -112,13 +128,50 @@ impl KvmState {
     }
 }
 
+/// Accesses of a guest to its devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accesses {
+    /// To ports.
+    pub ports: u64,
+    /// To memory that is no RAM.
+    pub mmio: u64,
+}
+
+/// What runs on in KVM while the guest stands still, as it was when the guest stopped.
+struct Stop {
+    clock: ClockState,
+    tsc_offsets: Vec<Option<u64>>,
+    pit: Pit,
+    since: Instant,
+}
+
+impl Stop {
+    /// Now, in this state.
+    fn at(state: &KvmState) -> Self {
+        let (clock, tsc_offsets, pit) = (state.clock, state.tsc_offsets(), state.chips.pit());
+        Self { clock, tsc_offsets, pit, since: Instant::now() }
+    }
+
+    /// Puts guest time as it was at the stop into a state of the same machine.
+    fn keep_time(&self, state: &mut KvmState) {
+        state.clock = self.clock;
+        for (vcpu, offset) in state.vcpus.iter_mut().zip(&self.tsc_offsets) {
+            vcpu.set_tsc_offset(*offset);
+        }
+    }
+}
+
+/// What holds a guest, and outlives a VM that is built anew.
+#[derive(Default)]
+struct Holds {
+    pending: Option<Lifecycle>,
+    failure: Option<GuestFailure>,
+}
+
 enum RunState {
     /// No image loaded and no state set.
     Built,
-    Stopped {
-        clock: ClockState,
-        tsc_offsets: Vec<Option<u64>>,
-    },
+    Stopped(Stop),
     Running,
     /// A step failed half-way; the guest can only be dropped.
     Failed,
@@ -128,7 +181,7 @@ impl RunState {
     fn name(&self) -> &'static str {
         match self {
             Self::Built => "neither booted nor restored",
-            Self::Stopped { .. } => "stopped",
+            Self::Stopped(_) => "stopped",
             Self::Running => "running",
             Self::Failed => "no longer usable after an earlier error: drop it and restore its last state",
         }
@@ -142,8 +195,8 @@ pub struct KvmGuest {
     state: RunState,
     protected: bool,
     egress: Arc<Egress>,
-    events: Receiver<GuestEvent>,
-    events_in: Sender<GuestEvent>,
+    events: Arc<Events>,
+    settled: Arc<Settled>,
     memory: Arc<GuestMemory>,
     host: Host,
     spec: GuestSpec,
@@ -184,22 +237,11 @@ impl KvmGuest {
         host.check_vcpus(spec.vcpus)?;
         kick::install();
         sigbus::install().map_err(|source| BuildError::Kvm { what: "handle SIGBUS", source })?;
-        let (events_in, events) = mpsc::channel();
+        let (events, settled) = (Arc::default(), Arc::default());
         let egress = Arc::new(Egress::default());
         let (state, protected, digest) = (RunState::Built, false, spec.digest());
-        let mut guest = Self {
-            vm: None,
-            state,
-            protected,
-            egress,
-            events,
-            events_in,
-            memory,
-            host,
-            spec,
-            digest,
-            cadence,
-        };
+        let mut guest =
+            Self { vm: None, state, protected, egress, events, settled, memory, host, spec, digest, cadence };
         guest.vm = Some(guest.build_vm()?);
         Ok(guest)
     }
@@ -215,9 +257,10 @@ impl KvmGuest {
         self.vm.as_ref().is_some_and(Vm::tsc_moves)
     }
 
-    /// Port and MMIO accesses that cuts of this VM found half done, and completed before saving.
-    pub fn accesses_settled(&self) -> u64 {
-        self.vm.as_ref().map_or(0, |vm| vm.shared().settled.load(Ordering::Relaxed))
+    /// Port and MMIO accesses that stops of this guest found half done, and completed.
+    pub fn accesses_settled(&self) -> Accesses {
+        let Settled { ports, mmio } = &*self.settled;
+        Accesses { ports: ports.load(Ordering::Relaxed), mmio: mmio.load(Ordering::Relaxed) }
     }
 
     fn build_vm(&self) -> Result<Vm, BuildError> {
@@ -226,7 +269,8 @@ impl KvmGuest {
             spec: &self.spec,
             memory: &self.memory,
             egress: &self.egress,
-            events: &self.events_in,
+            events: &self.events,
+            settled: &self.settled,
             cadence: self.cadence,
         })
     }
@@ -235,13 +279,6 @@ impl KvmGuest {
     fn vm(&self, wanted: &'static str) -> Result<&Vm, GuestError> {
         let state = RunState::Failed.name();
         self.vm.as_ref().ok_or(GuestError::WrongState { wanted, state })
-    }
-
-    fn expect_stopped(&self, wanted: &'static str) -> Result<(), GuestError> {
-        match self.state {
-            RunState::Running | RunState::Failed => Err(self.wrong_state(wanted)),
-            RunState::Built | RunState::Stopped { .. } => Ok(()),
-        }
     }
 
     fn wrong_state(&self, wanted: &'static str) -> GuestError {
@@ -257,29 +294,32 @@ impl KvmGuest {
     }
 
     /// Sets the machine and what goes with it.
-    fn set_machine(&mut self, state: &KvmState, pending: Option<Lifecycle>) -> Result<(), GuestError> {
+    fn set_machine(&mut self, state: &KvmState, holds: Holds) -> Result<(), GuestError> {
         let wanted = RunState::Failed.name();
         let vm = self.vm.as_mut().ok_or(GuestError::WrongState { wanted: "restore", state: wanted })?;
         let restored = vm.restore(state).map_err(GuestError::from);
-        vm.shared().clear_failure();
-        vm.shared().set_pending(pending);
+        vm.shared().set_failure(holds.failure);
+        vm.shared().set_pending(holds.pending);
         self.or_failed(restored)?;
-        self.state = RunState::Stopped { clock: state.clock, tsc_offsets: state.tsc_offsets() };
+        self.state = RunState::Stopped(Stop::at(state));
         Ok(())
     }
 
-    /// Loads the boot images; the state of power-on with their entry.
+    /// Loads the boot images; the state of power-on with their entry, and with the console input that waits.
     fn power_on(&self) -> Result<KvmState, GuestError> {
-        let mut state = self.vm("boot")?.power_on();
+        let vm = self.vm("boot")?;
+        let mut state = vm.power_on();
         let entry = boot::load(self.memory.ram(), self.memory.layout(), &self.spec)?;
         state.vcpus[0].set_entry(|sregs, regs| boot_regs::apply(&entry, sregs, regs));
+        state.devices = state.devices.after_reset(&vm.shared().devices.save());
         Ok(state)
     }
 
     /// After an overrun our index into the rings and KVM's are apart, so the VM is built anew around the same
-    /// memory and goes on from the state that was just saved.
+    /// memory and goes on from the state that was just saved, held by what held it.
     fn rebuild(&mut self, state: &KvmState) -> Result<(), GuestError> {
-        let pending = self.vm("rebuild")?.shared().pending();
+        let shared = self.vm("rebuild")?.shared();
+        let holds = Holds { pending: shared.pending(), failure: shared.failure() };
         self.vm = None;
         let built = self.build_vm().map_err(|e| GuestError::Kvm {
             what: "build the VM anew after its dirty rings were overrun",
@@ -287,7 +327,7 @@ impl KvmGuest {
         })?;
         built.set_logging(self.protected)?;
         self.vm = Some(built);
-        self.set_machine(state, pending)
+        self.set_machine(state, holds)
     }
 
     fn cut_running(&mut self, dirty: &mut DirtySet) -> Result<Cut, GuestError> {
@@ -301,8 +341,8 @@ impl KvmGuest {
         let tracked = closed?;
         let (failed, pending) = (vm.shared().failure(), vm.shared().pending());
         // What was raised until now is in the cut.
-        while self.events.try_recv().is_ok() {}
-        self.state = RunState::Stopped { clock: kvm.clock, tsc_offsets: kvm.tsc_offsets() };
+        self.events.clear();
+        self.state = RunState::Stopped(Stop::at(&kvm));
         if let Tracked::Unknown(loss) = tracked {
             tracing::error!("guest {}: {loss}; the epoch fails and the VM is built anew", self.spec.name);
             self.rebuild(&kvm)?;
@@ -325,8 +365,14 @@ impl KvmGuest {
         self.protected = false;
         self.memory.track_writes(false);
         if tracked != Tracked::Complete {
-            let state = self.vm("unprotect")?.save()?;
+            let mut state = self.vm("unprotect")?.save()?;
+            if let RunState::Stopped(stop) = &self.state {
+                // KVM's clock and timer have run on since.
+                stop.keep_time(&mut state);
+                state.chips.set_pit(stop.pit);
+            }
             self.rebuild(&state)?;
+            self.events.withdraw(|event| matches!(event, GuestEvent::TrackingLost(_)));
             // A new VM's clock begins at zero.
             self.vm("unprotect")?.start_clock(&state.clock, &state.tsc_offsets())?;
         }
@@ -342,7 +388,7 @@ impl KvmGuest {
         let running = match self.state {
             RunState::Failed => return Err(self.wrong_state(wanted)),
             RunState::Running => true,
-            RunState::Built | RunState::Stopped { .. } => false,
+            RunState::Built | RunState::Stopped(_) => false,
         };
         if running {
             let paused = self.vm(wanted)?.pause();
@@ -368,35 +414,33 @@ impl ProtectedGuest for KvmGuest {
     }
 
     fn boot(&mut self) -> Result<(), GuestError> {
-        self.expect_stopped("boot")?;
+        if !matches!(self.state, RunState::Built) {
+            return Err(self.wrong_state("boot"));
+        }
         let state = self.power_on()?;
-        self.set_machine(&state, None)
+        self.set_machine(&state, Holds::default())
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), GuestError> {
-        self.expect_stopped("restore")?;
+        if matches!(self.state, RunState::Running | RunState::Failed) {
+            return Err(self.wrong_state("restore"));
+        }
         state.check_spec(self.digest)?;
         let Body::Kvm(kvm) = &state.body else {
             return Err(StateError::OtherKind { found: "synthetic", expected: "kvm" }.into());
         };
-        self.set_machine(kvm, state.pending)?;
+        self.set_machine(kvm, Holds { pending: state.pending, failure: None })?;
         self.egress.restore(state.output);
         Ok(())
     }
 
     fn reset(&mut self) -> Result<(), GuestError> {
-        let RunState::Stopped { clock, tsc_offsets } = &self.state else {
+        let RunState::Stopped(stop) = &self.state else {
             return Err(self.wrong_state("reset"));
         };
-        let (clock, tsc_offsets) = (*clock, tsc_offsets.clone());
         let mut state = self.power_on()?;
-        // Time goes on, and so does what lies outside the machine.
-        state.clock = clock;
-        for (vcpu, offset) in state.vcpus.iter_mut().zip(tsc_offsets) {
-            vcpu.set_tsc_offset(offset);
-        }
-        state.devices = state.devices.after_reset(&self.vm("reset")?.shared().devices.save());
-        self.set_machine(&state, None)
+        stop.keep_time(&mut state);
+        self.set_machine(&state, Holds::default())
     }
 
     fn protect(&mut self) -> Result<(), GuestError> {
@@ -425,19 +469,27 @@ impl ProtectedGuest for KvmGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        let RunState::Stopped { clock, tsc_offsets } = &self.state else {
+        let RunState::Stopped(stop) = &self.state else {
             return Err(self.wrong_state("resume"));
         };
         let vm = self.vm("resume")?;
         vm.shared().tell_again();
-        vm.start_clock(clock, tsc_offsets)?;
+        // After a short stop its ticks are few, and setting it would begin its period anew at every cut.
+        if stop.since.elapsed() > SHORT_STOP && chips::is_periodic(&stop.pit) {
+            vm.set_pit(&stop.pit)?;
+        }
+        vm.start_clock(&stop.clock, &stop.tsc_offsets)?;
         vm.run();
         self.state = RunState::Running;
         Ok(())
     }
 
     fn next_event(&mut self, timeout: Duration) -> Option<GuestEvent> {
-        self.events.recv_timeout(timeout).ok()
+        self.events.next(timeout)
+    }
+
+    fn on_event(&mut self, wake: Wake) {
+        self.events.on_event(wake);
     }
 
     fn console_input(&mut self, bytes: &[u8]) -> usize {
@@ -460,6 +512,8 @@ impl ProtectedGuest for KvmGuest {
     }
 
     fn drain_output(&mut self) -> Output {
+        // First, so that a vCPU that fills it again right after is not overheard.
+        self.events.withdraw(|event| *event == GuestEvent::OutputFull);
         let output = self.egress.take();
         if let Some(vm) = &self.vm {
             vm.shared().gate.notify();

@@ -1,15 +1,16 @@
 //! One KVM VM: descriptors, vCPU threads, chips and devices around memory that outlives it. A VM is built,
 //! set to a state, run and stopped; when its tracker is of no more use, another is built in its place.
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, VmFd};
+use kvm_bindings::{
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use super::{BuildError, KvmState};
-use crate::arch::x86_64::chips::{self, ChipState};
+use crate::arch::x86_64::chips::{self, ChipState, Pit};
 use crate::arch::x86_64::clock::{ClockState, host_tsc, probe_tsc_offset};
 use crate::arch::x86_64::cpuid::CpuidTable;
 use crate::arch::x86_64::msrs;
@@ -17,14 +18,19 @@ use crate::arch::x86_64::vcpu_state::{SaveAbility, VcpuState};
 use crate::devices::{Devices, InterruptLines};
 use crate::dirty_set::DirtySet;
 use crate::egress::Egress;
-use crate::guest::{GuestError, GuestEvent, Tracked};
+use crate::events::Events;
+use crate::guest::{GuestError, Tracked};
 use crate::host::Host;
 use crate::ioctl;
+use crate::kick;
 use crate::memory::GuestMemory;
 use crate::spec::GuestSpec;
 use crate::state::StateError;
 use crate::tracker::{Cadence, Tracker};
-use crate::vcpu::{self, Shared, Vcpu};
+use crate::vcpu::{self, Settled, Shared, StartError, Vcpu};
+
+/// How often a request that a signal interrupts is made again.
+const INTERRUPTED_MOST: u32 = 100;
 
 pub(super) struct Vm {
     /// Stopped and joined by `drop` before the rest goes.
@@ -46,8 +52,17 @@ pub(super) struct Surroundings<'a> {
     pub(super) spec: &'a GuestSpec,
     pub(super) memory: &'a Arc<GuestMemory>,
     pub(super) egress: &'a Arc<Egress>,
-    pub(super) events: &'a Sender<GuestEvent>,
+    pub(super) events: &'a Arc<Events>,
+    pub(super) settled: &'a Arc<Settled>,
     pub(super) cadence: Cadence,
+}
+
+impl Surroundings<'_> {
+    fn share(&self, tracker: Tracker, devices: Devices) -> Shared {
+        let (egress, memory) = (Arc::clone(self.egress), Arc::clone(self.memory));
+        let (events, settled) = (Arc::clone(self.events), Arc::clone(self.settled));
+        Shared::new(tracker, devices, egress, memory, events, settled, self.cadence)
+    }
 }
 
 impl Vm {
@@ -55,7 +70,7 @@ impl Vm {
     pub(super) fn build(around: &Surroundings<'_>) -> Result<Self, BuildError> {
         let step = |what| move |e: io::Error| BuildError::Kvm { what, source: e };
         let Surroundings { host, spec, memory, .. } = around;
-        let fd = host.kvm().create_vm().map_err(|e| step("create a VM")(e.into()))?;
+        let fd = uninterrupted(|| host.kvm().create_vm()).map_err(step("create a VM"))?;
         let fd = Arc::new(fd);
         chips::create(&fd).map_err(step("create the interrupt chips"))?;
         set_slots(&fd, memory, 0).map_err(step("map guest memory"))?;
@@ -65,8 +80,10 @@ impl Vm {
         let tsc_offset = host.has_vcpu_attributes() && probe_tsc_offset(&vcpu_fds[0]);
         let cpuid = CpuidTable::resolve(host.kvm(), spec.cpu_model, host.virtualisation(), tsc_offset)?;
         let supported = CpuidTable::supported(host.kvm())?;
+        cpuid.check_reaches(memory.layout().frame_limit())?;
         for (id, vcpu) in (0..).zip(&vcpu_fds) {
             set_cpuid(vcpu, &cpuid, id, spec.vcpus).map_err(step("set the CPUID"))?;
+            enforce_pv_features(host, vcpu).map_err(step("hold the guest to its CPUID"))?;
         }
         let msrs = msrs::saved_list(host.kvm(), &vcpu_fds[0]).map_err(step("list the MSRs"))?;
         let xsave2 = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
@@ -75,15 +92,17 @@ impl Vm {
         let tsc_khz = vcpu_fds[0].get_tsc_khz().map_err(|e| step("tell the TSC's rate")(e.into()))?;
         let lines: Arc<dyn InterruptLines> = fd.clone();
         let devices = Devices::new(&lines, around.egress, spec.virtio_slots);
-        let egress = Arc::clone(around.egress);
-        let shared =
-            Shared::new(tracker, devices, egress, Arc::clone(memory), around.events.clone(), around.cadence);
-        let shared = Arc::new(shared);
-        let mut vcpus = Vec::new();
-        for (id, vcpu) in (0..).zip(vcpu_fds) {
-            vcpus.push(Vcpu::spawn(id, &spec.name, vcpu, &shared).map_err(step("start a vCPU's thread"))?);
-        }
+        let shared = Arc::new(around.share(tracker, devices));
+        // Threads that were started end with it, whatever fails from here on.
+        let vcpus = Vec::new();
         let mut vm = Self { vcpus, shared, fd, ability, tsc_khz, cpuid, supported, power_on: None };
+        for (vcpu, fd) in (0..).zip(vcpu_fds) {
+            let started = Vcpu::spawn(vcpu, &spec.name, fd, &vm.shared).map_err(|e| match e {
+                StartError::Thread(source) => BuildError::Kvm { what: "start a vCPU's thread", source },
+                StartError::Timer(source) => BuildError::Timer { vcpu, source },
+            });
+            vm.vcpus.push(started?);
+        }
         vm.power_on = Some(vm.read().map_err(step("read the power-on state"))?);
         Ok(vm)
     }
@@ -161,6 +180,9 @@ impl Vm {
             )));
         }
         state.clock.check_rate(self.tsc_khz)?;
+        for vcpu in &state.vcpus {
+            ClockState::check_carried(vcpu.tsc_offset(), self.ability.tsc_offset)?;
+        }
         self.adopt_cpuid(&state.cpuid)?;
         self.shared.devices.restore(&state.devices)?;
         let shift = state.clock.tsc_shift(host_tsc());
@@ -187,12 +209,19 @@ impl Vm {
         }
         let refused = |reason: String| StateError::Refused { part: "CPU model".to_owned(), reason };
         table.check_runs_on(&self.supported).map_err(|e| refused(e.to_string()))?;
+        let frames = self.shared.memory.layout().frame_limit();
+        table.check_reaches(frames).map_err(|e| refused(e.to_string()))?;
         let count = self.vcpus.len() as u32;
         for vcpu in &self.vcpus {
             set_cpuid(&vcpu.fd(), table, vcpu.id(), count).map_err(|e| refused(e.to_string()))?;
         }
         self.cpuid = table.clone();
         Ok(())
+    }
+
+    /// Sets the interval timer back to where it was.
+    pub(super) fn set_pit(&self, pit: &Pit) -> Result<(), GuestError> {
+        self.fd.set_pit2(pit).map_err(|e| kvm("set the interval timer")(e.into()))
     }
 
     /// Lets guest time go on from `clock`, on every vCPU from one reading of the host's counter.
@@ -235,18 +264,42 @@ fn set_slots(fd: &VmFd, memory: &GuestMemory, flags: u32) -> io::Result<()> {
             memory_size: slot.frames * colo_common::PAGE_SIZE as u64,
             userspace_addr: memory.host_address(slot),
         };
-        // SAFETY: the range is a part of the guest's mapping, which the VM's threads keep alive through
-        // `Shared::memory` for longer than the VM's descriptor; slots do not overlap.
+        // SAFETY: the range is a part of the guest's mapping, and slots do not overlap. Each vCPU's thread keeps the
+        // mapping alive through `Shared::memory` for as long as it may enter the guest. The descriptor may outlive
+        // it; KVM itself then touches none of it, and forgets what it knows of a range that is unmapped.
         unsafe { fd.set_user_memory_region(region) }?;
     }
     Ok(())
 }
 
-fn set_cpuid(vcpu: &kvm_ioctls::VcpuFd, table: &CpuidTable, id: u32, count: u32) -> io::Result<()> {
+fn set_cpuid(vcpu: &VcpuFd, table: &CpuidTable, id: u32, count: u32) -> io::Result<()> {
     Ok(vcpu.set_cpuid2(&table.for_vcpu(id, count)?)?)
 }
 
-fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Vec<kvm_ioctls::VcpuFd>> {
+/// Has KVM refuse a guest the paravirtual features that its CPUID does not offer. It would let the guest have those
+/// that we mask, steal time and async page faults, if only it asked.
+fn enforce_pv_features(host: &Host, vcpu: &VcpuFd) -> io::Result<()> {
+    if !host.enforces_pv_features() {
+        return Ok(());
+    }
+    let mut request = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..Default::default() };
+    request.args[0] = 1;
+    Ok(vcpu.enable_cap(&request)?)
+}
+
+/// A request that a pending signal interrupts (KVM registers with the memory of this process when it makes a VM), made
+/// again until it is answered.
+fn uninterrupted<T>(mut request: impl FnMut() -> Result<T, kvm_ioctls::Error>) -> io::Result<T> {
+    for _ in 0..INTERRUPTED_MOST {
+        match kick::without_signals(&mut request).0 {
+            Err(e) if e.errno() == libc::EINTR => {}
+            answer => return answer.map_err(Into::into),
+        }
+    }
+    Ok(request()?)
+}
+
+fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Vec<VcpuFd>> {
     let mut vcpus = Vec::new();
     for id in 0..spec.vcpus {
         let vcpu = fd.create_vcpu(u64::from(id))?;
@@ -254,4 +307,25 @@ fn create_vcpus(fd: &VmFd, tracker: &Tracker, spec: &GuestSpec) -> io::Result<Ve
         vcpus.push(vcpu);
     }
     Ok(vcpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{INTERRUPTED_MOST, uninterrupted};
+
+    #[test]
+    fn an_interrupted_request_is_made_again_and_any_other_failure_is_told() {
+        let failing = |errno, times: u32| {
+            let mut calls = 0;
+            let answer = uninterrupted(|| {
+                calls += 1;
+                if calls > times { Ok(calls) } else { Err(kvm_ioctls::Error::new(errno)) }
+            });
+            answer.map_err(|e| e.raw_os_error())
+        };
+        assert_eq!(failing(libc::EINTR, 3), Ok(4));
+        assert_eq!(failing(libc::EINTR, u32::MAX), Err(Some(libc::EINTR)));
+        assert_eq!(failing(libc::EINTR, INTERRUPTED_MOST), Ok(INTERRUPTED_MOST + 1));
+        assert_eq!(failing(libc::ENOMEM, 1), Err(Some(libc::ENOMEM)));
+    }
 }

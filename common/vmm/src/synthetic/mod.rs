@@ -36,7 +36,7 @@ use std::time::Duration;
 use crate::dirty_set::DirtySet;
 use crate::egress::{Egress, Output};
 use crate::guest::{
-    Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked,
+    Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
 };
 use crate::memory::GuestMemory;
 use crate::spec::GuestSpec;
@@ -57,7 +57,7 @@ enum Run {
 impl Run {
     fn name(self) -> &'static str {
         match self {
-            Self::Built => "not booted",
+            Self::Built => "neither booted nor restored",
             Self::Stopped => "stopped",
             Self::Running => "running",
         }
@@ -81,6 +81,7 @@ pub struct SyntheticGuest {
     /// Raised since the last cut, in order, and how many of them were told.
     raised: Vec<GuestEvent>,
     told: usize,
+    wake: Option<Wake>,
 }
 
 impl SyntheticGuest {
@@ -109,6 +110,7 @@ impl SyntheticGuest {
             run: Run::Built,
             raised: Vec::new(),
             told: 0,
+            wake: None,
             spec,
             memory,
         })
@@ -117,7 +119,9 @@ impl SyntheticGuest {
     /// Lets the guest take up to `steps` steps and returns how many it took: fewer when something asks for a
     /// cut or a full ring waits for a collect, none unless it runs.
     pub fn advance(&mut self, steps: u64) -> u64 {
-        (0..steps).find(|_| !self.step()).unwrap_or(steps)
+        let taken = (0..steps).find(|_| !self.step()).unwrap_or(steps);
+        self.raise();
+        taken
     }
 
     /// Steps since power-on or reset.
@@ -161,8 +165,12 @@ impl SyntheticGuest {
         Some(GuestFailure::Run { vcpu: wrong.vcpu, what: format!("it found {wrong}") })
     }
 
-    /// Raises what asks for a cut, each thing once between two cuts.
+    /// Raises what asks for a cut of a running guest, each thing once between two cuts.
     fn raise(&mut self) {
+        if self.run != Run::Running {
+            return;
+        }
+        let before = self.raised.len();
         let failed = self.failure().map(GuestEvent::Failed);
         let lifecycle = self.pending.map(GuestEvent::Lifecycle);
         let lost = self.tracker.loss().map(GuestEvent::TrackingLost);
@@ -172,11 +180,19 @@ impl SyntheticGuest {
                 self.raised.push(event);
             }
         }
+        if self.raised.len() > before {
+            self.wake();
+        }
     }
 
-    fn expect_stopped(&self, wanted: &'static str) -> Result<(), GuestError> {
-        let state = self.run.name();
-        if self.run == Run::Running { Err(GuestError::WrongState { wanted, state }) } else { Ok(()) }
+    fn wake(&self) {
+        if let Some(wake) = &self.wake {
+            wake();
+        }
+    }
+
+    fn wrong_state(&self, wanted: &'static str) -> GuestError {
+        GuestError::WrongState { wanted, state: self.run.name() }
     }
 
     /// Sets the machine as after power-on; the host's half of console input stays.
@@ -216,13 +232,17 @@ impl ProtectedGuest for SyntheticGuest {
     }
 
     fn boot(&mut self) -> Result<(), GuestError> {
-        self.expect_stopped("boot")?;
+        if self.run != Run::Built {
+            return Err(self.wrong_state("boot"));
+        }
         self.power_on(1);
         Ok(())
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), GuestError> {
-        self.expect_stopped("restore")?;
+        if self.run == Run::Running {
+            return Err(self.wrong_state("restore"));
+        }
         self.state = self.check_state(state)?.clone();
         self.view.set_spread(self.state.program.spread);
         self.egress.restore(state.output);
@@ -233,7 +253,9 @@ impl ProtectedGuest for SyntheticGuest {
     }
 
     fn reset(&mut self) -> Result<(), GuestError> {
-        self.expect_stopped("reset")?;
+        if self.run != Run::Stopped {
+            return Err(self.wrong_state("reset"));
+        }
         self.power_on(self.state.boots + 1);
         Ok(())
     }
@@ -252,13 +274,16 @@ impl ProtectedGuest for SyntheticGuest {
 
     fn collect(&mut self, dirty: &mut DirtySet) -> Result<Tracked, GuestError> {
         self.memory.take_writes(dirty);
-        Ok(self.tracker.take(dirty))
+        let tracked = self.tracker.take(dirty);
+        // It may have found a loss.
+        self.raise();
+        Ok(tracked)
     }
 
     /// Takes no time: all of [`CutTiming`] is zero.
     fn cut(&mut self, dirty: &mut DirtySet) -> Result<Cut, GuestError> {
         if self.run != Run::Running {
-            return Err(GuestError::WrongState { wanted: "cut", state: self.run.name() });
+            return Err(self.wrong_state("cut"));
         }
         self.run = Run::Stopped;
         let state = MachineState {
@@ -278,20 +303,27 @@ impl ProtectedGuest for SyntheticGuest {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         if self.run != Run::Stopped {
-            return Err(GuestError::WrongState { wanted: "resume", state: self.run.name() });
+            return Err(self.wrong_state("resume"));
         }
         self.run = Run::Running;
+        // What stands from before the cut.
+        self.raise();
         Ok(())
     }
 
     /// Never waits: the guest does not move by itself, so nothing would come.
     fn next_event(&mut self, _timeout: Duration) -> Option<GuestEvent> {
-        if self.run == Run::Running {
-            self.raise();
-        }
+        self.raise();
         let event = self.raised.get(self.told)?.clone();
         self.told += 1;
         Some(event)
+    }
+
+    fn on_event(&mut self, wake: Wake) {
+        self.wake = Some(wake);
+        if self.told < self.raised.len() {
+            self.wake();
+        }
     }
 
     fn console_input(&mut self, bytes: &[u8]) -> usize {
@@ -312,9 +344,10 @@ impl ProtectedGuest for SyntheticGuest {
 
     fn drain_output(&mut self) -> Output {
         // There is room again: should it fill once more, that is news.
-        self.raised.truncate(self.told);
-        self.raised.retain(|event| *event != GuestEvent::OutputFull);
-        self.told = self.raised.len();
+        if let Some(at) = self.raised.iter().position(|event| *event == GuestEvent::OutputFull) {
+            self.raised.remove(at);
+            self.told -= usize::from(at < self.told);
+        }
         self.egress.take()
     }
 }

@@ -23,6 +23,8 @@ use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const ENTRIES: u32 = 256;
@@ -618,7 +620,7 @@ fn what_does_not_fit_the_guests_life_is_refused() {
     let mut dirty = dirty_for(&guest);
     assert!(matches!(
         guest.cut(&mut dirty),
-        Err(GuestError::WrongState { wanted: "cut", state: "not booted" })
+        Err(GuestError::WrongState { wanted: "cut", state: "neither booted nor restored" })
     ));
     assert!(matches!(guest.resume(), Err(GuestError::WrongState { .. })));
     assert_eq!((guest.advance(5), guest.next_event(Duration::from_secs(3600))), (0, None));
@@ -632,6 +634,60 @@ fn what_does_not_fit_the_guests_life_is_refused() {
     let state = cut(&mut guest).state;
     guest.resume().unwrap();
     assert!(wrong(guest.restore(&state)));
+}
+
+/// A second boot would begin positions of input anew while those of output go on.
+#[test]
+fn a_guest_is_booted_once_and_reset_after_that() {
+    let mut guest = guest_of(&Program::default());
+    assert!(matches!(guest.reset(), Err(GuestError::WrongState { wanted: "reset", .. })));
+    assert_eq!(guest.console_input(b"early\n"), 6);
+    guest.boot().unwrap();
+    assert_eq!(guest.console_input_offset(), 6);
+    assert!(matches!(guest.boot(), Err(GuestError::WrongState { wanted: "boot", state: "stopped" })));
+    guest.reset().unwrap();
+    let state = {
+        guest.resume().unwrap();
+        cut(&mut guest).state
+    };
+    assert_eq!(state.console_input, 6);
+    let mut other = guest_of(&Program::default());
+    other.restore(&state).unwrap();
+    assert!(matches!(other.boot(), Err(GuestError::WrongState { wanted: "boot", .. })));
+}
+
+#[test]
+fn an_owner_of_several_sources_is_woken_for_each_event() {
+    let program = Program { frame_every: 1, line_every: 1, ..Program::default() };
+    let mut guest = running(&program, &Tracking::default());
+    let woken = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&woken);
+    guest.on_event(Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }));
+    guest.advance(1);
+    assert_eq!((woken.load(Ordering::SeqCst), guest.next_event(Duration::ZERO)), (0, None));
+    guest.advance(u64::MAX);
+    assert_eq!(guest.advance(1), 0);
+    assert_eq!(woken.load(Ordering::SeqCst), 1, "once for one event");
+    assert_eq!(guest.next_event(Duration::ZERO), Some(GuestEvent::OutputFull));
+    assert_eq!(guest.next_event(Duration::ZERO), None);
+    guest.drain_output();
+    guest.power_button();
+    guest.advance(u64::MAX);
+    assert_eq!(woken.load(Ordering::SeqCst), 2);
+    assert_eq!(guest.next_event(Duration::ZERO), Some(GuestEvent::Lifecycle(Lifecycle::Shutdown)));
+    // It stands over the cut, so a resume tells it again.
+    cut(&mut guest);
+    guest.resume().unwrap();
+    assert_eq!(woken.load(Ordering::SeqCst), 3);
+    // Somebody new is told at once of what waits.
+    let counter = Arc::clone(&woken);
+    guest.on_event(Arc::new(move || {
+        counter.fetch_add(100, Ordering::SeqCst);
+    }));
+    assert_eq!(woken.load(Ordering::SeqCst), 103);
+    assert_eq!(guest.next_event(Duration::ZERO), Some(GuestEvent::Lifecycle(Lifecycle::Shutdown)));
 }
 
 #[test]

@@ -13,6 +13,9 @@ use crate::state::StateError;
 
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
+/// The interval timer at a cut.
+pub(crate) type Pit = kvm_pit_state2;
+
 /// The chips at a cut.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct ChipState {
@@ -34,6 +37,13 @@ pub(crate) fn create(vm: &VmFd) -> io::Result<()> {
     vm.create_irq_chip()?;
     vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() })?;
     Ok(())
+}
+
+/// Whether the timer ticks again and again. KVM keeps every tick that the guest has not taken, also while the guest
+/// stands still, and makes up for all of them.
+pub(crate) fn is_periodic(pit: &Pit) -> bool {
+    // Rate generator and square wave.
+    matches!(pit.channels[0].mode, 2 | 3)
 }
 
 impl ChipState {
@@ -59,6 +69,14 @@ impl ChipState {
             vm.set_irqchip(chip).map_err(|e| refused("interrupt controller", e))?;
         }
         Ok(())
+    }
+
+    pub(crate) fn pit(&self) -> Pit {
+        self.pit
+    }
+
+    pub(crate) fn set_pit(&mut self, pit: Pit) {
+        self.pit = pit;
     }
 
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
