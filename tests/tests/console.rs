@@ -145,6 +145,25 @@ fn input_beyond_the_limit_waits_and_nothing_is_lost() {
     assert_eq!((wrong, rig.console().len(), replaced), (None, input.len(), 5));
 }
 
+/// What the console had taken in when the guest was reset is there for its next life, in order.
+#[test]
+fn input_that_was_not_read_outlives_a_reset() {
+    if !kvm_usable() {
+        return;
+    }
+    let input: Vec<u8> = (0..150).collect();
+    let mut rig = Rig::boot(program("echo", &ECHO)).unwrap();
+    assert_eq!(rig.guest().console_input(&input), input.len());
+    rig.guest().reset().unwrap();
+    assert_eq!(rig.guest().console_input_offset(), input.len() as u64);
+    let started = Instant::now();
+    while rig.console().len() < input.len() && started.elapsed() < PATIENCE / 10 {
+        assert_eq!(rig.run(EPOCH).unwrap(), None);
+        rig.cut().unwrap();
+    }
+    assert_eq!(rig.console(), input);
+}
+
 /// Checks that `console` goes on counting where `next` is due, and moves that on.
 fn check_count(console: &[u8], next: &mut u8, what: &str) {
     for (at, &byte) in console.iter().enumerate() {

@@ -8,8 +8,9 @@ use colo_tests::images::{Images, Kernel, kvm_usable};
 use colo_tests::rig::{Rig, Taken};
 use colo_tests::session::{PATIENCE, Session};
 use colo_vmm::guest::{GuestEvent, GuestFailure, Lifecycle, ResetCause};
-use colo_vmm::host::Virtualisation;
-use colo_vmm::{DirtySet, GuestSpec, ProtectedGuest};
+use colo_vmm::host::{Host, Virtualisation};
+use colo_vmm::{BootFile, BootSource, DirtySet, GuestError, GuestSpec, KvmGuest, ProtectedGuest};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 const EPOCH: Duration = Duration::from_millis(25);
@@ -116,6 +117,64 @@ fn ends_are_in_the_state_and_are_asked_for_again() {
             taken = replace_and_ask_again(&mut rig, &taken, lifecycle);
         }
         assert_eq!(rig.console(), b"lifecycle boot=1\n");
+    }
+}
+
+/// An owner with several sources sleeps until it is woken and then asks without waiting; a resume wakes it again
+/// for what stands. And a guest that lives is reset, not booted.
+#[test]
+fn an_owner_is_woken_for_what_the_guest_asks() {
+    if !kvm_usable() {
+        return;
+    }
+    let mut guest = KvmGuest::new(payload("end=i8042")).unwrap();
+    let (wakes, woken) = mpsc::channel();
+    guest.on_event(Arc::new(move || wakes.send(()).unwrap()));
+    assert!(matches!(guest.reset(), Err(GuestError::WrongState { wanted: "reset", .. })));
+    guest.boot().unwrap();
+    assert!(matches!(guest.boot(), Err(GuestError::WrongState { wanted: "boot", state: "stopped" })));
+    let mut unused = DirtySet::new(guest.memory().layout().frame_limit());
+    let asked = GuestEvent::Lifecycle(Lifecycle::Reset(ResetCause::Keyboard));
+    for _ in 0..3 {
+        guest.resume().unwrap();
+        woken.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(guest.next_event(Duration::ZERO), Some(asked.clone()));
+        assert_eq!(guest.next_event(Duration::ZERO), None);
+        guest.cut(&mut unused).unwrap();
+    }
+    assert!(woken.try_recv().is_err(), "woken for nothing");
+    guest.reset().unwrap();
+    guest.resume().unwrap();
+    woken.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(guest.next_event(Duration::ZERO), Some(GuestEvent::Lifecycle(Lifecycle::DebugExit(0))));
+}
+
+/// kvmclock is offered; steal time and async page faults are not, and a guest that turns them on all the same faults
+/// as on a host without them (here, without a table of interrupts, for the third time).
+#[test]
+fn what_cpuid_does_not_offer_cannot_be_turned_on() {
+    if !kvm_usable() {
+        return;
+    }
+    if !Host::open().unwrap().enforces_pv_features() {
+        println!("skipped: this host's KVM cannot hold a guest to its CPUID");
+        return;
+    }
+    let (kvmclock, async_page_faults, steal_time) = (1, 2, 3);
+    let fault = Lifecycle::Reset(ResetCause::TripleFault);
+    for (msr, end) in [(kvmclock, Lifecycle::DebugExit(0)), (async_page_faults, fault), (steal_time, fault)] {
+        let code: [u8; 20] = [
+            0xb9, msr, 0x4d, 0x56, 0x4b, // mov ecx, 0x4b564d00 + msr
+            0xb8, 0x01, 0x00, 0x20, 0x00, // mov eax, 0x200001
+            0x31, 0xd2, // xor edx, edx
+            0x0f, 0x30, // wrmsr
+            0x31, 0xc0, // xor eax, eax
+            0xe7, 0xf4, // out 0xf4, eax
+            0xeb, 0xfe, // jmp to itself
+        ];
+        let image = BootFile { path: "wrmsr".into(), bytes: code.into() };
+        let spec = GuestSpec::new("wrmsr", 4 << 20, BootSource::Flat { image, address: 0x10_0000 });
+        assert_eq!(Session::start(spec).unwrap().end().unwrap(), end, "MSR {msr}");
     }
 }
 

@@ -5,11 +5,16 @@ use anyhow::{Context, ensure};
 use colo_tests::dirtier::{Dirtier, Mode, Pattern};
 use colo_tests::images::kvm_usable;
 use colo_tests::seed::Seed;
+use colo_tests::session::PATIENCE;
 use colo_vmm::guest::{GuestEvent, TrackingLoss};
 use colo_vmm::host::Virtualisation;
 use colo_vmm::tracker::Cadence;
-use colo_vmm::{Tracked, TrackerKind};
+use colo_vmm::{
+    BootFile, BootSource, DirtySet, GuestMemory, GuestSpec, KvmGuest, ProtectedGuest, Tracked, TrackerKind,
+};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{Sum, Trial, alone};
 
@@ -66,6 +71,72 @@ fn an_overrun_ring_is_never_taken_for_a_complete_dirty_set() {
         lost += sum.lost;
     }
     assert!(lost > 0, "no page was ever lost, so these overruns prove nothing");
+}
+
+/// Fills a ring of 1024 almost up to KVM's limit, lets some batches of instructions pass, and then, in one batch,
+/// writes over the ring's end and meets an instruction that kvm-pvm's emulator does not know. It would go on to say "x".
+const OVERRUN_AND_FAIL: [u8; 39] = [
+    0xbf, 0x00, 0x00, 0x20, 0x00, // 0: mov edi, 0x200000
+    0x31, 0xc0, // 5: xor eax, eax
+    0xfc, // 7: cld
+    0xb9, 0x84, 0x03, 0x00, 0x00, // 8: mov ecx, 900
+    0xf3, 0xab, // 13: rep stosd
+    0xb9, 0xb8, 0x0b, 0x00, 0x00, // 15: mov ecx, 3000
+    0xe2, 0xfe, // 20: loop 20
+    0xb9, 0x96, 0x00, 0x00, 0x00, // 22: mov ecx, 150
+    0xf3, 0xab, // 27: rep stosd
+    0x9b, // 29: fwait
+    0x66, 0xba, 0xf8, 0x03, // 30: mov dx, 0x3f8
+    0xb0, 0x78, // 34: mov al, 'x'
+    0xee, // 36: out dx, al
+    0xeb, 0xfe, // 37: jmp 37
+];
+const PROGRAM: u64 = 0x10_0000;
+const TURNS: u64 = PROGRAM + 16;
+const FAILING: u64 = PROGRAM + 29;
+const NOP: u8 = 0x90;
+
+/// The VM is built anew because of the loss, and the guest failed all the same.
+#[test]
+fn a_failure_stands_when_the_same_cut_finds_a_loss() {
+    if !kvm_usable() {
+        return;
+    }
+    let _alone = alone();
+    let image = BootFile { path: "overrun".into(), bytes: OVERRUN_AND_FAIL.into() };
+    let spec = GuestSpec::new("overrun", 4 << 20, BootSource::Flat { image, address: PROGRAM });
+    let spec = GuestSpec { tracker: TrackerKind::Ring { entries: 1024 }, ..spec };
+    let memory = Arc::new(GuestMemory::new(spec.memory_bytes).unwrap());
+    let mut guest = KvmGuest::with_memory(spec, memory, NEVER).unwrap();
+    if guest.virtualisation() != Virtualisation::Software {
+        println!("skipped: this host does not emulate guests, so no ring can be overrun");
+        return;
+    }
+    guest.boot().unwrap();
+    guest.protect().unwrap();
+    let mut dirty = DirtySet::new(guest.memory().layout().frame_limit());
+    for attempt in 0..20_u32 {
+        // A batch that ends while the last words are written has the loss told first: then with other turns.
+        guest.memory().ram().write_obj(3000 + 37 * attempt, GuestAddress(TURNS)).unwrap();
+        guest.resume().unwrap();
+        let event = guest.next_event(PATIENCE).unwrap();
+        let cut = guest.cut(&mut dirty).unwrap();
+        let (GuestEvent::Failed(failure), Tracked::Unknown(_)) = (event, cut.tracked) else {
+            guest.reset().unwrap();
+            continue;
+        };
+        println!("attempt {attempt}: {failure}; {:?}", cut.tracked);
+        assert_eq!(cut.failed.as_ref(), Some(&failure));
+        // If it ran on, it would get by now.
+        guest.memory().ram().write_obj(NOP, GuestAddress(FAILING)).unwrap();
+        guest.resume().unwrap();
+        assert_eq!(guest.next_event(Duration::ZERO), Some(GuestEvent::Failed(failure.clone())));
+        std::thread::sleep(Duration::from_millis(100));
+        let cut = guest.cut(&mut dirty).unwrap();
+        assert_eq!((cut.failed, cut.output.console()), (Some(failure), Vec::new()));
+        return;
+    }
+    panic!("no cut met a failed guest with a ring that was overrun");
 }
 
 /// Overruns, each with a short epoch of the VM that was built anew after it. Nothing on a host without them.
