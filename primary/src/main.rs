@@ -6,8 +6,12 @@ use colo_primary::terminal::{self, End};
 use colo_vmm::host::Host;
 use colo_vmm::{BootFile, BootSource, CpuModel, GuestSpec, KvmGuest, ProtectedGuest, TrackerKind};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// Exit status when a test guest ended itself with a value other than 0. The value itself is logged: as a status it
+/// could be taken for one of Colo's own (1, 2, 86, 101, and 128 and above).
+const DEBUG_EXIT_STATUS: u8 = 3;
 
 #[derive(Parser)]
 #[command(name = "colo-primary", version, about = "Runs a guest that Colo can protect")]
@@ -19,6 +23,9 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Boots a guest on this terminal, without protection; Ctrl-] ends it.
+    ///
+    /// Ends with status 0 when the guest powers off, 1 on an error, 2 on wrong arguments, 3 when a test guest ends
+    /// itself by isa-debug-exit with a value other than 0 (which is logged), 86 when the host cannot give guest memory.
     Run(Run),
     /// Says what this host's KVM can do for Colo.
     Host,
@@ -101,10 +108,10 @@ impl Run {
         let mut guest = KvmGuest::new(self.spec()?)?;
         guest.boot()?;
         match terminal::run(&mut guest)? {
-            End::Off | End::DebugExit(0) => Ok(ExitCode::SUCCESS),
+            End::Off => Ok(ExitCode::SUCCESS),
             End::DebugExit(value) => {
                 tracing::info!(value, "the guest ended itself by isa-debug-exit");
-                Ok(ExitCode::from(u8::try_from(value).unwrap_or(u8::MAX).max(1)))
+                Ok(if value == 0 { ExitCode::SUCCESS } else { ExitCode::from(DEBUG_EXIT_STATUS) })
             }
         }
     }
@@ -120,7 +127,7 @@ impl Run {
                 BootSource::Kernel { kernel, modules, command_line: self.cmdline.clone() }
             }
         };
-        let name = self.kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = guest_name(&self.kernel);
         let bytes = self
             .memory
             .checked_mul(1 << 20)
@@ -143,6 +150,13 @@ impl Run {
             ..GuestSpec::new(&name, bytes, boot)
         })
     }
+}
+
+/// After its kernel's file, as far as a name can say it.
+fn guest_name(kernel: &Path) -> String {
+    let stem = kernel.file_stem().unwrap_or_default().to_string_lossy();
+    let name: String = stem.chars().filter(|c| !c.is_control()).take(40).collect();
+    if name.is_empty() { "guest".to_owned() } else { name }
 }
 
 fn host() -> anyhow::Result<ExitCode> {

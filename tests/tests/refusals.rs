@@ -281,6 +281,35 @@ fn a_process_that_may_open_too_few_files_says_so() {
     }
 }
 
+/// Without a timer a vCPU would harvest its ring too late, so there is no guest without one.
+#[test]
+fn a_process_that_may_have_no_timer_says_so() {
+    if !kvm_usable() {
+        return;
+    }
+    let flat = Images::find().unwrap().payload("flat.bin").unwrap();
+    let run = format!("run --flat 0x100000 --kernel {}", flat.display());
+    let output = script(&format!("exec prlimit --sigpending=0 \"$0\" {run}"));
+    refused(&output, &["vCPU 0", "raise the limit on pending signals (ulimit -i)"]);
+}
+
+/// Whatever a test guest ends itself with, it does not pass for an end of Colo's own.
+#[test]
+fn a_guest_that_ends_itself_has_a_status_of_its_own() {
+    if !kvm_usable() {
+        return;
+    }
+    let scratch = Scratch::new("debug-exit");
+    for (value, status) in [(0, 0), (1, 3), (86, 3), (101, 3), (255, 3)] {
+        // mov eax, value; out 0xf4, eax; jmp to itself
+        let program = scratch.file("ends", &[0xb8, value, 0, 0, 0, 0xe7, 0xf4, 0xeb, 0xfe]);
+        let output = run(&["--kernel", &program, "--flat", "0x100000", "--memory", "4"]);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{value}: {stderr}");
+        assert!(stderr.contains(&format!("value={value}")), "{stderr}");
+    }
+}
+
 /// In a /dev of its own, whose kvm belongs to root alone, and as a user who is nobody. Copied to where anybody
 /// may read it.
 #[test]
