@@ -62,8 +62,9 @@ pub(crate) fn run(
             figures.restores.push(rig.replace(&taken.cut.state)?);
             // A little jitter, so that moves meet the guest at any instant of its work.
             next_move = Some(cut_at + LIFE + Duration::from_micros(seed.below(20_000)));
-            figures.tell(checker.counts().lines);
             rig.resume()?;
+            figures.standstills.push(cut_at.elapsed());
+            figures.tell(summary.cuts, checker.counts().lines);
         } else {
             rig.resume()?;
             figures.pauses.push(cut_at.elapsed());

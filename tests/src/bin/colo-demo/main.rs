@@ -1,7 +1,8 @@
 //! `make demo`: boots the Linux guest, cuts and saves it every 25 ms, and every second tears the whole VM down
-//! and carries on in a fresh one, from memory rebuilt out of dirty sets alone. The guest's console goes on
-//! without a seam; a broken promise ends the demo with an error. Where KVM cannot be used, the synthetic guest
-//! takes its place, and the demo says so first.
+//! and carries on in a fresh one, from memory rebuilt out of dirty sets alone; should a cut have lost track of
+//! writes, all memory was copied anew, and the demo says so. The guest's console goes on without a seam; a broken
+//! promise ends the demo with an error. Where KVM cannot be used, the synthetic guest takes its place, and the demo
+//! says so first.
 
 mod linux;
 mod report;

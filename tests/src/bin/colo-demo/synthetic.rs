@@ -59,8 +59,10 @@ pub(crate) fn run(
         checker.feed(&fresh);
         shown.show(&fresh);
         checker.verdict().map_err(|fault| anyhow!("the console's chain is broken: {fault:?}"))?;
-        figures.pauses.push(cut_at.elapsed());
-        if cut_at >= next_move {
+        if cut_at < next_move {
+            guest.resume()?;
+            figures.pauses.push(cut_at.elapsed());
+        } else {
             next_move = cut_at + LIFE;
             ensure!(image.digest()? == guest.memory().digest()?, "the image differs from the guest's memory");
             let bytes = cut.state.encode();
@@ -71,11 +73,12 @@ pub(crate) fn run(
             guest.protect()?;
             guest.restore(&MachineState::decode(&bytes)?)?;
             figures.restores.push(began.elapsed());
-            figures.tell(checker.counts().lines);
             image = GuestMemory::new(spec.memory_bytes)?;
             copy_everything(guest.memory(), &image)?;
+            guest.resume()?;
+            figures.standstills.push(cut_at.elapsed());
+            figures.tell(summary.cuts, checker.counts().lines);
         }
-        guest.resume()?;
     }
     summary.lines += checker.counts().lines;
     Ok(())
