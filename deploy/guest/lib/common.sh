@@ -33,11 +33,14 @@ need_packages() {
     say "installing by apt: ${missing[*]}"
     as_root apt-get install -y --no-install-recommends "${missing[@]}" >&2 ||
         { as_root apt-get update >&2 && as_root apt-get install -y --no-install-recommends "${missing[@]}" >&2; } ||
-        die "cannot install ${missing[*]}"
+        die "cannot install them; see apt's message above, then run as root: apt-get install ${missing[*]}"
 }
 
 as_root() {
-    if [ "$(id -u)" -eq 0 ]; then DEBIAN_FRONTEND=noninteractive "$@"; else sudo DEBIAN_FRONTEND=noninteractive "$@"; fi
+    local how=(env DEBIAN_FRONTEND=noninteractive "$@")
+    # -n: a password prompt would be a question. By env: sudo may refuse a variable that is set for itself.
+    if [ "$(id -u)" -ne 0 ]; then how=(sudo -n "${how[@]}"); fi
+    "${how[@]}"
 }
 
 # The first line of what a command says of its version. A tool that is not there gives a key that no artefact has: a

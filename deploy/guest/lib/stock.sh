@@ -12,10 +12,10 @@ readonly stock_module_list=(virtio_mmio virtio_blk virtio_net virtio_console vir
 stock_find() {
     stock_known=$(stock_depends)
     if [ -z "$stock_known" ]; then
-        as_root apt-get update >&2
+        as_root apt-get update >&2 || true
         stock_known=$(stock_depends)
     fi
-    [ -n "$stock_known" ] || die "apt knows no $stock_meta_package"
+    [ -n "$stock_known" ] || die "apt knows no $stock_meta_package; run apt-get update as root, and see that Debian's main archive is in its sources"
 }
 
 stock_depends() {
