@@ -1,7 +1,18 @@
-//! What every Colo crate shares and what depends on none of them: ids, limits, telemetry.
+//! What every Colo crate shares and what depends on none of them: ids, limits, the register and its arbiter,
+//! histories, configuration, the vm's directory, TLS, telemetry.
 
+pub mod arbiter;
+pub mod config;
+mod durable;
+pub mod history;
 pub mod ids;
 pub mod limits;
+pub mod register;
 pub mod telemetry;
+pub mod tls;
+pub mod vmdir;
 
-pub use ids::{Epoch, Gfn, PAGE_SIZE, Point, Term};
+pub use history::History;
+pub use ids::{
+    BadName, Epoch, Gfn, Incarnation, NodeId, PAGE_SIZE, Point, ProposalId, ReplicaId, Term, VmId,
+};

@@ -54,6 +54,9 @@ pub const MAX_BOOT_MODULE: u64 = 2 << 30;
 /// Bytes of a kernel command line with its end; what the x86 Linux boot protocol carries.
 pub const MAX_COMMAND_LINE: usize = 2048;
 
+/// Terms of a vm that are remembered: each is a failover or a change of protection.
+pub const MAX_HISTORY: usize = 4096;
+
 const _: () = assert!(MAX_SLOT_BYTES.is_multiple_of(PAGE_SIZE as u64));
 const _: () = assert!(MAX_GUEST_MEMORY / MAX_SLOT_BYTES < 32_000);
 const _: () = assert!(MAX_MACHINE_STATE > MAX_VCPUS as usize * (MAX_XSAVE + MAX_MSRS * 16));

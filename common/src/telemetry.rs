@@ -13,3 +13,28 @@ pub fn init() {
         tracing::debug!("logging was started before");
     }
 }
+
+/// Ends the process when any of its threads panics: an own bug must not leave a node that only looks alive, and the
+/// other node can take over from one that is dead.
+pub fn end_on_panic() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        std::process::abort();
+    }));
+}
+
+/// An error and its causes in one line, less those whose words are in it already.
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let (mut line, mut next) = (String::new(), Some(error));
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if line.is_empty() {
+            line = text;
+        } else if !text.is_empty() && !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        next = cause.source();
+    }
+    line
+}

@@ -1,0 +1,101 @@
+//! The configuration of `colo-primary`.
+
+use serde::Deserialize;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
+use super::{
+    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, GuestConfig, OnCrash, OnStop, Problem,
+    ReplicationConfig, TlsConfig, count_from,
+};
+
+/// Everything that a primary is told. Keys without a default must be given.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrimaryConfig {
+    /// This node's name, different from that of every other node of the vm.
+    pub node: crate::NodeId,
+    /// The vm's name, the same on all its nodes.
+    pub vm: crate::VmId,
+    /// The vm's directory on this node; made if it is not there.
+    pub directory: PathBuf,
+    /// What to do at the start with a guest that this node ran when it crashed; default `none`.
+    #[serde(default)]
+    pub on_crash: OnCrash,
+    /// What ending this process means to the guest; default `stop`.
+    #[serde(default)]
+    pub on_stop: OnStop,
+    /// How often in a row a guest whose virtual machine fails is carried on by another node, 0 to 1000; default 3.
+    #[serde(default = "default_promotions")]
+    pub max_promotions: u32,
+    /// The guest.
+    pub guest: GuestConfig,
+    /// How it is protected.
+    #[serde(default)]
+    pub replication: ReplicationConfig,
+    /// The control plane.
+    #[serde(default = "default_admin")]
+    pub admin: AdminConfig,
+    /// Certificates.
+    pub tls: Option<TlsConfig>,
+    /// Who holds the register.
+    pub arbiter: ArbiterConfig,
+    /// Where console bytes go.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+}
+
+fn default_admin() -> AdminConfig {
+    AdminConfig { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7700)) }
+}
+
+impl PrimaryConfig {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or something in it is wrong.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        super::load(path)
+    }
+
+    /// Takes and checks a text; `path` is its name, and what relative paths count from.
+    ///
+    /// # Errors
+    /// Something in it is wrong.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        super::parse(text, path)
+    }
+
+    /// Checks it, as loading does: for whoever has changed it since.
+    ///
+    /// # Errors
+    /// The first key that is wrong.
+    pub fn check(&self) -> Result<(), Problem> {
+        let tls = self.tls.as_ref();
+        let peer = self.replication.secondary.as_ref();
+        check_promotions(self.max_promotions)?;
+        self.guest.check()?;
+        self.replication.check("replication")?;
+        self.console.check()?;
+        check_listen("admin.listen", self.admin.listen, tls)?;
+        check_peer("replication.secondary", peer, tls)?;
+        check_not_self("replication.secondary", peer, self.admin.listen)
+    }
+}
+
+impl Config for PrimaryConfig {
+    fn resolve(&mut self, base: &Path) {
+        count_from(base, &mut self.directory);
+        count_from(base, &mut self.arbiter.directory);
+        self.guest.resolve(base);
+        self.console.resolve(base);
+        if let Some(tls) = &mut self.tls {
+            count_from(base, &mut tls.directory);
+        }
+    }
+
+    fn check(&self) -> Result<(), Problem> {
+        self.check()
+    }
+}
