@@ -105,6 +105,20 @@ impl DirtySet {
         self.len += u64::from(new.count_ones());
     }
 
+    /// Takes a frame out; tells whether it was in.
+    pub fn remove(&mut self, gfn: Gfn) -> bool {
+        let place = self.index.get((gfn.0 / CHUNK_FRAMES) as usize).copied().unwrap_or(0);
+        let Some(chunk) = place.checked_sub(1).map(|place| &mut self.chunks[place as usize]) else {
+            return false;
+        };
+        let (word, bit) = ((gfn.0 % CHUNK_FRAMES / 64) as usize, 1 << (gfn.0 % 64));
+        let had = chunk.words[word] & bit != 0;
+        chunk.words[word] &= !bit;
+        chunk.used &= !(u64::from(chunk.words[word] == 0) << word);
+        self.len -= u64::from(had);
+        had
+    }
+
     /// Whether the frame is in the set.
     pub fn contains(&self, gfn: Gfn) -> bool {
         let place = self.index.get((gfn.0 / CHUNK_FRAMES) as usize).copied().unwrap_or(0);
@@ -200,6 +214,7 @@ mod tests {
         Range(u64, u64),
         Word(u64, u64),
         Union(Vec<u64>),
+        Remove(u64),
         Clear,
     }
 
@@ -215,6 +230,7 @@ mod tests {
             2 => (frame(), 0..200u64).prop_map(|(f, n)| Op::Range(f, n.min(FRAMES - f))),
             3 => (0..FRAMES / 64, any::<u64>()).prop_map(|(w, b)| Op::Word(w * 64, b)),
             2 => proptest::collection::vec(frame(), 0..40).prop_map(Op::Union),
+            3 => frame().prop_map(Op::Remove),
             1 => proptest::strategy::Just(Op::Clear),
         ]
     }
@@ -237,6 +253,7 @@ mod tests {
                         for f in frames { other.insert(Gfn(f)); model.insert(f); }
                         set.union_with(&other);
                     }
+                    Op::Remove(f) => prop_assert_eq!(set.remove(Gfn(f)), model.remove(&f)),
                     Op::Clear => { set.clear(); model.clear(); }
                 }
             }

@@ -224,6 +224,27 @@ impl GuestMemory {
         file.punch_hole(0, self.layout.bytes).map_err(MemoryError::Discard)
     }
 
+    /// Gives the memory of some frames back to the host: they are zero afterwards, and no longer populated. Not
+    /// tracked, so only for memory whose writes are not.
+    ///
+    /// # Errors
+    /// A frame is not RAM, or the host refuses to punch the hole.
+    pub fn discard_frames(&self, first: Gfn, frames: u64) -> Result<(), MemoryError> {
+        let end = first.0.saturating_add(frames);
+        let (mut before, mut left) = (0, frames);
+        let mut file = self.file.try_clone().map_err(MemoryError::Discard)?;
+        for slot in self.layout.slots() {
+            let (from, to) = (first.0.max(slot.first.0), end.min(slot.first.0 + slot.frames));
+            if from < to {
+                let offset = (before + from - slot.first.0) * PAGE_SIZE as u64;
+                file.punch_hole(offset, (to - from) * PAGE_SIZE as u64).map_err(MemoryError::Discard)?;
+                left -= to - from;
+            }
+            before += slot.frames;
+        }
+        if left == 0 { Ok(()) } else { Err(MemoryError::NoSuchFrame(first)) }
+    }
+
     /// Frames that have memory behind them; all others are zero. (first frame, number), ascending.
     ///
     /// # Errors

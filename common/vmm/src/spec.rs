@@ -213,6 +213,16 @@ impl GuestSpec {
         }
     }
 
+    /// The files that it boots from: kernel or image first.
+    pub fn boot_files(&self) -> Vec<BootFile> {
+        match &self.boot {
+            BootSource::Kernel { kernel, modules, .. } => {
+                std::iter::once(kernel).chain(modules).cloned().collect()
+            }
+            BootSource::Flat { image, .. } => vec![image.clone()],
+        }
+    }
+
     /// Checks every number against its limit.
     ///
     /// # Errors

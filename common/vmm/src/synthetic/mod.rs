@@ -13,6 +13,7 @@ mod bus;
 mod chain;
 mod config;
 mod pace;
+mod paced;
 mod pages;
 mod program;
 mod ring;
@@ -26,6 +27,7 @@ pub use config::{
     Tracking,
 };
 pub use pace::Pace;
+pub use paced::PacedGuest;
 pub use state::SyntheticState;
 
 use colo_common::PAGE_SIZE;
@@ -91,13 +93,29 @@ impl SyntheticGuest {
     /// # Errors
     /// A number of the configuration is out of its range, or the memory cannot be made.
     pub fn new(spec: GuestSpec, config: SyntheticConfig) -> Result<Self, SyntheticError> {
+        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        Self::with_memory(spec, config, memory)
+    }
+
+    /// As [`new`](Self::new), around memory that already holds something, such as an image.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or the memory is of another size.
+    pub fn with_memory(
+        spec: GuestSpec,
+        config: SyntheticConfig,
+        memory: Arc<GuestMemory>,
+    ) -> Result<Self, SyntheticError> {
         let SyntheticConfig { program, tracking } = config;
         if !(1..=MAX_VCPUS).contains(&spec.vcpus) || !spec.memory_bytes.is_multiple_of(PAGE_SIZE as u64) {
             let (vcpus, bytes) = (spec.vcpus, spec.memory_bytes);
             return Err(SyntheticError::Config(format!("{vcpus} vCPUs and {bytes} bytes of memory")));
         }
         program.check(spec.vcpus, spec.memory_bytes / PAGE_SIZE as u64).map_err(SyntheticError::Config)?;
-        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        let (found, expected) = (memory.layout().bytes(), spec.memory_bytes);
+        if found != expected {
+            return Err(SyntheticError::Config(format!("{found} bytes of memory for a guest of {expected}")));
+        }
         let tracker = Tracker::new(memory.layout(), spec.tracker, spec.vcpus, &tracking);
         Ok(Self {
             digest: spec.digest(),
