@@ -1,5 +1,27 @@
-//! The primary's side: decides when to cut, and will ship what changed. Today it has the pacing of epochs and
-//! runs a guest without protection; replication builds on both.
+//! The node that runs a guest: cuts epochs, sends them, and lets output go when the protocol allows it. A library for
+//! `colo-secondary` too, which runs the guest after a promotion.
+//!
+//! The way of a page through this crate: [`epoch`] (when to cut), [`checkpoint`], [`encode`], [`quic`] (the sender),
+//! and back by acks: [`replicator`], [`release`]. [`node`] holds it together.
 
+pub mod admin;
+pub mod arbiter_worker;
+pub mod checkpoint;
+pub mod console;
+pub mod encode;
 pub mod epoch;
+pub mod guest_config;
+pub mod heartbeat;
+pub mod link;
+pub mod node;
+pub mod pairing;
+pub mod primary;
+pub mod pty;
+pub mod quic;
+pub mod release;
+pub mod replicator;
+pub mod serve;
+pub mod start;
 pub mod terminal;
+pub mod transfer;
+pub mod wire;

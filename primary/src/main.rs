@@ -27,8 +27,20 @@ enum Command {
     /// Ends with status 0 when the guest powers off, 1 on an error, 2 on wrong arguments, 3 when a test guest ends
     /// itself by isa-debug-exit with a value other than 0 (which is logged), 86 when the host cannot give guest memory.
     Run(Run),
+    /// Starts a guest that can be protected, by a configuration file.
+    Start(Start),
     /// Says what this host's KVM can do for Colo.
     Host,
+}
+
+#[derive(clap::Args)]
+struct Start {
+    /// Configuration file (TOML).
+    #[arg(long)]
+    config: PathBuf,
+    /// Start a vm again that was stopped.
+    #[arg(long)]
+    again: bool,
 }
 
 #[derive(clap::Args)]
@@ -80,27 +92,16 @@ enum Tracker {
 
 fn main() -> ExitCode {
     colo_common::telemetry::init();
+    colo_common::telemetry::end_on_panic();
     let done = match Args::parse().command {
         Command::Run(run) => run.run(),
+        Command::Start(start) => colo_primary::primary::start(&start.config, start.again),
         Command::Host => host(),
     };
     done.unwrap_or_else(|e| {
-        tracing::error!("{}", one_line(&e));
+        tracing::error!("{}", colo_common::telemetry::one_line(&*e));
         ExitCode::FAILURE
     })
-}
-
-/// An error and its causes, less those whose words are in it already.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
-        if line.is_empty() {
-            line = cause;
-        } else if !line.contains(&cause) {
-            line = format!("{line}: {cause}");
-        }
-    }
-    line
 }
 
 impl Run {

@@ -1,0 +1,200 @@
+//! Turns an epoch, or pages of a seed, into frames. Zero pages become runs without bytes; everything else is sent from
+//! the staging copy as it lies there.
+
+use bytes::Bytes;
+use colo_common::{Gfn, History, PAGE_SIZE, Point};
+use colo_proto::frame::{Frame, Kind, MAX_BODY, MAX_FRAME_PAGES, VmTag};
+use colo_proto::message::{
+    EpochBegin, EpochEnd, Output as WireOutput, OutputItem as WireItem, Position, SeedBegin, SeedMode,
+    TransferDigest,
+};
+use colo_proto::pages::{Content, MAX_RUNS, Run, RunTable};
+use colo_vmm::PageBatch;
+use colo_vmm::egress::{OutputItem, OutputPosition};
+use colo_vmm::page_batch::{PageBuffer, is_zero};
+
+use crate::transfer::Epoch;
+
+/// Numbers and sums up the frames of one transfer: a seed with the epoch that completes it, or an epoch.
+pub struct Encoder {
+    vm: VmTag,
+    point: Point,
+    digest: TransferDigest,
+    data_pages: u64,
+    zero_pages: u64,
+    state_bytes: u64,
+    output_bytes: u64,
+}
+
+impl Encoder {
+    /// A transfer that begins now.
+    pub fn new(vm: VmTag, point: Point) -> Self {
+        let digest = TransferDigest::new();
+        Self { vm, point, digest, data_pages: 0, zero_pages: 0, state_bytes: 0, output_bytes: 0 }
+    }
+
+    /// The frame that begins a seed.
+    pub fn seed(&mut self, resync: bool, history: Vec<Point>) -> Frame {
+        let mode = if resync { SeedMode::Resync } else { SeedMode::Full };
+        let frame =
+            Frame::transfer(self.vm, self.point, self.next(), &SeedBegin { mode, history: checked(history) });
+        self.add(frame)
+    }
+
+    /// Pages, as many frames as they need.
+    pub fn pages(&mut self, batch: PageBatch, mut send: impl FnMut(Frame)) {
+        let (runs, buffer) = batch.into_parts();
+        let mut cutter = Cutter { encoder: self, runs: Vec::new(), from: 0, pages: Vec::new(), holes: false };
+        let bytes = Bytes::from_owner(SharedBuffer(buffer));
+        let mut at = 0;
+        for (first, count) in runs {
+            for gfn in (first.0..first.0 + count).map(Gfn) {
+                let page = &bytes[at * PAGE_SIZE..(at + 1) * PAGE_SIZE];
+                let zero = is_zero(page.try_into().expect("a page"));
+                cutter.push(gfn, at, if zero { Content::Zero } else { Content::Data }, &bytes, &mut send);
+                at += 1;
+            }
+        }
+        cutter.flush(&bytes, &mut send);
+    }
+
+    /// Zero pages, without bytes.
+    pub fn zeros(&mut self, runs: &[(Gfn, u64)], mut send: impl FnMut(Frame)) {
+        let pieces = runs.iter().flat_map(|&(first, count)| {
+            let step = u64::from(u32::MAX);
+            (0..count).step_by(step as usize).map(move |at| (Gfn(first.0 + at), step.min(count - at)))
+        });
+        let runs: Vec<Run> =
+            pieces.map(|(first, count)| Run { first, count: count as u32, content: Content::Zero }).collect();
+        for part in runs.chunks(MAX_RUNS) {
+            send(self.page_frame(part, Bytes::new()));
+        }
+    }
+
+    /// An epoch, which completes the transfer.
+    pub fn epoch(&mut self, epoch: Epoch, mut send: impl FnMut(Frame)) {
+        self.point = epoch.point;
+        let begin = EpochBegin {
+            base: epoch.base,
+            history: checked(epoch.history),
+            output_start: position(epoch.output.start),
+            released: position(epoch.released),
+            console_input: epoch.state.console_input,
+            promotions: epoch.promotions,
+        };
+        let frame = Frame::transfer(self.vm, self.point, self.next(), &begin);
+        send(self.add(frame));
+        self.pages(epoch.pages, &mut send);
+        let state = Bytes::from(epoch.state.encode());
+        self.state_bytes = state.len() as u64;
+        for at in (0..state.len()).step_by(MAX_BODY) {
+            let part = state.slice(at..state.len().min(at + MAX_BODY));
+            let frame = Frame::new(Kind::State, self.vm, self.point, self.next(), Bytes::new(), part);
+            send(self.add(frame));
+        }
+        let items = epoch.output.items.into_iter().map(|item| match item {
+            OutputItem::Console(bytes) => WireItem::Console(bytes),
+            OutputItem::Frame { slot, bytes } => WireItem::Frame { slot, bytes },
+        });
+        for part in WireOutput::split(items) {
+            self.output_bytes += part.bytes();
+            let frame = Frame::transfer(self.vm, self.point, self.next(), &part);
+            send(self.add(frame));
+        }
+        let end = EpochEnd {
+            frames: self.digest.frames(),
+            data_pages: self.data_pages,
+            zero_pages: self.zero_pages,
+            state_bytes: self.state_bytes,
+            output_bytes: self.output_bytes,
+            digest: self.digest.finish(),
+        };
+        send(Frame::transfer(self.vm, self.point, self.next(), &end));
+    }
+
+    fn next(&self) -> u32 {
+        self.digest.frames()
+    }
+
+    fn add(&mut self, frame: Frame) -> Frame {
+        self.digest.add(frame.header());
+        frame
+    }
+
+    fn page_frame(&mut self, runs: &[Run], body: Bytes) -> Frame {
+        self.data_pages += RunTable::data_pages(runs);
+        self.zero_pages += RunTable::zero_pages(runs);
+        let table = Bytes::from(RunTable::encode(runs));
+        let frame = Frame::new(Kind::Pages, self.vm, self.point, self.next(), table, body);
+        self.add(frame)
+    }
+}
+
+/// Keeps the staging copy alive for as long as any frame of it is on its way.
+struct SharedBuffer(PageBuffer);
+
+impl AsRef<[u8]> for SharedBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self.0.bytes()
+    }
+}
+
+/// Cuts pages into frames.
+struct Cutter<'e> {
+    encoder: &'e mut Encoder,
+    runs: Vec<Run>,
+    /// Where the frame's first page lies in the staging copy.
+    from: usize,
+    /// Where its data pages lie.
+    pages: Vec<usize>,
+    /// Its data pages are not one piece of the staging copy.
+    holes: bool,
+}
+
+impl Cutter<'_> {
+    fn push(&mut self, gfn: Gfn, at: usize, content: Content, bytes: &Bytes, send: &mut impl FnMut(Frame)) {
+        let data = content == Content::Data;
+        let continues = self.runs.last().is_some_and(|run| {
+            run.content == content && run.first.0 + u64::from(run.count) == gfn.0 && run.count < u32::MAX
+        });
+        if (data && self.pages.len() == MAX_FRAME_PAGES) || (!continues && self.runs.len() == MAX_RUNS) {
+            self.flush(bytes, send);
+        }
+        match self.runs.last_mut().filter(|_| continues) {
+            Some(run) => run.count += 1,
+            None => self.runs.push(Run { first: gfn, count: 1, content }),
+        }
+        if data {
+            match self.pages.last() {
+                None => self.from = at,
+                Some(&last) => self.holes |= last + 1 != at,
+            }
+            self.pages.push(at);
+        }
+    }
+
+    fn flush(&mut self, bytes: &Bytes, send: &mut impl FnMut(Frame)) {
+        if self.runs.is_empty() {
+            return;
+        }
+        let body = if self.holes {
+            let parts = self.pages.iter().map(|&at| &bytes[at * PAGE_SIZE..(at + 1) * PAGE_SIZE]);
+            Bytes::from(parts.collect::<Vec<_>>().concat())
+        } else {
+            bytes.slice(self.from * PAGE_SIZE..(self.from + self.pages.len()) * PAGE_SIZE)
+        };
+        let frame = self.encoder.page_frame(&self.runs, body);
+        self.runs.clear();
+        self.pages.clear();
+        (self.from, self.holes) = (0, false);
+        send(frame);
+    }
+}
+
+fn position(at: OutputPosition) -> Position {
+    Position { console: at.console, frames: at.frames }
+}
+
+fn checked(history: Vec<Point>) -> History {
+    History::from_points(history).expect("the runner's own history ascends")
+}

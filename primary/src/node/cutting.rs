@@ -1,0 +1,196 @@
+//! Cuts: when, what becomes of them, and what follows for the guest.
+
+use colo_common::limits::MAX_HISTORY;
+use colo_proto::pages::RUN_LEN;
+use colo_vmm::guest::Lifecycle;
+use colo_vmm::{Cut, DirtySet};
+use std::time::Instant;
+
+use super::status::SentEpoch;
+use super::{Node, NodeError};
+use crate::checkpoint::{Standing, Timing, copy_out};
+use crate::replicator::{Phase, Request};
+use crate::transfer::{Epoch, Transfer};
+
+const PAGE: u64 = colo_common::PAGE_SIZE as u64;
+
+impl Node {
+    pub(super) fn cut_if_due(&mut self, now: Instant) -> Result<(), NodeError> {
+        if self.parked || self.failure.is_some() || self.standing.is_some() || self.resting.is_some() {
+            return Ok(());
+        }
+        let due = if self.is_shipping() {
+            self.collect()?;
+            // With no room the guest runs on, as long as what it writes fits one epoch.
+            self.cut_now || self.is_epoch_full() || (self.has_room() && self.pacer.wait(now).is_zero())
+        } else {
+            self.cut_now || self.seed_is_ready()?
+        };
+        if due { self.cut(now) } else { Ok(()) }
+    }
+
+    /// Takes what is known to be dirty without stopping the guest.
+    pub(super) fn collect(&mut self) -> Result<(), NodeError> {
+        let tracked = self.guest.collect(&mut self.dirty)?;
+        self.check_tracked(tracked);
+        Ok(())
+    }
+
+    fn cut(&mut self, now: Instant) -> Result<(), NodeError> {
+        self.cut_now = false;
+        let mut cut = self.guest.cut(&mut self.dirty)?;
+        self.check_tracked(cut.tracked);
+        // It is of the epoch that this cut ends, whenever that is sent.
+        let output = std::mem::take(&mut cut.output);
+        self.release.hold(self.replicator.next_point().epoch, output);
+        self.pacer.cut(now);
+        let failed = cut.failed.clone();
+        self.standing = Some(Standing { cut, since: now });
+        failed.map_or(Ok(()), |failure| self.guest_failed(failure))
+    }
+
+    /// Sends a guest's epoch that stands still, as soon as there is room, and lets the guest go on.
+    pub(super) fn ship_if_possible(&mut self) -> Result<(), NodeError> {
+        if self.standing.is_none() || self.parked || self.stopping || self.failure.is_some() {
+            return Ok(());
+        }
+        if (self.unknown || !self.fits_epoch()) && self.is_shipping() {
+            self.unknown = true;
+            return self.give_up_epochs();
+        }
+        let ready = self.seed_is_ready()?;
+        let waits = self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest);
+        match self.replicator.phase() {
+            Phase::Lost { .. } | Phase::Over => Ok(()),
+            Phase::Alone => self.number_alone(),
+            Phase::Seeding { .. } if ready => self.send_rest_or_join(),
+            Phase::Seeding { .. } if waits => Ok(()),
+            Phase::Seeding { .. } => self.number_alone(),
+            _ if !self.replicator.is_linked() || !self.has_room() => Ok(()),
+            _ => self.ship(false),
+        }
+    }
+
+    /// Nobody has to hold this epoch: it only gives the guest's request a place in the order of things.
+    fn number_alone(&mut self) -> Result<(), NodeError> {
+        let Some(Standing { cut, .. }) = self.standing.take() else { return Ok(()) };
+        let nothing = DirtySet::new(self.dirty.frames());
+        let (_, _, actions) = self.replicator.cut(nothing, request(&cut), false);
+        self.go_on(cut)?;
+        self.act(actions)
+    }
+
+    /// No epoch can be made of this cut: the tracker lost writes, or what failed and was merged is too much for one. The
+    /// guest stands until this node runs alone; then the secondary gets everything compared.
+    fn give_up_epochs(&mut self) -> Result<(), NodeError> {
+        let actions = self.replicator.go_solo();
+        self.act(actions)
+    }
+
+    /// Sends the epoch. The guest goes on before anything is on the wire.
+    pub(super) fn ship(&mut self, join: bool) -> Result<(), NodeError> {
+        let Some(Standing { cut, since }) = self.standing.take() else { return Ok(()) };
+        let (pages, copy) = copy_out(self.guest.memory(), &self.dirty, &self.pool)?;
+        let fresh = DirtySet::new(self.dirty.frames());
+        let carried = std::mem::replace(&mut self.dirty, fresh);
+        let (point, shipped, actions) = self.replicator.cut(carried, request(&cut), join);
+        assert!(shipped, "{point} was to be sent in {:?}", self.replicator.phase());
+        let timing = Timing { cut: cut.timing, copy, pause: since.elapsed() };
+        let state = cut.state.clone();
+        self.go_on(cut)?;
+        let Some(peer) = &mut self.peer else { return self.act(actions) };
+        let output =
+            if peer.resend_output { self.release.all_held() } else { self.release.held_of(point.epoch) };
+        peer.resend_output = false;
+        let history = self.replicator.history().points();
+        self.sent.push_back(SentEpoch::new(point, &pages, timing, since, &state));
+        let epoch = Epoch {
+            point,
+            base: peer.base.replace(point),
+            history: history[history.len().saturating_sub(MAX_HISTORY)..].to_vec(),
+            pages,
+            state,
+            output,
+            released: self.release.released(),
+            promotions: self.promotions,
+            cut_at: since,
+        };
+        if let Err(reason) = peer.link.send(Transfer::Epoch(Box::new(epoch))) {
+            tracing::warn!(vm = %self.vm, "{point} cannot be sent: {reason}");
+            self.act(actions)?;
+            return self.lose_link();
+        }
+        self.act(actions)
+    }
+
+    /// Lets the guest go on after its cut, unless it asked for something: then it rests until that is carried out.
+    fn go_on(&mut self, cut: Cut) -> Result<(), NodeError> {
+        if cut.state.pending.is_some() {
+            self.resting = Some(cut);
+            return Ok(());
+        }
+        Ok(self.guest.resume()?)
+    }
+
+    pub(super) fn reset_guest(&mut self) -> Result<(), NodeError> {
+        // One that was handed back runs already.
+        self.park()?;
+        self.standing = None;
+        self.resting = None;
+        tracing::info!(vm = %self.vm, "the guest begins anew");
+        self.guest.reset()?;
+        Ok(self.guest.resume()?)
+    }
+
+    /// Stops the guest where it is, for as long as somebody else may run it, or for good.
+    pub(super) fn park(&mut self) -> Result<(), NodeError> {
+        if let Some(Standing { cut, .. }) = self.standing.take() {
+            self.resting = Some(cut);
+        }
+        if self.resting.is_none() {
+            let mut cut = self.guest.cut(&mut self.dirty)?;
+            self.check_tracked(cut.tracked);
+            let output = std::mem::take(&mut cut.output);
+            self.release.hold(self.replicator.next_point().epoch, output);
+            self.resting = Some(cut);
+        }
+        Ok(())
+    }
+
+    /// What was in flight failed: a guest that rests after its epoch was sent has to be sent again.
+    pub(super) fn send_resting_again(&mut self) {
+        if let Some(cut) = self.resting.take_if(|_| !self.parked && !self.stopping && self.failure.is_none())
+        {
+            self.standing = Some(Standing { cut, since: Instant::now() });
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.replicator.is_linked() && self.replicator.in_flight() < self.settings.window
+    }
+
+    /// Half of what an epoch may be: the guest goes on writing until it is stopped.
+    fn is_epoch_full(&self) -> bool {
+        self.dirty.len() * PAGE >= self.epoch_limit() / 2
+    }
+
+    /// Whether the open set makes an epoch that the secondary takes: with a run for each page at worst, and an eighth
+    /// left for what it counts beside pages.
+    pub(super) fn fits_epoch(&self) -> bool {
+        let limit = self.epoch_limit();
+        self.dirty.len() * (PAGE + RUN_LEN as u64) <= limit - limit / 8
+    }
+
+    /// Bytes of pages in an epoch at most.
+    pub(super) fn epoch_limit(&self) -> u64 {
+        let theirs = self.peer.as_ref().map_or(u64::MAX, |peer| peer.max_epoch_bytes);
+        theirs.min(self.settings.max_epoch_bytes)
+    }
+}
+
+fn request(cut: &Cut) -> Option<Request> {
+    match cut.state.pending? {
+        Lifecycle::Shutdown | Lifecycle::DebugExit(_) => Some(Request::End),
+        Lifecycle::Reset(_) => Some(Request::Reset),
+    }
+}

@@ -1,0 +1,457 @@
+//! The node that runs a guest: one thread that owns the guest, the protocol's state and the held output. It takes one
+//! event at a time, applies it, and puts everything in order again; what waits (the arbiter, the link, a seed) is
+//! elsewhere and comes back as an event.
+//!
+//! ```text
+//!   guest ---------+                              +--> guest: cut, resume, reset
+//!   arbiter -------+--> inbox --> Node (owner) ---+--> arbiter: propose, read
+//!   link, seed ----+                              +--> link: epochs
+//!   operator ------+                              +--> sink: output that may go out
+//! ```
+
+mod cutting;
+mod joining;
+mod operator;
+pub mod status;
+
+use colo_common::register::StopReason;
+use colo_common::{Incarnation, NodeId, Point, VmId};
+use colo_vmm::guest::{GuestEvent, GuestFailure};
+use colo_vmm::{DirtySet, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::arbiter_worker::{ArbiterWorker, Found};
+use crate::checkpoint::Standing;
+use crate::console::Console;
+use crate::epoch::Pacer;
+use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
+use crate::release::Release;
+use crate::replicator::{Action, End, Entitled, Phase, Replicator};
+pub use joining::SeedEvent;
+use joining::SeedJob;
+pub use operator::{Command, CommandError};
+use status::Board;
+
+/// How often the node looks after what no event tells: output of an unprotected guest, the size of the open set.
+const TICK: Duration = Duration::from_millis(5);
+/// How often the register is read while nothing is proposed: another may have changed it.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a lost secondary may take to come back before this node asks to run alone.
+/// A live runner has to be quicker than `promote_delay_ms` of its secondary (250 by default).
+const RELINK_LIMIT: Duration = Duration::from_millis(100);
+/// A guest that ran so long after a promotion was not brought down by what brought it down before.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// What a node is told.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest has something to tell.
+    Guest,
+    /// The arbiter.
+    Arbiter(Found),
+    /// The link with this number.
+    Link(u64, LinkEvent),
+    /// The seed on the link with this number.
+    Seed(u64, SeedEvent),
+    /// The operator.
+    Command(Command),
+    /// The node that this one lost to runs the guest; its words.
+    Superseded(String),
+}
+
+/// What a node does by itself.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Time between cuts.
+    pub interval: Duration,
+    /// Epochs that may be cut and not acked.
+    pub window: usize,
+    /// Bytes of pages in an epoch at most; the secondary may ask for less.
+    pub max_epoch_bytes: u64,
+    /// Whether to run alone, without the operator's word, when the secondary is lost.
+    pub solo_on_loss: bool,
+    /// Whom to protect to, at the start and after a loss, by the address of its pairing service.
+    pub secondary: Option<String>,
+    /// Promotions in a row that a failing guest is worth.
+    pub max_promotions: u32,
+}
+
+/// Everything that a node begins with. The guest is stopped: just booted, restored, or promoted.
+pub struct Beginning {
+    /// Which vm.
+    pub vm: VmId,
+    /// Which node.
+    pub me: NodeId,
+    /// Which process.
+    pub incarnation: Incarnation,
+    /// The guest.
+    pub guest: Box<dyn ProtectedGuest>,
+    /// Its description, for a secondary.
+    pub spec: WireSpec,
+    /// The register names this process.
+    pub replicator: Replicator<DirtySet>,
+    /// Output that is held.
+    pub release: Release,
+    /// Where console output goes.
+    pub console: Console,
+    /// Promotions in a row because the guest had failed.
+    pub promotions: u32,
+}
+
+/// Why a node stopped running its guest.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The guest.
+    #[error("the guest cannot go on here: {0}")]
+    Guest(#[from] GuestError),
+    /// Guest memory.
+    #[error("the guest's memory cannot be copied: {0}")]
+    Memory(#[from] colo_vmm::memory::MemoryError),
+    /// A thread.
+    #[error("no thread can be had: {0}; raise the limit on processes (ulimit -u)")]
+    Thread(#[source] std::io::Error),
+}
+
+/// What the secondary has told.
+struct Peer {
+    link: LinkHandle,
+    number: u64,
+    /// The point that the next epoch follows; none before J.
+    base: Option<Point>,
+    /// The next epoch carries all held output, since the secondary may lack some.
+    resend_output: bool,
+    /// The largest epoch that it takes, in bytes of pages.
+    max_epoch_bytes: u64,
+    node: NodeId,
+}
+
+/// Where the search for a secondary stands.
+enum Linking {
+    /// Nobody is looked for.
+    Idle,
+    /// A connection is being made.
+    Connecting {
+        number: u64,
+        purpose: Purpose,
+        /// Whoever asked for it.
+        asked: Option<operator::Reply>,
+    },
+    /// The next try.
+    Waiting { until: Instant },
+}
+
+/// The runner of a guest.
+pub struct Node {
+    vm: VmId,
+    me: NodeId,
+    incarnation: Incarnation,
+    guest: Box<dyn ProtectedGuest>,
+    spec: WireSpec,
+    settings: Settings,
+    replicator: Replicator<DirtySet>,
+    release: Release,
+    console: Console,
+    /// The open dirty set.
+    dirty: DirtySet,
+    pool: PagePool,
+    pacer: Pacer,
+    /// A cut guest that could not go on yet.
+    standing: Option<Standing>,
+    /// The machine of a guest that stays stopped after its epoch was sent, until its request is carried out.
+    resting: Option<colo_vmm::Cut>,
+    /// The register went to another: the guest must not run.
+    parked: bool,
+    /// The operator stops the vm: the guest must not run again.
+    stopping: bool,
+    /// Something asks for a cut before the next is due.
+    cut_now: bool,
+    /// The dirty set is not to be trusted: everything must be compared.
+    unknown: bool,
+    failure: Option<GuestFailure>,
+    peer: Option<Peer>,
+    linking: Linking,
+    /// Whom to link to; the last that the operator named.
+    secondary: Option<String>,
+    /// Whom to link to when the operator lets replication go on.
+    paused_secondary: Option<String>,
+    next_link: u64,
+    lost_since: Option<Instant>,
+    seed: Option<SeedJob>,
+    arbiter: ArbiterWorker,
+    next_read: Instant,
+    connector: Arc<dyn Connector>,
+    inbox: Receiver<Event>,
+    outbox: Sender<Event>,
+    board: Board,
+    sent: VecDeque<status::SentEpoch>,
+    promotions: u32,
+    began: Instant,
+    end: Option<End>,
+}
+
+impl Node {
+    /// Puts a node together; [`run`](Self::run) it on a thread of its own.
+    pub fn new(
+        beginning: Beginning,
+        settings: Settings,
+        arbiter: ArbiterWorker,
+        connector: Arc<dyn Connector>,
+        (outbox, inbox): (Sender<Event>, Receiver<Event>),
+        board: Board,
+    ) -> Self {
+        let Beginning { vm, me, incarnation, mut guest, spec, replicator, release, console, promotions } =
+            beginning;
+        let wake = outbox.clone();
+        // A full inbox wakes the node as well.
+        guest.on_event(Arc::new(move || drop(wake.try_send(Event::Guest))));
+        let (dirty, now) = (DirtySet::new(guest.memory().layout().frame_limit()), Instant::now());
+        Self {
+            vm,
+            me,
+            incarnation,
+            guest,
+            spec,
+            replicator,
+            release,
+            console,
+            dirty,
+            pool: PagePool::default(),
+            pacer: Pacer::new(settings.interval, now),
+            standing: None,
+            resting: None,
+            parked: false,
+            stopping: false,
+            cut_now: false,
+            unknown: false,
+            failure: None,
+            peer: None,
+            linking: Linking::Idle,
+            secondary: settings.secondary.clone(),
+            paused_secondary: None,
+            next_link: 1,
+            lost_since: None,
+            seed: None,
+            arbiter,
+            next_read: now + READ_INTERVAL,
+            connector,
+            inbox,
+            outbox,
+            board,
+            sent: VecDeque::new(),
+            promotions,
+            began: now,
+            end: None,
+            settings,
+        }
+    }
+
+    /// Runs the guest until its part is over.
+    ///
+    /// # Errors
+    /// The guest cannot go on here; the other node will take over.
+    pub fn run(mut self) -> Result<End, NodeError> {
+        self.guest.resume()?;
+        self.board.ran();
+        loop {
+            match self.inbox.recv_timeout(self.wait(Instant::now())) {
+                Ok(event) => self.handle(event)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
+            }
+            self.settle(Instant::now())?;
+            if let Some(end) = self.end.take() {
+                self.let_out();
+                self.tell();
+                return Ok(end);
+            }
+        }
+    }
+
+    /// What is being run, for its successor.
+    pub fn spec(&self) -> &GuestSpec {
+        self.guest.spec()
+    }
+
+    fn wait(&self, now: Instant) -> Duration {
+        if self.is_shipping() { self.pacer.wait(now).min(TICK) } else { TICK }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), NodeError> {
+        match event {
+            // Asked for below, whatever woke the node.
+            Event::Guest => {}
+            Event::Arbiter(found) => self.on_arbiter(found)?,
+            Event::Link(number, event) => self.on_link(number, event)?,
+            Event::Seed(number, event) => self.on_seed(number, event)?,
+            Event::Command(command) => self.on_command(command)?,
+            Event::Superseded(why) => {
+                tracing::info!(vm = %self.vm, "the kept guest is given up: {why}");
+                let actions = self.replicator.give_up();
+                self.act(actions)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that follows from the state and not from an event.
+    fn settle(&mut self, now: Instant) -> Result<(), NodeError> {
+        self.ask_guest()?;
+        self.end_failed()?;
+        self.look_for_secondary(now)?;
+        if now >= self.next_read {
+            self.next_read = now + READ_INTERVAL;
+            self.arbiter.read();
+            self.offer_hand_back();
+        }
+        if self.promotions > 0 && self.failure.is_none() && now.duration_since(self.began) > STEADY {
+            self.promotions = 0;
+        }
+        self.cut_if_due(now)?;
+        self.ship_if_possible()?;
+        self.let_out();
+        self.tell();
+        Ok(())
+    }
+
+    /// The register went to another: unless that one has run, its guest may be handed back.
+    fn offer_hand_back(&self) {
+        if let (Phase::Lost { to }, Some(address)) = (self.replicator.phase(), &self.secondary) {
+            let offer = HandBack {
+                vm: self.vm.clone(),
+                node: self.me.clone(),
+                incarnation: self.incarnation,
+                lost_to: to.term,
+            };
+            self.connector.offer_hand_back(address.clone(), offer, self.outbox.clone());
+        }
+    }
+
+    /// Takes what the guest has to tell.
+    fn ask_guest(&mut self) -> Result<(), NodeError> {
+        while let Some(event) = self.guest.next_event(Duration::ZERO) {
+            match event {
+                GuestEvent::Lifecycle(_) | GuestEvent::TrackingLost(_) => self.cut_now = true,
+                GuestEvent::OutputFull => self.cut_now |= self.is_shipping(),
+                GuestEvent::Failed(failure) => self.guest_failed(failure)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest cannot run on here. Where somebody follows, it may be able to there; else the vm stops.
+    fn guest_failed(&mut self, failure: GuestFailure) -> Result<(), NodeError> {
+        if self.failure.is_some() {
+            return Ok(());
+        }
+        tracing::error!(vm = %self.vm, "the guest failed: {failure}");
+        self.failure = Some(failure);
+        self.park()?;
+        match (&self.peer, self.replicator.phase()) {
+            (peer, Phase::Paired { .. }) if self.promotions < self.settings.max_promotions => {
+                // It takes over without waiting; what it lacks of this epoch was never let out. One that is away
+                // takes this node for dead.
+                peer.iter().for_each(|peer| peer.link.send_yield());
+                Ok(())
+            }
+            _ => {
+                let actions = self.replicator.stop(StopReason::Failed);
+                self.act(actions)
+            }
+        }
+    }
+
+    /// A guest that failed, and that nobody can take over any more, is run nowhere: the vm stops.
+    fn end_failed(&mut self) -> Result<(), NodeError> {
+        let alone = matches!(self.replicator.phase(), Phase::Alone) && !self.replicator.is_proposing();
+        if self.failure.is_none() || !alone {
+            return Ok(());
+        }
+        let actions = self.replicator.stop(StopReason::Failed);
+        self.act(actions)
+    }
+
+    fn on_arbiter(&mut self, found: Found) -> Result<(), NodeError> {
+        let actions = match found {
+            Found::Answer(id, answer) => self.replicator.answer(id, answer),
+            Found::Entry(entry) => self.replicator.observe(entry),
+            Found::Silent(reason) => {
+                self.board.error(reason);
+                return Ok(());
+            }
+        };
+        let term = self.replicator.register().term;
+        self.act(actions)?;
+        if let (Some(peer), Phase::Paired { .. }) = (&self.peer, self.replicator.phase()) {
+            peer.link.send_term(term);
+        }
+        Ok(())
+    }
+
+    /// Does what the protocol asks for.
+    fn act(&mut self, actions: Vec<Action<DirtySet>>) -> Result<(), NodeError> {
+        for action in actions {
+            match action {
+                Action::Propose(proposal) => self.arbiter.propose(proposal),
+                Action::MergeBack(set) => {
+                    self.board.count(|counters| counters.failed_epochs += 1);
+                    self.dirty.union_with(&set);
+                    self.send_resting_again();
+                }
+                Action::Detach => {
+                    self.drop_link();
+                    self.stop_tracking_if_alone()?;
+                }
+                Action::ResetGuest => self.reset_guest()?,
+                Action::Park => {
+                    self.parked = true;
+                    self.park()?;
+                }
+                Action::Unpark => {
+                    self.parked = false;
+                    self.standing = None;
+                    self.resting = None;
+                    if self.failure.is_some() {
+                        let actions = self.replicator.stop(StopReason::Failed);
+                        self.act(actions)?;
+                    } else {
+                        self.guest.resume()?;
+                    }
+                }
+                Action::End(end) => self.end = Some(end),
+            }
+        }
+        Ok(())
+    }
+
+    /// Output that may go out, does.
+    fn let_out(&mut self) {
+        let entitled = self.replicator.entitled();
+        self.release.let_out(entitled, &mut self.console);
+        if entitled == Entitled::All && !self.parked && self.standing.is_none() {
+            let epoch = self.replicator.next_point().epoch;
+            let output = self.guest.drain_output();
+            self.release.hold(epoch, output);
+            self.release.let_out(entitled, &mut self.console);
+        }
+    }
+
+    /// Whether epochs are cut and sent.
+    fn is_shipping(&self) -> bool {
+        matches!(
+            self.replicator.phase(),
+            Phase::Joining { .. } | Phase::Pairing { .. } | Phase::Paired { .. }
+        )
+    }
+
+    /// An incomplete set: whatever follows, the memory has to be compared as a whole.
+    fn check_tracked(&mut self, tracked: Tracked) {
+        if let Tracked::Unknown(loss) = tracked {
+            tracing::error!(vm = %self.vm, "{loss}: all memory will be compared with the secondary's");
+            self.board.count(|counters| counters.ring_overruns += 1);
+            self.unknown = true;
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The runner's side of pairing: agrees on the guest with a secondary by gRPC before a link is made, and sends the boot
+//! files that the secondary lacks. And the words between a node that lost its vm and the one that has it.
+
+use colo_proto::v1::pairing_client::PairingClient as Client;
+use colo_proto::v1::{BootFileChunk, BootFileId, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
+use colo_proto::version::Versions;
+use colo_vmm::memory::MemoryLayout;
+use colo_vmm::state::STATE_VERSION;
+use colo_vmm::{BootFile, GuestKind};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+use tonic::Code;
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::link::{HandBack, Request};
+
+/// How long one call may take, uploads apart.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Bytes of a boot file in one message.
+const CHUNK: usize = 1 << 20;
+
+/// A secondary that agreed.
+#[derive(Clone, Debug)]
+pub struct Paired {
+    /// Its QUIC endpoint.
+    pub address: SocketAddr,
+    /// Its node.
+    pub node: String,
+}
+
+/// Why there is no agreement.
+#[derive(Debug, thiserror::Error)]
+pub enum PairingError {
+    /// The address makes no sense.
+    #[error("{0:?} is no address of a control plane: write HOST:PORT")]
+    Address(String),
+    /// Nobody answers there.
+    #[error("no control plane answers at {address}: {reason}")]
+    Unreachable {
+        /// Where.
+        address: String,
+        /// What was found.
+        reason: String,
+    },
+    /// The secondary does not want this guest.
+    #[error("{0}")]
+    Refused(String),
+    /// It runs the guest itself.
+    #[error("{0}")]
+    Runs(String),
+}
+
+/// Calls secondaries.
+#[derive(Clone, Debug)]
+pub struct PairingClient {
+    /// Without it, the control plane is spoken to in the clear: on one host only.
+    tls: Option<ClientTlsConfig>,
+    /// This node's own control plane, as others reach it.
+    own_address: String,
+}
+
+impl PairingClient {
+    /// Calls with this node's certificate, or in the clear.
+    pub fn new(tls: Option<ClientTlsConfig>, own_address: String) -> Self {
+        Self { tls, own_address }
+    }
+
+    /// Agrees on the guest; sends boot files first where they are missing.
+    ///
+    /// # Errors
+    /// Nobody is there, or what the secondary has against it.
+    pub async fn pair(&self, request: &Request) -> Result<Paired, PairingError> {
+        let (mut client, host) = self.client(&request.address).await?;
+        let wanted = self.request(request);
+        let mut reply = call(&request.address, client.pair(wanted.clone())).await?;
+        if !reply.missing.is_empty() {
+            for missing in reply.missing {
+                let file = request.boot_files.iter().find(|file| hash(file) == missing.hash);
+                let unknown =
+                    || PairingError::Refused("it asks for a boot file that is not this vm's".to_owned());
+                self.upload(&request.address, &mut client, file.ok_or_else(unknown)?, missing.have).await?;
+            }
+            reply = call(&request.address, client.pair(wanted)).await?;
+            if !reply.missing.is_empty() {
+                return Err(PairingError::Refused("it still lacks boot files that it was sent".to_owned()));
+            }
+        }
+        let PairReply { node, quic_port, .. } = reply;
+        let port = u16::try_from(quic_port).map_err(|_| PairingError::Address(quic_port.to_string()))?;
+        Ok(Paired { address: SocketAddr::new(host, port), node })
+    }
+
+    /// Offers to run on what this node lost and the other has nothing to run from.
+    ///
+    /// # Errors
+    /// Nobody is there, or it runs the guest.
+    pub async fn offer_hand_back(&self, address: &str, offer: &HandBack) -> Result<(), PairingError> {
+        let (mut client, _) = self.client(address).await?;
+        let request = OfferHandBackRequest {
+            vm: offer.vm.to_string(),
+            node: offer.node.to_string(),
+            incarnation: offer.incarnation.0.to_be_bytes().to_vec(),
+            lost_to_term: offer.lost_to.0,
+        };
+        call(address, client.offer_hand_back(request)).await.map(drop)
+    }
+
+    async fn client(&self, address: &str) -> Result<(Client<Channel>, IpAddr), PairingError> {
+        let bad = || PairingError::Address(address.to_owned());
+        let unreachable = |reason: String| PairingError::Unreachable { address: address.to_owned(), reason };
+        let mut found = tokio::net::lookup_host(address).await.map_err(|e| unreachable(e.to_string()))?;
+        let host = found.next().ok_or_else(bad)?.ip();
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}")).map_err(|_| bad())?;
+        if let Some(tls) = &self.tls {
+            endpoint = endpoint.tls_config(tls.clone()).map_err(|e| unreachable(e.to_string()))?;
+        }
+        let connecting = endpoint.connect_timeout(CALL_LIMIT).connect().await;
+        let channel = connecting.map_err(|e| unreachable(with_causes(&e)))?;
+        Ok((Client::new(channel), host))
+    }
+
+    fn request(&self, request: &Request) -> PairRequest {
+        let spec = &request.spec;
+        let slots = MemoryLayout::new(spec.memory_bytes()).slots().to_vec();
+        let role = |at: usize| if at == 0 { "kernel" } else { "module" }.to_owned();
+        PairRequest {
+            protocol_min: Versions::OURS.min.into(),
+            protocol_max: Versions::OURS.max.into(),
+            vm: request.vm.to_string(),
+            node: request.node.to_string(),
+            incarnation: request.incarnation.0.to_be_bytes().to_vec(),
+            term: request.term.0,
+            admin_address: self.own_address.clone(),
+            spec: spec.encode(),
+            spec_digest: request.spec_digest,
+            boot_files: (request.boot_files.iter().enumerate())
+                .map(|(at, file)| BootFileId {
+                    role: role(at),
+                    name: file.path.display().to_string(),
+                    len: file.bytes.len() as u64,
+                    hash: hash(file),
+                })
+                .collect(),
+            cpu: None,
+            slots: (slots.iter())
+                .map(|slot| MemorySlot { id: slot.id, first_gfn: slot.first.0, frames: slot.frames })
+                .collect(),
+            tracker: None,
+            hypervisor: match spec.kind {
+                GuestKind::Kvm => "kvm",
+                GuestKind::Synthetic(_) => "synthetic",
+            }
+            .to_owned(),
+            state_version: STATE_VERSION,
+        }
+    }
+
+    async fn upload(
+        &self,
+        address: &str,
+        client: &mut Client<Channel>,
+        file: &BootFile,
+        have: u64,
+    ) -> Result<(), PairingError> {
+        let (hash, bytes) = (hash(file), file.bytes.clone());
+        let start = usize::try_from(have).unwrap_or(0).min(bytes.len());
+        // An empty file is told as well: by one empty piece.
+        let chunks = (start..bytes.len().max(start + 1)).step_by(CHUNK).map(move |at| BootFileChunk {
+            hash: hash.clone(),
+            offset: at as u64,
+            bytes: bytes[at..bytes.len().min(at + CHUNK)].to_vec().into(),
+        });
+        let done = call(address, client.upload_boot_file(tokio_stream::iter(chunks))).await?;
+        let short = || PairingError::Refused(format!("it did not take all of {}", file.path.display()));
+        if done.complete { Ok(()) } else { Err(short()) }
+    }
+}
+
+fn hash(file: &BootFile) -> Vec<u8> {
+    xxh3_128(&file.bytes).to_be_bytes().to_vec()
+}
+
+/// Waits for an answer, for so long as makes sense.
+async fn call<T>(
+    address: &str,
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, PairingError> {
+    let unreachable = |reason: String| PairingError::Unreachable { address: address.to_owned(), reason };
+    match tokio::time::timeout(CALL_LIMIT * 6, answer).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => match status.code() {
+            Code::AlreadyExists => Err(PairingError::Runs(status.message().to_owned())),
+            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound | Code::PermissionDenied => {
+                Err(PairingError::Refused(status.message().to_owned()))
+            }
+            _ => Err(unreachable(status.message().to_owned())),
+        },
+        Err(_) => Err(unreachable("it takes too long".to_owned())),
+    }
+}
+
+/// An error and what caused it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        line = format!("{line}: {next}");
+        cause = next.source();
+    }
+    line
+}

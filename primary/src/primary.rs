@@ -1,0 +1,139 @@
+//! `colo-primary start`: starts a guest as the register allows, and runs it to its end.
+
+use anyhow::{Context, bail};
+use colo_common::arbiter::Arbiter;
+use colo_common::config::{OnCrash, PrimaryConfig};
+use colo_common::register::{Answer, Entry, Proposal};
+use colo_common::vmdir::{Runner as Known, VmDirectory};
+use colo_common::{History, Incarnation, VmId};
+use colo_vmm::{GuestMemory, WireSpec, admission};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::service::Routes;
+
+use crate::admin::Plane;
+use crate::console::Console;
+use crate::guest_config::{account, describe};
+use crate::node::Beginning;
+use crate::node::status::Board;
+use crate::release::Release;
+use crate::replicator::{End, Replicator};
+use crate::serve::{self, Runner, Security};
+use crate::start::{Allowed, decide};
+
+/// The status of a process whose vm is another's now.
+pub const SUPERSEDED: u8 = 4;
+/// Between two tries at an arbiter that does not answer.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Runs a primary by its configuration.
+///
+/// # Errors
+/// Nothing may be started here, or the guest cannot go on.
+pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
+    let config = PrimaryConfig::load(path)?;
+    let runtime = runtime()?;
+    let directory = VmDirectory::open(&config.directory, &config.vm)?;
+    if directory.store().exists() {
+        let path = directory.path().display();
+        bail!(
+            "{path} holds the store of a secondary: start colo-secondary with it, or give this node another directory"
+        );
+    }
+    let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
+    let arbiter = serve::arbiter(&config.arbiter)?;
+    let (spec, kind) = describe(config.vm.as_str(), &config.guest)?;
+    admission::check(&spec)?;
+    let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+    let wire = WireSpec::new(&spec, kind.clone());
+    let mut guest = kind.build(spec.clone(), memory)?;
+    guest.boot()?;
+    let incarnation = Incarnation::draw();
+    let (board, console) = (Board::default(), Console::default());
+    let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
+    plane.set_guest(account(&spec, &kind));
+    // The sockets first: a port in use must not cost a term.
+    runtime.block_on(async {
+        serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;
+        serve::console_sinks(&console, &config.console).await
+    })?;
+    let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
+    let found = read(&*arbiter, &config.vm)?;
+    let proposal = decide(&config.node, incarnation, found.as_ref(), directory.runner()?, allowed)?;
+    let entry = propose(&*arbiter, &config.vm, &proposal)?;
+    // Before a vCPU runs: a crash from here on finds that this node ran the guest.
+    directory.set_runner(Known { seen: entry.term, active: Some(entry.term) })?;
+    tracing::info!(vm = %config.vm, node = %config.node, "the guest runs: {entry}");
+    let replicator = Replicator::new(config.node.clone(), incarnation, entry, History::default());
+    let beginning = Beginning {
+        vm: config.vm.clone(),
+        me: config.node,
+        incarnation,
+        guest,
+        spec: wire,
+        replicator,
+        release: Release::default(),
+        console,
+        promotions: 0,
+    };
+    let runner = Runner {
+        plane,
+        arbiter,
+        replication: config.replication,
+        max_promotions: config.max_promotions,
+        on_stop: config.on_stop,
+        security,
+        own_address: config.admin.listen,
+    };
+    let end = runner.run(beginning, runtime.handle())?;
+    Ok(ended(&config.vm, &end))
+}
+
+/// The runtime of a node: the network and the control plane, nothing of the guest.
+///
+/// # Errors
+/// No threads can be had.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).thread_name("network").enable_all();
+    builder.build().context("no threads for the network; raise the limit on processes (ulimit -u)")
+}
+
+/// Says how a runner ended, and with which status.
+pub fn ended(vm: &VmId, end: &End) -> ExitCode {
+    match end {
+        End::Stopped(reason) => {
+            tracing::info!(%vm, "the vm is stopped: {reason}");
+            ExitCode::SUCCESS
+        }
+        End::Superseded(Some(entry)) => {
+            tracing::warn!(%vm, "this node's part is over; the register says: {entry}");
+            ExitCode::from(SUPERSEDED)
+        }
+        End::Superseded(None) => {
+            tracing::warn!(%vm, "this node leaves the vm");
+            ExitCode::from(SUPERSEDED)
+        }
+    }
+}
+
+fn read(arbiter: &dyn Arbiter, vm: &VmId) -> anyhow::Result<Option<Entry>> {
+    arbiter.read(vm).context("nothing is started without the arbiter's word")
+}
+
+/// Repeats the proposal until it is answered: an outcome that is not known may still come true.
+fn propose(arbiter: &dyn Arbiter, vm: &VmId, proposal: &Proposal) -> anyhow::Result<Entry> {
+    loop {
+        match arbiter.propose(vm, proposal) {
+            Ok(Answer::Applied(entry)) => return Ok(entry),
+            Ok(Answer::Refused(Some(entry))) => bail!("another node was quicker; the register says: {entry}"),
+            Ok(Answer::Refused(None)) => bail!("the register has vanished; is it the right arbiter?"),
+            Err(e) => {
+                tracing::warn!(%vm, "the arbiter does not answer, trying again: {e}");
+                std::thread::sleep(RETRY);
+            }
+        }
+    }
+}

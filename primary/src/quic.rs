@@ -1,0 +1,315 @@
+//! Makes links over gRPC (to agree on the guest) and QUIC (for everything after that), and serves them: the sender of
+//! the way of a page.
+
+use colo_common::Point;
+use colo_proto::frame::{Frame, VmTag};
+use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, TermChanged, Yield};
+use colo_proto::version::Versions;
+use colo_vmm::PagePool;
+use crossbeam_channel::Sender;
+use quinn::{Connection, RecvStream, SendStream};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use crate::encode::Encoder;
+use crate::heartbeat::{Pulse, Rhythm, beat};
+use crate::link::{
+    Connector, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent, Welcomed,
+};
+use crate::node::Event;
+use crate::node::status::Marks;
+use crate::pairing::{Paired, PairingClient, PairingError};
+use crate::replicator::{Ack, Offer};
+use crate::transfer::Transfer;
+use crate::wire::{WireError, read_control, write_control, write_frame};
+
+/// How long a secondary may take to answer while a link is made.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Name that every node's certificate has.
+pub const NODE_NAME: &str = "node.colo.internal";
+
+/// Makes links to secondaries.
+#[derive(Clone)]
+pub struct QuicConnector {
+    runtime: Handle,
+    endpoint: quinn::Endpoint,
+    pairing: PairingClient,
+    rhythm: Rhythm,
+}
+
+impl QuicConnector {
+    /// Links go out from `endpoint`, which has this node's certificate.
+    pub fn new(runtime: Handle, endpoint: quinn::Endpoint, pairing: PairingClient, rhythm: Rhythm) -> Self {
+        Self { runtime, endpoint, pairing, rhythm }
+    }
+}
+
+impl Connector for QuicConnector {
+    fn connect(&self, request: Request, outbox: Sender<Event>) {
+        let this = self.clone();
+        self.runtime.spawn(async move {
+            let number = request.number;
+            let event = match this.link(request, &outbox).await {
+                Ok(why) => LinkEvent::Down(why),
+                Err(Failed::Down(why)) => LinkEvent::Down(why),
+                Err(Failed::Refused(why)) => LinkEvent::Refused(why),
+            };
+            tell(&outbox, number, event);
+        });
+    }
+
+    fn offer_hand_back(&self, address: String, offer: HandBack, outbox: Sender<Event>) {
+        let pairing = self.pairing.clone();
+        self.runtime.spawn(async move {
+            match pairing.offer_hand_back(&address, &offer).await {
+                Ok(()) => {}
+                Err(PairingError::Runs(why)) => drop(outbox.send(Event::Superseded(why))),
+                Err(e) => tracing::debug!("the guest cannot be offered back: {e}"),
+            }
+        });
+    }
+}
+
+/// Why there is no link.
+enum Failed {
+    Down(String),
+    Refused(String),
+}
+
+impl From<WireError> for Failed {
+    fn from(error: WireError) -> Self {
+        Self::Down(error.to_string())
+    }
+}
+
+fn tell(outbox: &Sender<Event>, number: u64, event: LinkEvent) {
+    // The inbox has room for all that can be on its way; a node that has ended needs to know nothing.
+    drop(outbox.send(Event::Link(number, event)));
+}
+
+/// Both directions of the control stream and what they are about.
+struct Link {
+    number: u64,
+    vm: VmTag,
+    outbox: Sender<Event>,
+    pool: PagePool,
+}
+
+impl QuicConnector {
+    /// Makes a link and serves it; answers why it ended.
+    async fn link(&self, request: Request, outbox: &Sender<Event>) -> Result<String, Failed> {
+        let making = self.make(&request);
+        let made = tokio::time::timeout(HANDSHAKE_LIMIT, making).await;
+        let late = || Failed::Down(format!("{} does not answer", request.address));
+        let (connection, say, hear, welcomed, end) = made.map_err(|_| late())??;
+        let vm = VmTag::of(&request.vm);
+        let link = Link { number: request.number, vm, outbox: outbox.clone(), pool: PagePool::default() };
+        let pulse = Pulse::default();
+        tell(outbox, request.number, LinkEvent::Up(Box::new(welcomed)));
+        let LinkEnd { outgoing, urgent, mut closed } = end;
+        let (digests_out, digests_in) = mpsc::channel(4);
+        let tip = request.tip;
+        let why = tokio::select! {
+            why = beat(&connection, vm, request.term, self.rhythm, &pulse) => why,
+            why = link.hear(hear, &pulse) => why,
+            why = link.say(say, urgent, digests_in) => why,
+            why = link.send(&connection, outgoing, digests_out, tip) => why,
+            _ = closed.wait_for(|closed| *closed) => "this node dropped it".to_owned(),
+        };
+        connection.close(0_u32.into(), b"");
+        Ok(why)
+    }
+
+    async fn make(
+        &self,
+        request: &Request,
+    ) -> Result<(Connection, SendStream, RecvStream, Welcomed, LinkEnd), Failed> {
+        let Paired { address, .. } = self.pairing.pair(request).await.map_err(|e| match e {
+            PairingError::Refused(why) => Failed::Refused(why),
+            other => Failed::Down(other.to_string()),
+        })?;
+        let connection = self.dial(address).await.map_err(Failed::Down)?;
+        let lost = |e: quinn::ConnectionError| Failed::Down(format!("the connection is lost: {e}"));
+        let (mut say, mut hear) = connection.open_bi().await.map_err(lost)?;
+        let vm = VmTag::of(&request.vm);
+        let purpose = match request.purpose {
+            Purpose::Seed => WirePurpose::Seed,
+            Purpose::Link(replica) => WirePurpose::Link { replica },
+        };
+        let hello = Hello {
+            versions: Versions::OURS,
+            node: request.node.clone(),
+            incarnation: request.incarnation,
+            vm: request.vm.clone(),
+            term: request.term,
+            purpose,
+        };
+        write_control(&mut say, vm, &hello).await?;
+        let welcome = match read_control(&mut hear, vm, &PagePool::default()).await? {
+            Control::Welcome(welcome) => welcome,
+            Control::Refused(refused) => return Err(Failed::Refused(refused.detail.to_string())),
+            other => return Err(Failed::Down(format!("the secondary answered {other:?} to a hello"))),
+        };
+        let (link, end) = LinkHandle::new();
+        let offer = Offer { replica: welcome.replica, staged: welcome.staged.or(welcome.stale) };
+        let max_epoch_bytes = welcome.max_epoch_bytes;
+        let welcomed = Welcomed { link, node: welcome.node, offer, max_epoch_bytes };
+        Ok((connection, say, hear, welcomed, end))
+    }
+
+    async fn dial(&self, address: SocketAddr) -> Result<Connection, String> {
+        let connecting = self.endpoint.connect(address, NODE_NAME).map_err(|e| e.to_string())?;
+        connecting.await.map_err(|e| format!("no QUIC connection to {address}: {e}"))
+    }
+}
+
+impl Link {
+    fn tell(&self, event: LinkEvent) {
+        tell(&self.outbox, self.number, event);
+    }
+
+    async fn hear(&self, mut stream: RecvStream, pulse: &Pulse) -> String {
+        loop {
+            let message = match read_control(&mut stream, self.vm, &self.pool).await {
+                Ok(message) => message,
+                Err(e) => return e.to_string(),
+            };
+            pulse.hear();
+            match message {
+                Control::Ack(ack) => {
+                    let (point, replica, term) = (ack.point, ack.replica, ack.term);
+                    self.tell(LinkEvent::Ack(Ack { point, replica, term }));
+                }
+                Control::Progress(progress) => self.tell(LinkEvent::Progress(Marks {
+                    staged: progress.staged,
+                    applied: progress.applied,
+                    persisted: progress.persisted,
+                    backlog_bytes: progress.backlog_bytes,
+                })),
+                Control::RangeDigests(digests) => self.tell(LinkEvent::Digests(digests)),
+                Control::Refused(refused) => {
+                    self.tell(LinkEvent::Refused(refused.detail.to_string()));
+                    return refused.detail.to_string();
+                }
+                Control::Goodbye(_) => return "the secondary said goodbye".to_owned(),
+                other => return format!("the secondary said {other:?}, which is not its part"),
+            }
+        }
+    }
+
+    async fn say(
+        &self,
+        mut stream: SendStream,
+        mut urgent: mpsc::UnboundedReceiver<Urgent>,
+        mut digests: mpsc::Receiver<colo_proto::message::DigestRequest>,
+    ) -> String {
+        loop {
+            let said = tokio::select! {
+                Some(request) = digests.recv() => write_control(&mut stream, self.vm, &request).await,
+                word = urgent.recv() => match word {
+                    Some(Urgent::Term(term)) => write_control(&mut stream, self.vm, &TermChanged { term }).await,
+                    Some(Urgent::Yield) => write_control(&mut stream, self.vm, &Yield { failed: true }).await,
+                    None => {
+                        drop(write_control(&mut stream, self.vm, &Goodbye).await);
+                        return "this node dropped it".to_owned();
+                    }
+                },
+            };
+            if let Err(e) = said {
+                return e.to_string();
+            }
+        }
+    }
+
+    /// The stream of transfers.
+    async fn send(
+        &self,
+        connection: &Connection,
+        mut outgoing: mpsc::Receiver<Outgoing>,
+        digests: mpsc::Sender<colo_proto::message::DigestRequest>,
+        tip: Point,
+    ) -> String {
+        let mut stream = match connection.open_uni().await {
+            Ok(stream) => stream,
+            Err(e) => return format!("the connection is lost: {e}"),
+        };
+        let mut encoder = Encoder::new(self.vm, tip);
+        while let Some(next) = outgoing.recv().await {
+            let transfer = match next {
+                Outgoing::Transfer(transfer) => transfer,
+                Outgoing::Barrier(done) => {
+                    // Whoever waits has left only if the seed was given up.
+                    let _ = done.send(());
+                    continue;
+                }
+                Outgoing::Digests(request) => {
+                    let _ = digests.send(request).await;
+                    continue;
+                }
+            };
+            let point = match &transfer {
+                Transfer::Epoch(epoch) => Some(epoch.point),
+                _ => None,
+            };
+            // Encoding sums up every page: not on a thread that others wait for.
+            let encoded = tokio::task::block_in_place(|| encode(&mut encoder, transfer));
+            let mut bytes = 0;
+            for frame in &encoded {
+                match write_frame(&mut stream, frame).await {
+                    Ok(written) => bytes += written,
+                    Err(e) => return e.to_string(),
+                }
+            }
+            if let Some(point) = point {
+                encoder = Encoder::new(self.vm, point);
+                self.tell(LinkEvent::Sent { point, bytes });
+            }
+        }
+        // Whoever drops the link says so on the control stream; the transfers end with the connection.
+        std::future::pending().await
+    }
+}
+
+fn encode(encoder: &mut Encoder, transfer: Transfer) -> Vec<Frame> {
+    let mut frames = Vec::new();
+    match transfer {
+        Transfer::SeedBegin { resync, history } => frames.push(encoder.seed(resync, history)),
+        Transfer::SeedPages(batch) => encoder.pages(batch, |frame| frames.push(frame)),
+        Transfer::SeedZeros(runs) => encoder.zeros(&runs, |frame| frames.push(frame)),
+        Transfer::Epoch(epoch) => encoder.epoch(*epoch, |frame| frames.push(frame)),
+    }
+    frames
+}
+
+/// The settings of a QUIC endpoint that is good for epochs: large windows, datagrams, and no patience with a dead path
+/// beyond what the heartbeats have.
+pub fn transport() -> quinn::TransportConfig {
+    let mut transport = quinn::TransportConfig::default();
+    let window = quinn::VarInt::from_u32(64 << 20);
+    transport.stream_receive_window(window);
+    transport.receive_window(window);
+    // What is written and not acked by QUIC: an epoch waits behind it.
+    transport.send_window(16 << 20);
+    transport.datagram_receive_buffer_size(Some(64 << 10));
+    transport.datagram_send_buffer_size(64 << 10);
+    transport.max_concurrent_bidi_streams(4_u32.into());
+    transport.max_concurrent_uni_streams(4_u32.into());
+    transport.max_idle_timeout(Some(quinn::VarInt::from_u32(30_000).into()));
+    transport
+}
+
+/// A client endpoint on any port.
+///
+/// # Errors
+/// No socket can be had, or the TLS settings do not fit QUIC.
+pub fn client_endpoint(tls: Arc<rustls::ClientConfig>, local: SocketAddr) -> anyhow::Result<quinn::Endpoint> {
+    let mut endpoint = quinn::Endpoint::client(local)?;
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls)?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(Arc::new(transport()));
+    endpoint.set_default_client_config(config);
+    Ok(endpoint)
+}

@@ -1,0 +1,193 @@
+//! Output held until the protocol lets it out, and where it goes then. The last step of the way of a page: nothing the
+//! guest says leaves this node before it has passed here.
+
+use colo_common::Epoch;
+use colo_vmm::egress::{Output, OutputItem, OutputPosition};
+use std::collections::VecDeque;
+
+use crate::replicator::Entitled;
+
+/// Takes output that may go out, in order.
+pub trait Sink: Send {
+    /// One epoch's output, or a part of it that is going out ahead of its epoch's end.
+    fn let_out(&mut self, output: Output);
+}
+
+/// Output by epoch, oldest first.
+#[derive(Debug, Default)]
+pub struct Release {
+    held: VecDeque<(Epoch, Output)>,
+    /// Everything before this is out.
+    released: OutputPosition,
+    /// Bytes held, of console and frames.
+    bytes: usize,
+}
+
+impl Release {
+    /// Nothing held; everything before `released` is out.
+    pub fn new(released: OutputPosition) -> Self {
+        Self { held: VecDeque::new(), released, bytes: 0 }
+    }
+
+    /// Holds the output of an epoch.
+    ///
+    /// # Panics
+    /// It does not follow what was made before: an own bug.
+    pub fn hold(&mut self, epoch: Epoch, output: Output) {
+        assert_eq!(output.start, self.end(), "output of {epoch} does not follow");
+        if output.items.is_empty() {
+            return;
+        }
+        self.bytes += size(&output);
+        self.held.push_back((epoch, output));
+    }
+
+    /// Lets out what is entitled, in order.
+    pub fn let_out(&mut self, entitled: Entitled, sink: &mut dyn Sink) {
+        let allowed = |epoch: Epoch| match entitled {
+            Entitled::All => true,
+            Entitled::UpTo(limit) => epoch <= limit,
+            Entitled::Nothing => false,
+        };
+        while let Some((_, output)) = self.held.pop_front_if(|(epoch, _)| allowed(*epoch)) {
+            self.bytes -= size(&output);
+            self.released = end_of(&output);
+            sink.let_out(output);
+        }
+    }
+
+    /// Lets out whole epochs' output that another node has let out up to `position`.
+    pub fn let_out_to(&mut self, position: OutputPosition, sink: &mut dyn Sink) {
+        let known = |end: OutputPosition| end.console <= position.console && end.frames <= position.frames;
+        while let Some((_, output)) = self.held.pop_front_if(|(_, output)| known(end_of(output))) {
+            self.bytes -= size(&output);
+            self.released = end_of(&output);
+            sink.let_out(output);
+        }
+    }
+
+    /// Everything before this is out.
+    pub fn released(&self) -> OutputPosition {
+        self.released
+    }
+
+    /// Position after everything that was ever given here.
+    pub fn end(&self) -> OutputPosition {
+        self.held.back().map_or(self.released, |(_, output)| end_of(output))
+    }
+
+    /// Bytes that are held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// What is held of one epoch.
+    pub fn held_of(&self, epoch: Epoch) -> Output {
+        let mut of_epoch = self.held.iter().filter(|(of, _)| *of == epoch).map(|(_, output)| output);
+        let Some(first) = of_epoch.next() else { return Output { start: self.end(), items: Vec::new() } };
+        let more = of_epoch.flat_map(|output| output.items.iter().cloned());
+        Output { start: first.start, items: first.items.iter().cloned().chain(more).collect() }
+    }
+
+    /// What is held, as one output: what a secondary that is linked anew has to be told beside its next epoch.
+    pub fn all_held(&self) -> Output {
+        let items = self.held.iter().flat_map(|(_, output)| output.items.iter().cloned()).collect();
+        Output { start: self.released, items }
+    }
+}
+
+fn size(output: &Output) -> usize {
+    let of = |item: &OutputItem| match item {
+        OutputItem::Console(bytes) | OutputItem::Frame { bytes, .. } => bytes.len(),
+    };
+    output.items.iter().map(of).sum()
+}
+
+/// What of `output` comes after `known`; nothing if there is a gap before it.
+pub fn after(output: Output, known: OutputPosition) -> Option<Output> {
+    let mut at = output.start;
+    if at.console > known.console || at.frames > known.frames {
+        return None;
+    }
+    let mut items = Vec::new();
+    for item in output.items {
+        match item {
+            OutputItem::Console(bytes) => {
+                let skip = usize::try_from(known.console.saturating_sub(at.console)).unwrap_or(usize::MAX);
+                at.console += bytes.len() as u64;
+                if let Some(fresh) = bytes.get(skip..).filter(|fresh| !fresh.is_empty()) {
+                    items.push(OutputItem::Console(fresh.to_vec()));
+                }
+            }
+            OutputItem::Frame { slot, bytes } => {
+                at.frames += 1;
+                if at.frames > known.frames {
+                    items.push(OutputItem::Frame { slot, bytes });
+                }
+            }
+        }
+    }
+    Some(Output { start: known, items })
+}
+
+/// Position after an output.
+pub fn end_of(output: &Output) -> OutputPosition {
+    output.items.iter().fold(output.start, |at, item| match item {
+        OutputItem::Console(bytes) => OutputPosition { console: at.console + bytes.len() as u64, ..at },
+        OutputItem::Frame { .. } => OutputPosition { frames: at.frames + 1, ..at },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Release, Sink, after, end_of};
+    use crate::replicator::Entitled;
+    use colo_common::Epoch;
+    use colo_vmm::egress::{Output, OutputItem, OutputPosition};
+
+    #[derive(Default)]
+    struct World(Vec<u8>);
+
+    impl Sink for World {
+        fn let_out(&mut self, output: Output) {
+            self.0.extend(output.console());
+        }
+    }
+
+    fn console(start: u64, text: &str) -> Output {
+        let items = vec![OutputItem::Console(text.as_bytes().to_vec())];
+        Output { start: OutputPosition { console: start, frames: 0 }, items }
+    }
+
+    #[test]
+    fn what_is_known_is_cut_off() {
+        let at = |console, frames| OutputPosition { console, frames };
+        let frame = OutputItem::Frame { slot: 0, bytes: vec![1] };
+        let items =
+            vec![OutputItem::Console(b"abc".to_vec()), frame.clone(), OutputItem::Console(b"de".to_vec())];
+        let output = Output { start: at(10, 4), items };
+        assert_eq!(after(output.clone(), at(10, 4)), Some(output.clone()));
+        let rest = vec![OutputItem::Console(b"c".to_vec()), frame, OutputItem::Console(b"de".to_vec())];
+        assert_eq!(after(output.clone(), at(12, 4)).unwrap().items, rest);
+        assert_eq!(after(output.clone(), at(13, 5)).unwrap().items, [OutputItem::Console(b"de".to_vec())]);
+        assert_eq!(after(output.clone(), at(15, 5)).unwrap().items, []);
+        assert_eq!(after(output.clone(), at(9, 4)), None);
+        assert_eq!(after(output, at(20, 3)), None);
+    }
+
+    #[test]
+    fn nothing_goes_out_before_its_epoch_may() {
+        let (mut release, mut world) = (Release::default(), World::default());
+        release.hold(Epoch(1), console(0, "ab"));
+        release.hold(Epoch(2), Output { start: OutputPosition { console: 2, frames: 0 }, items: vec![] });
+        release.hold(Epoch(3), console(2, "cd"));
+        release.let_out(Entitled::Nothing, &mut world);
+        assert_eq!(world.0, b"");
+        release.let_out(Entitled::UpTo(Epoch(2)), &mut world);
+        assert_eq!((world.0.as_slice(), release.released().console, release.bytes()), (&b"ab"[..], 2, 2));
+        assert_eq!(release.all_held(), console(2, "cd"));
+        release.let_out(Entitled::All, &mut world);
+        assert_eq!((world.0.as_slice(), release.released()), (&b"abcd"[..], release.end()));
+        assert_eq!(end_of(&release.all_held()).console, 4);
+    }
+}

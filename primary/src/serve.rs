@@ -1,0 +1,263 @@
+//! What both binaries do around a node: the sockets, the control plane, the console's sinks, signals, and running a
+//! guest to its end.
+
+use anyhow::{Context, anyhow};
+use colo_common::arbiter::Arbiter;
+use colo_common::config::{ConsoleConfig, OnSecondaryLoss, OnStop, ReplicationConfig};
+use colo_common::tls::{self, Identity};
+use colo_proto::v1::admin_server::AdminServer;
+use crossbeam_channel::{Receiver, Sender};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Certificate, ClientTlsConfig, Server, ServerTlsConfig};
+use tonic::{Request, Status};
+
+use crate::admin::{AdminService, Part, Plane};
+use crate::arbiter_worker::ArbiterWorker;
+use crate::console::Console;
+use crate::heartbeat::Rhythm;
+use crate::node::{Beginning, Command, Event, Node, NodeError, Settings};
+use crate::pairing::PairingClient;
+use crate::quic::{QuicConnector, client_endpoint};
+use crate::replicator::End;
+
+/// How long the control plane lives on after the node: some of its looks at the status, and a reply.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// Events that may wait for a node: more than acks, answers and commands can ever be.
+const MAX_EVENTS: usize = 4096;
+
+/// The certificates of a node and where they count.
+pub struct Security {
+    identity: Identity,
+    /// Without a directory of certificates, the control plane is in the clear, on loopback only.
+    control_plane: bool,
+}
+
+impl Security {
+    /// Loads the node's certificate, or makes one for development.
+    ///
+    /// # Errors
+    /// A file is missing or wrong.
+    pub fn load(directory: Option<&Path>) -> anyhow::Result<Self> {
+        let identity = tls::identity(directory, tls::Role::Node)?;
+        Ok(Self { identity, control_plane: directory.is_some() })
+    }
+
+    /// The identity.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// How to call other control planes.
+    pub fn client(&self) -> Option<ClientTlsConfig> {
+        let pem = self.identity.pem();
+        self.control_plane.then(|| {
+            ClientTlsConfig::new()
+                .ca_certificate(Certificate::from_pem(&pem.ca))
+                .identity(tonic::transport::Identity::from_pem(&pem.certificate, &pem.key))
+                .domain_name(tls::NODE_NAME)
+        })
+    }
+
+    fn server(&self) -> Option<ServerTlsConfig> {
+        let pem = self.identity.pem();
+        self.control_plane.then(|| {
+            ServerTlsConfig::new()
+                .identity(tonic::transport::Identity::from_pem(&pem.certificate, &pem.key))
+                .client_ca_root(Certificate::from_pem(&pem.ca))
+        })
+    }
+}
+
+/// Serves the control plane, with `more` services beside it.
+///
+/// # Errors
+/// The port is in use, or TLS cannot be set up.
+pub async fn control_plane(
+    listen: SocketAddr,
+    security: &Security,
+    plane: Arc<Plane>,
+    more: tonic::service::Routes,
+) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(listen).await.with_context(|| {
+        format!("cannot listen on {listen} (admin.listen): is another node using it? choose another port")
+    })?;
+    let mut server = Server::builder();
+    if let Some(tls) = security.server() {
+        server = server.tls_config(tls).context("TLS of the control plane cannot be set up")?;
+    }
+    let secured = security.control_plane;
+    let check = move |request: Request<()>| if secured { operators_only(request) } else { Ok(request) };
+    let routes = more.add_service(AdminServer::with_interceptor(AdminService(plane), check));
+    let served = server.add_routes(routes).serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::spawn(async move {
+        if let Err(e) = served.await {
+            tracing::error!("the control plane has ended: {e}");
+        }
+    });
+    Ok(())
+}
+
+/// The control plane steers a vm: that is for operators, not for the other nodes of the authority.
+fn operators_only(request: Request<()>) -> Result<Request<()>, Status> {
+    let certificates = request.peer_certs();
+    let first = certificates.as_ref().and_then(|certificates| certificates.first());
+    match first.map(tls::peer_role) {
+        Some(Ok(tls::Role::Operator)) => Ok(request),
+        Some(Ok(tls::Role::Node)) => {
+            Err(Status::permission_denied("only operators may do that: use an operator's certificate"))
+        }
+        Some(Err(e)) => Err(Status::permission_denied(e.to_string())),
+        None => Err(Status::unauthenticated("a certificate is needed")),
+    }
+}
+
+/// Writes what is let out to the configured sinks.
+///
+/// # Errors
+/// A sink cannot be opened.
+pub async fn console_sinks(console: &Console, config: &ConsoleConfig) -> anyhow::Result<()> {
+    if let Some(path) = &config.file {
+        let file = tokio::fs::OpenOptions::new().create(true).append(true).open(path).await;
+        let file = file.with_context(|| format!("cannot open the console's file {}", path.display()))?;
+        tokio::spawn(write_console(console.clone(), file, path.display().to_string()));
+    }
+    if let Some(link) = &config.pty {
+        let master = crate::pty::open(link)
+            .with_context(|| format!("cannot make the console's pty {}", link.display()))?;
+        tokio::spawn(write_console(
+            console.clone(),
+            tokio::fs::File::from_std(master),
+            link.display().to_string(),
+        ));
+    }
+    Ok(())
+}
+
+async fn write_console(console: Console, mut file: tokio::fs::File, name: String) {
+    use tokio::io::AsyncWriteExt;
+    let (mut offset, mut ends) = (console.end(), console.watch());
+    loop {
+        ends.mark_unchanged();
+        while let Some(chunk) = console.read(offset) {
+            offset = chunk.offset + chunk.bytes.len() as u64;
+            let written = async {
+                file.write_all(&chunk.bytes).await?;
+                file.flush().await
+            };
+            if let Err(e) = written.await {
+                tracing::warn!("the console cannot be written to {name}: {e}");
+            }
+        }
+        if ends.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What it takes to run a guest on this node.
+pub struct Runner {
+    /// The control plane.
+    pub plane: Arc<Plane>,
+    /// The arbiter.
+    pub arbiter: Arc<dyn Arbiter>,
+    /// The settings.
+    pub replication: ReplicationConfig,
+    /// Promotions in a row that a failing guest is worth.
+    pub max_promotions: u32,
+    /// What a signal to end does.
+    pub on_stop: OnStop,
+    /// Certificates.
+    pub security: Security,
+    /// The control plane's address, as others reach it.
+    pub own_address: SocketAddr,
+}
+
+impl Runner {
+    /// Runs the guest until this node's part is over. Blocks.
+    ///
+    /// # Errors
+    /// The guest cannot go on here.
+    pub fn run(self, beginning: Beginning, runtime: &Handle) -> anyhow::Result<End> {
+        let (outbox, inbox): (Sender<Event>, Receiver<Event>) = crossbeam_channel::bounded(MAX_EVENTS);
+        let tell = outbox.clone();
+        let worker = ArbiterWorker::start(self.arbiter, beginning.vm.clone(), move |found| {
+            drop(tell.send(Event::Arbiter(found)));
+        })
+        .map_err(NodeError::Thread)?;
+        let rhythm = Rhythm {
+            interval: Duration::from_millis(self.replication.heartbeat_ms.into()),
+            suspect_after: Duration::from_millis(self.replication.suspect_after_ms.into()),
+        };
+        let any = match self.own_address {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let endpoint = {
+            let _entered = runtime.enter();
+            client_endpoint(tls::client_config(self.security.identity())?, any)?
+        };
+        let pairing = PairingClient::new(self.security.client(), self.own_address.to_string());
+        let connector = Arc::new(QuicConnector::new(runtime.clone(), endpoint, pairing, rhythm));
+        let settings = Settings {
+            interval: Duration::from_millis(self.replication.interval_ms.into()),
+            window: self.replication.window as usize,
+            max_epoch_bytes: u64::from(self.replication.max_epoch_mib) << 20,
+            solo_on_loss: self.replication.on_secondary_loss == OnSecondaryLoss::Solo,
+            secondary: self.replication.secondary.as_ref().map(ToString::to_string),
+            max_promotions: self.max_promotions,
+        };
+        runtime.spawn(on_signal(self.on_stop, outbox.clone()));
+        let board = self.plane.board.clone();
+        let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board);
+        self.plane.set_part(Part::Runner(outbox));
+        let end = node.run();
+        self.plane.set_part(Part::None);
+        // Whoever asked for the end is told by the control plane, which ends with the process.
+        std::thread::sleep(LAST_ANSWERS);
+        Ok(end?)
+    }
+}
+
+/// A signal to end does what the configuration says.
+async fn on_signal(on_stop: OnStop, outbox: Sender<Event>) {
+    if ended().await.is_err() {
+        return;
+    }
+    let command = match on_stop {
+        OnStop::Stop => {
+            let (reply, _) = tokio::sync::oneshot::channel();
+            Command::Stop { reply }
+        }
+        OnStop::Leave => Command::Leave,
+    };
+    drop(outbox.send(Event::Command(command)));
+}
+
+/// Waits for SIGTERM or SIGINT.
+///
+/// # Errors
+/// Signals cannot be handled.
+pub async fn ended() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    Ok(())
+}
+
+/// The arbiter that a configuration names.
+///
+/// # Errors
+/// Its directory is missing.
+pub fn arbiter(config: &colo_common::config::ArbiterConfig) -> anyhow::Result<Arc<dyn Arbiter>> {
+    let opened = colo_common::arbiter::file::FileArbiter::open(&config.directory);
+    Ok(Arc::new(opened.map_err(|e| anyhow!("{e}"))?))
+}
