@@ -1,29 +1,31 @@
-//! The image: a guest's memory as of exactly one epoch, changed only by whole dirty sets.
+//! The image: a guest's memory as of exactly one point, changed only by whole epochs.
 
-use colo_common::{Epoch, Gfn};
-use colo_vmm::memory::{GuestMemory, MemoryError, Page};
+use colo_common::Point;
+use colo_vmm::memory::{GuestMemory, MemoryError};
 use std::sync::Arc;
 
-/// Guest memory at one epoch.
+use crate::staging::{StagedEpoch, StagedPart};
+
+/// Guest memory at one point.
 #[derive(Debug)]
 pub struct Image {
     memory: Arc<GuestMemory>,
-    epoch: Epoch,
+    /// Nothing while a seed or resync writes into the memory.
+    point: Option<Point>,
 }
-
-/// Pages of one epoch, in any order, each frame once.
-pub type Pages = Vec<(Gfn, Box<Page>)>;
 
 /// Why an epoch cannot be applied; the image is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The epoch does not follow the image's.
-    #[error("the image is at {at}, so {offered} cannot be applied")]
+    #[error("the image is at {at:?}, so {offered} with base {base:?} cannot be applied")]
     OutOfOrder {
         /// Where the image is.
-        at: Epoch,
+        at: Option<Point>,
         /// What was offered.
-        offered: Epoch,
+        offered: Point,
+        /// What that follows.
+        base: Option<Point>,
     },
     /// A page that the guest does not have.
     #[error(transparent)]
@@ -31,14 +33,14 @@ pub enum ApplyError {
 }
 
 impl Image {
-    /// Takes memory that holds the whole content of `epoch`.
-    pub fn new(memory: Arc<GuestMemory>, epoch: Epoch) -> Self {
-        Self { memory, epoch }
+    /// Takes memory that holds the whole content of `point`, or that a seed is about to fill.
+    pub fn new(memory: Arc<GuestMemory>, point: Option<Point>) -> Self {
+        Self { memory, point }
     }
 
-    /// The epoch that it holds.
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
+    /// The point that it holds.
+    pub fn point(&self) -> Option<Point> {
+        self.point
     }
 
     /// Its memory.
@@ -46,49 +48,52 @@ impl Image {
         &self.memory
     }
 
-    /// Goes on to `epoch`. Every frame is checked before the first byte is written.
+    /// Goes on to the epoch's point. Every frame is checked before the first byte is written.
     ///
     /// # Errors
-    /// The epoch is not the next one, or a frame is not guest memory; nothing was changed then.
-    pub fn apply(&mut self, epoch: Epoch, pages: &Pages) -> Result<(), ApplyError> {
-        if epoch != self.epoch.next() {
-            return Err(ApplyError::OutOfOrder { at: self.epoch, offered: epoch });
+    /// The epoch does not follow, or a frame is not guest memory; nothing was changed then.
+    pub fn apply(&mut self, epoch: &StagedEpoch) -> Result<(), ApplyError> {
+        if epoch.base != self.point {
+            let (at, offered, base) = (self.point, epoch.point, epoch.base);
+            return Err(ApplyError::OutOfOrder { at, offered, base });
         }
-        for (gfn, _) in pages {
-            self.memory.check_frame(*gfn)?;
+        for (first, count) in epoch.parts.iter().flat_map(|part| part.runs()) {
+            for gfn in [first, colo_common::Gfn(first.0.saturating_add(count - 1))] {
+                self.memory.check_frame(gfn)?;
+            }
         }
-        for (gfn, page) in pages {
-            self.memory.write_page(*gfn, page)?;
+        // From here on, nothing but the host running out of memory stops it, and that ends the process.
+        self.point = None;
+        for part in &epoch.parts {
+            part.write_to(&self.memory)?;
         }
-        self.epoch = epoch;
+        self.point = Some(epoch.point);
         Ok(())
+    }
+
+    /// A seed or resync begins: the memory holds no point from now on.
+    ///
+    /// # Errors
+    /// The host does not take memory back.
+    pub fn begin_seed(&mut self, keep: bool) -> Result<(), MemoryError> {
+        self.point = None;
+        if keep { Ok(()) } else { self.memory.discard_all() }
+    }
+
+    /// Writes a part of a seed.
+    ///
+    /// # Errors
+    /// A frame is not guest memory.
+    ///
+    /// # Panics
+    /// No seed is going on: an own bug.
+    pub fn write_seed(&mut self, part: &StagedPart) -> Result<(), MemoryError> {
+        assert!(self.point.is_none(), "pages of a seed for an image at {:?}", self.point);
+        part.write_to(&self.memory)
     }
 
     /// Gives the memory away, as to a guest that runs on from it.
     pub fn into_memory(self) -> Arc<GuestMemory> {
         self.memory
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{ApplyError, Image};
-    use colo_common::{Epoch, Gfn, PAGE_SIZE};
-    use colo_vmm::memory::GuestMemory;
-    use std::sync::Arc;
-
-    #[test]
-    fn an_epoch_is_applied_whole_and_in_order_or_not_at_all() {
-        let mut image = Image::new(Arc::new(GuestMemory::new(1 << 20).unwrap()), Epoch(4));
-        let page = || Box::new([7; PAGE_SIZE]);
-        let empty = image.memory().digest().unwrap();
-        let skipped = image.apply(Epoch(6), &vec![(Gfn(1), page())]);
-        assert!(matches!(skipped, Err(ApplyError::OutOfOrder { .. })));
-        let beyond = image.apply(Epoch(5), &vec![(Gfn(1), page()), (Gfn(1 << 20), page())]);
-        assert!(matches!(beyond, Err(ApplyError::Memory(_))));
-        assert_eq!((image.epoch(), image.memory().digest().unwrap()), (Epoch(4), empty));
-        image.apply(Epoch(5), &vec![(Gfn(1), page())]).unwrap();
-        assert_eq!(image.epoch(), Epoch(5));
-        assert_ne!(image.memory().digest().unwrap(), empty);
     }
 }

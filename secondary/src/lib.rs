@@ -1,4 +1,16 @@
-//! The secondary's side: holds the image of a guest. Today it has the image; receiving, staging and the store
-//! come with replication.
+//! The node that follows: receives epochs, stages, acks, applies and persists them, and runs the guest when the primary
+//! is gone.
+//!
+//! The way of a page through this crate: [`receiver`] -> [`staging`] -> ack; [`apply`] -> [`image`]; [`persist`] ->
+//! [`store`]. [`replica`] decides, [`node`] holds it together.
 
+pub mod apply;
 pub mod image;
+pub mod node;
+pub mod pairing_service;
+pub mod persist;
+pub mod receiver;
+pub mod replica;
+pub mod secondary;
+pub mod staging;
+pub mod store;

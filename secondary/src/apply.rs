@@ -1,0 +1,170 @@
+//! The apply thread: owns the image and takes staged epochs into it, one after the other, after their ack.
+
+use colo_common::limits::MAX_GUEST_MEMORY;
+use colo_common::{Gfn, PAGE_SIZE, Point};
+use colo_proto::message::{
+    DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, PageDigest, RangeDigests,
+};
+use colo_vmm::GuestMemory;
+use colo_vmm::page_batch::is_zero;
+use crossbeam_channel::{Receiver, Sender};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crate::image::{ApplyError, Image};
+use crate::staging::{StagedEpoch, StagedPart};
+
+/// Jobs that may wait; what their epochs hold is bounded by the memory budget. The thread never waits for whoever
+/// orders them.
+const MAX_WAITING: usize = 1024;
+
+/// What the thread is to do, in order.
+#[derive(Debug)]
+pub enum Job {
+    /// A seed begins: keep what is there as a base, or empty it.
+    BeginSeed {
+        /// Whether it is kept.
+        keep: bool,
+    },
+    /// Pages of a seed.
+    Seed(StagedPart),
+    /// An epoch.
+    Epoch(Arc<StagedEpoch>),
+    /// Digests of what is there now, for the link with this number.
+    Digests(u64, DigestRequest),
+}
+
+/// What the thread tells.
+#[derive(Debug)]
+pub enum Applied {
+    /// The image is at this point.
+    Point(Point),
+    /// Digests, in order, for the link with this number: to another they would tell of an image that is no more.
+    Digests(u64, RangeDigests),
+    /// The image cannot be used any more.
+    Failed(String),
+}
+
+/// A handle on the thread.
+#[derive(Debug)]
+pub struct Applier {
+    jobs: Sender<Job>,
+    thread: JoinHandle<Image>,
+}
+
+impl Applier {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread can be had.
+    pub fn start(image: Image, tell: impl Fn(Applied) + Send + 'static) -> std::io::Result<Self> {
+        let (jobs, inbox) = crossbeam_channel::bounded(MAX_WAITING);
+        let builder = std::thread::Builder::new().name("apply".to_owned());
+        let thread = builder.spawn(move || work(image, &inbox, &tell))?;
+        Ok(Self { jobs, thread })
+    }
+
+    /// Orders a job; waits while too many are waiting.
+    pub fn order(&self, job: Job) {
+        if self.jobs.send(job).is_err() {
+            tracing::error!("the apply thread has ended");
+        }
+    }
+
+    /// Finishes what was ordered and gives the image back.
+    ///
+    /// # Errors
+    /// The thread has panicked.
+    pub fn finish(self) -> Result<Image, String> {
+        drop(self.jobs);
+        self.thread.join().map_err(|_| "the apply thread has panicked".to_owned())
+    }
+}
+
+fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Image {
+    while let Ok(job) = inbox.recv() {
+        let done: Result<(), ApplyError> = match job {
+            Job::BeginSeed { keep } => image.begin_seed(keep).map_err(ApplyError::from),
+            Job::Seed(part) => image.write_seed(&part).map_err(ApplyError::from),
+            Job::Epoch(epoch) => image.apply(&epoch).map(|()| tell(Applied::Point(epoch.point))),
+            Job::Digests(link, request) => {
+                digests(image.memory(), request, &mut |digests| tell(Applied::Digests(link, digests)));
+                Ok(())
+            }
+        };
+        if let Err(e) = done {
+            tell(Applied::Failed(e.to_string()));
+        }
+    }
+    image
+}
+
+/// Tells what a range of frames holds; frames without memory behind them are zero and are not read.
+pub fn digests(memory: &GuestMemory, request: DigestRequest, send: &mut impl FnMut(RangeDigests)) {
+    let end = request.first.0.saturating_add(request.frames).min(MAX_GUEST_MEMORY);
+    let populated = memory.populated().unwrap_or_default();
+    let mut message = Collector { first: request.first, at: request.first.0, ranges: Vec::new(), digests: 0 };
+    for (start, frames) in populated {
+        let (from, to) = (start.0.max(message.at), (start.0 + frames).min(end));
+        if from >= to {
+            continue;
+        }
+        message.zeros(from - message.at, send);
+        for gfn in from..to {
+            let mut page = [0; PAGE_SIZE];
+            if memory.read_page(Gfn(gfn), &mut page).is_err() || is_zero(&page) {
+                message.zeros(1, send);
+            } else {
+                message.page(PageDigest::of(&page), send);
+            }
+        }
+    }
+    message.zeros(end.saturating_sub(message.at), send);
+    message.flush(send);
+}
+
+/// Puts digests into messages that are not too large.
+struct Collector {
+    first: Gfn,
+    at: u64,
+    ranges: Vec<DigestRange>,
+    digests: usize,
+}
+
+impl Collector {
+    fn zeros(&mut self, frames: u64, send: &mut impl FnMut(RangeDigests)) {
+        if frames == 0 {
+            return;
+        }
+        self.at += frames;
+        if let Some(DigestRange::Zero { frames: before }) = self.ranges.last_mut() {
+            *before += frames;
+            return;
+        }
+        self.ranges.push(DigestRange::Zero { frames });
+        self.flush_if_full(send);
+    }
+
+    fn page(&mut self, digest: PageDigest, send: &mut impl FnMut(RangeDigests)) {
+        self.at += 1;
+        self.digests += 1;
+        match self.ranges.last_mut() {
+            Some(DigestRange::Pages(pages)) => pages.push(digest),
+            _ => self.ranges.push(DigestRange::Pages(vec![digest])),
+        }
+        self.flush_if_full(send);
+    }
+
+    fn flush_if_full(&mut self, send: &mut impl FnMut(RangeDigests)) {
+        if self.digests == MAX_DIGESTS || self.ranges.len() == MAX_DIGEST_RANGES {
+            self.flush(send);
+        }
+    }
+
+    fn flush(&mut self, send: &mut impl FnMut(RangeDigests)) {
+        if !self.ranges.is_empty() {
+            send(RangeDigests { first: self.first, ranges: std::mem::take(&mut self.ranges) });
+        }
+        (self.first, self.digests) = (Gfn(self.at), 0);
+    }
+}

@@ -1,0 +1,393 @@
+//! Following a runner: links, seeds, epochs, and what becomes of them.
+
+use colo_common::ReplicaId;
+use colo_primary::release::{Release, after};
+use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
+use colo_proto::version::Versions;
+use colo_vmm::egress::Output;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{Follower, Link, Suspicion, Tip};
+use crate::apply::{self, Applied};
+use crate::persist::{self, Persisted, ToStore};
+use crate::receiver::{Agreed, Caller, LinkEvent, Say, refused};
+use crate::replica::{Action, Copy, Refusal};
+use crate::staging::StagedEpoch;
+use crate::store::Base;
+
+impl Follower {
+    /// A runner says hello.
+    pub(super) fn on_caller(&mut self, caller: Caller) {
+        let Caller { number, hello, say, reply } = caller;
+        let answer = self.judge(&hello).map_err(|(reason, why)| refused(reason, &why));
+        let agreed = match answer {
+            Ok(agreed) => agreed,
+            Err(refusal) => {
+                tracing::info!(vm = %self.vm, runner = %hello.node, "a link is refused: {}", refusal.detail);
+                let _ = reply.send(Err(refusal));
+                return;
+            }
+        };
+        if reply.send(Ok(agreed)).is_err() {
+            return;
+        }
+        // A runner that comes again has lost its old link, whether this end knows it or not.
+        self.link = Some(Link {
+            number,
+            say,
+            node: hello.node.clone(),
+            term: hello.term,
+            seeding: false,
+            asked: None,
+            goodbye: false,
+        });
+        self.suspicion = None;
+        self.followed = true;
+        if let Purpose::Link { replica } = hello.purpose {
+            match self.replica.accept_link(&hello.node, hello.term, replica) {
+                Ok(actions) => self.act(actions),
+                Err(e) => self.refuse(reason_of(&e), &e.to_string()),
+            }
+        }
+    }
+
+    fn judge(&self, hello: &colo_proto::message::Hello) -> Result<Agreed, (WireRefusal, String)> {
+        let version = Versions::OURS.agree(hello.versions);
+        let version =
+            version.map_err(|e| (WireRefusal::Version { versions: Versions::OURS }, e.to_string()))?;
+        if hello.vm != self.vm {
+            return Err((WireRefusal::OtherVm, format!("this node follows {}, not {}", self.vm, hello.vm)));
+        }
+        if !self.observed {
+            return Err((WireRefusal::Busy, "this node has not read the register yet: try again".to_owned()));
+        }
+        let Some(warm) = &self.warm else {
+            return Err((WireRefusal::NotPaired, "no guest was agreed on: pair first".to_owned()));
+        };
+        if let Some(why) = &self.store_failed {
+            return Err((WireRefusal::Failed, format!("the store has failed: {why}")));
+        }
+        let wanted = match hello.purpose {
+            Purpose::Seed => None,
+            Purpose::Link { replica } => Some(replica),
+        };
+        self.replica.check_runner(hello.term).map_err(|e| (reason_of(&e), e.to_string()))?;
+        if let Some(wanted) = wanted.filter(|wanted| self.replica_id() != Some(*wanted)) {
+            let e = Refusal::NotThisReplica { wanted };
+            return Err((reason_of(&e), e.to_string()));
+        }
+        let (replica, staged, stale) = match self.replica.copy() {
+            Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged), None),
+            Copy::Stale { point } => (None, None, Some(*point)),
+            // Pages of a seed that broke off: a base as good as any.
+            Copy::Inconsistent => (None, None, Some(colo_common::Point::default())),
+            Copy::Nothing => (None, None, None),
+        };
+        let welcome = Welcome {
+            version,
+            node: self.me.clone(),
+            incarnation: self.incarnation,
+            replica,
+            staged,
+            stale,
+            max_epoch_bytes: self.settings.max_epoch_bytes,
+            window: self.settings.window,
+        };
+        Ok(Agreed { welcome, memory: Arc::clone(&warm.memory), spec_digest: warm.digest })
+    }
+
+    pub(super) fn on_link(&mut self, number: u64, event: LinkEvent) {
+        let Some(link) = self.link.as_mut().filter(|link| link.number == number) else { return };
+        match event {
+            LinkEvent::SeedBegin { mode, reply } => {
+                let taken = self.begin_seed(mode);
+                let _ = reply.send(taken);
+            }
+            LinkEvent::SeedPages(part, room) => {
+                if link.seeding
+                    && let (Some(applier), Some(persister)) = (&self.applier, &self.persister)
+                {
+                    applier.order(apply::Job::Seed(part.clone()));
+                    persister.order(persist::Job::Seed(part, Some(room)));
+                }
+            }
+            LinkEvent::Epoch(epoch, room) => self.on_epoch(*epoch, room),
+            LinkEvent::Term(term) => match self.replica.hear_term(term) {
+                Ok(actions) => self.act(actions),
+                Err(e) => self.refuse(reason_of(&e), &e.to_string()),
+            },
+            LinkEvent::Digests(request) => {
+                if !link.seeding {
+                    link.asked = Some(request);
+                } else if let Some(applier) = &self.applier {
+                    applier.order(apply::Job::Digests(number, request));
+                }
+            }
+            LinkEvent::Yield(word) => {
+                tracing::warn!(vm = %self.vm, "the runner yields (failed: {})", word.failed);
+                self.yielded += u32::from(word.failed);
+                let now = Instant::now();
+                self.suspicion = Some(Suspicion { since: now, until: now, due: false });
+            }
+            LinkEvent::Goodbye => link.goodbye = true,
+            LinkEvent::Down(why) => self.link_down(&why),
+        }
+    }
+
+    fn link_down(&mut self, why: &str) {
+        let Some(link) = self.link.take() else { return };
+        tracing::warn!(vm = %self.vm, runner = %link.node, "the link is down: {why}");
+        self.board.error(format!("the link to {} is down: {why}", link.node));
+        self.board.count(|counters| counters.link_losses += 1);
+        self.replica.link_lost();
+        self.suspect();
+    }
+
+    /// Nothing is heard of the runner any more, for whatever reason: it may be dead.
+    fn suspect(&mut self) {
+        let now = Instant::now();
+        if self.suspicion.is_none() {
+            let until = now + self.settings.promote_delay;
+            self.suspicion = Some(Suspicion { since: now, until, due: false });
+        }
+        self.next_read = now;
+    }
+
+    /// The copy is inconsistent from here on: synced in the store before the first page is taken.
+    fn begin_seed(&mut self, mode: SeedMode) -> bool {
+        let Some((node, term)) = self.link.as_ref().map(|link| (link.node.clone(), link.term)) else {
+            return false;
+        };
+        if let Err(e) = self.replica.accept_seed(&node, term) {
+            self.refuse(reason_of(&e), &e.to_string());
+            return false;
+        }
+        // What this node ran as a primary is replaced as well.
+        if let Err(e) = self.forget_running() {
+            self.refuse(WireRefusal::Failed, &e);
+            return false;
+        }
+        let keep = mode == SeedMode::Resync;
+        let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
+        persister.order(persist::Job::Begin(if keep { Base::Stored } else { Base::Empty }));
+        let (done, wait) = crossbeam_channel::bounded(1);
+        persister.order(persist::Job::Flush(done));
+        if wait.recv().is_err() || self.store_failed.is_some() {
+            return false;
+        }
+        applier.order(apply::Job::BeginSeed { keep });
+        // What the epochs before took is given back: nobody will tell of their points any more.
+        self.rooms.clear();
+        self.tip = None;
+        self.restored = None;
+        self.marks = Default::default();
+        if let Some(link) = &mut self.link {
+            link.seeding = true;
+            if let Some(request) = link.asked.take() {
+                applier.order(apply::Job::Digests(link.number, request));
+            }
+        }
+        true
+    }
+
+    /// An epoch is here as a whole. Nothing of this node changes before all that can be wrong with it was looked at.
+    fn on_epoch(&mut self, epoch: StagedEpoch, room: OwnedSemaphorePermit) {
+        let point = epoch.point;
+        let fresh = match self.judge_epoch(&epoch) {
+            Ok(fresh) => fresh,
+            Err(why) => return self.refuse(WireRefusal::OutOfPlace, &why),
+        };
+        let completes = epoch.base.is_none();
+        // An epoch of the term before may still be on its way when the runner tells of a newer one.
+        let heard = if point.term > self.replica.fence() {
+            self.replica.hear_term(point.term)
+        } else {
+            Ok(Vec::new())
+        };
+        let drawn = ReplicaId::draw();
+        let staged = heard.and_then(|mut actions| {
+            actions.extend(if completes {
+                self.replica.whole(point, drawn)?
+            } else {
+                self.replica.staged(point)?
+            });
+            Ok(actions)
+        });
+        let actions = match staged {
+            Ok(actions) => actions,
+            Err(e) => return self.refuse(reason_of(&e), &e.to_string()),
+        };
+        if completes {
+            self.held = Release::new(epoch.output.start);
+        }
+        self.held.hold(point.epoch, fresh);
+        self.held.let_out_to(epoch.released, &mut self.console);
+        self.promotions = epoch.promotions;
+        self.history = epoch.history.clone();
+        let epoch = Arc::new(epoch);
+        self.tip = Some(Tip { epoch: Arc::clone(&epoch) });
+        self.restored = None;
+        self.marks.staged = Some(point);
+        self.rooms.push_back((point, room));
+        // The ack first: nothing that follows may hold it up. An id comes after the mark of its copy.
+        let (acks, rest) = actions.into_iter().partition(|action| matches!(action, Action::Ack(_)));
+        self.act(acks);
+        self.pass_on(epoch, completes);
+        self.act(rest);
+        self.board.count(|counters| counters.epochs += 1);
+    }
+
+    /// Whether the epoch follows what is staged; answers its output that is new here.
+    fn judge_epoch(&self, epoch: &StagedEpoch) -> Result<Output, String> {
+        let point = epoch.point;
+        let follows = match self.replica.copy() {
+            Copy::Whole { staged, .. } => epoch.base == Some(*staged) && *staged < point,
+            Copy::Inconsistent => epoch.base.is_none(),
+            _ => false,
+        };
+        if !follows {
+            return Err(format!("{point} does not follow what is staged here"));
+        }
+        if self.link.as_ref().is_none_or(|link| point.term < link.term) {
+            return Err(format!("{point} is of a term before this link's"));
+        }
+        let start = epoch.output.start;
+        let known = if epoch.base.is_none() { start } else { self.held.end() };
+        after(epoch.output.clone(), known)
+            .ok_or_else(|| format!("output from {start:?} on leaves a gap after {known:?}"))
+    }
+
+    /// To the image and to the store.
+    fn pass_on(&mut self, epoch: Arc<StagedEpoch>, completes: bool) {
+        let (Some(applier), Some(persister), Some(replica)) =
+            (&self.applier, &self.persister, self.replica_id())
+        else {
+            return;
+        };
+        applier.order(apply::Job::Epoch(Arc::clone(&epoch)));
+        let to_store = ToStore { epoch, held: Arc::new(self.held.all_held()), replica };
+        if completes {
+            if let Some(link) = &mut self.link {
+                link.seeding = false;
+            }
+            persister.order(persist::Job::Complete(to_store));
+        } else {
+            persister.order(persist::Job::Epoch(to_store));
+        }
+    }
+
+    pub(super) fn on_applied(&mut self, applied: Applied) {
+        match applied {
+            Applied::Point(point) => {
+                self.marks.applied = Some(point);
+                self.free_rooms();
+            }
+            Applied::Digests(number, digests) => {
+                if self.link.as_ref().is_some_and(|link| link.number == number) {
+                    self.say(Say::Digests(digests));
+                }
+            }
+            Applied::Failed(why) => {
+                self.refuse(WireRefusal::Failed, &format!("an epoch cannot be applied: {why}"));
+                self.end = Some(super::Outcome::Failed(format!("an epoch cannot be applied: {why}")));
+            }
+        }
+    }
+
+    pub(super) fn on_persisted(&mut self, persisted: Persisted) {
+        match persisted {
+            Persisted::Point(replica, point) => {
+                if self.replica_id() == Some(replica) {
+                    self.marks.persisted = Some(point);
+                }
+                let actions = self.replica.persisted(replica, point);
+                self.act(actions);
+                self.free_rooms();
+            }
+            Persisted::IdStored(id) => {
+                let actions = self.replica.id_stored(id);
+                self.act(actions);
+            }
+            Persisted::IdErased(id) => {
+                let actions = self.replica.id_erased(id);
+                self.act(actions);
+            }
+            Persisted::Failed(why) => {
+                tracing::error!(vm = %self.vm, "the store has failed: {why}");
+                self.board.error(format!("the store has failed: {why}"));
+                self.store_failed = Some(why.clone());
+                // Under `memory` the copy is as good as before, but it is not what the operator was promised.
+                self.refuse(WireRefusal::Failed, &format!("the store has failed: {why}"));
+            }
+        }
+    }
+
+    /// Room is free once an epoch is in the image and in the store.
+    fn free_rooms(&mut self) {
+        let done = self.marks.applied.min(self.marks.persisted);
+        while self.rooms.pop_front_if(|(point, _)| Some(*point) <= done).is_some() {}
+    }
+
+    pub(super) fn tell_progress(&mut self) {
+        let marks = self.marks;
+        self.say(Say::Progress(Progress {
+            staged: marks.staged,
+            applied: marks.applied,
+            persisted: marks.persisted,
+            backlog_bytes: marks.backlog_bytes,
+        }));
+    }
+
+    pub(super) fn act(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Propose(proposal) => self.arbiter.propose(proposal),
+                Action::Ack(ack) => {
+                    self.say(Say::Ack(WireAck { point: ack.point, replica: ack.replica, term: ack.term }));
+                }
+                Action::StoreId(id) => {
+                    if let Some(persister) = &self.persister {
+                        persister.order(persist::Job::StoreId(id));
+                    }
+                }
+                Action::EraseId(id) => {
+                    if let Some(persister) = &self.persister {
+                        persister.order(persist::Job::EraseId(id));
+                    }
+                }
+                Action::Run(start, entry) => self.take_over(start, entry),
+            }
+        }
+    }
+
+    fn say(&mut self, word: Say) {
+        if let Some(link) = &self.link {
+            // A link that is down says so itself.
+            let _ = link.say.send(word);
+        }
+    }
+
+    /// The link is of no more use: says why and drops it.
+    pub(super) fn refuse(&mut self, reason: WireRefusal, why: &str) {
+        tracing::warn!(vm = %self.vm, "the link is ended: {why}");
+        self.board.error(why.to_owned());
+        self.say(Say::Refused(refused(reason, why)));
+        self.link = None;
+        self.replica.link_lost();
+        self.suspect();
+    }
+}
+
+fn reason_of(refusal: &Refusal) -> WireRefusal {
+    match refusal {
+        Refusal::Fenced { known, .. } => WireRefusal::Fenced { known: *known },
+        Refusal::Promoting => WireRefusal::Promoting,
+        Refusal::NotThisReplica { .. } => WireRefusal::NotThisReplica,
+        Refusal::OutOfPlace(_) => WireRefusal::OutOfPlace,
+        // Refusals of the future are told in words.
+        #[allow(unreachable_patterns)]
+        _ => WireRefusal::Failed,
+    }
+}

@@ -1,0 +1,405 @@
+//! The node that follows a runner: one thread that owns the protocol's state, the warm guest and the held output. It
+//! takes one event at a time; what waits (the arbiter, the link, the apply and persist threads) is elsewhere and comes
+//! back as an event. When the register names this process, it ends and hands the guest to `colo_primary::node`.
+//!
+//! ```text
+//!   receiver ------+                           +--> apply thread: image
+//!   apply, persist +--> inbox --> Follower ----+--> persist thread: store
+//!   arbiter -------+     (owner)               +--> link: acks, progress
+//!   operator ------+                           +--> arbiter: read, propose
+//! ```
+
+mod following;
+mod pairing;
+mod promoting;
+mod tray;
+
+use colo_common::register::Entry;
+use colo_common::vmdir::{Runner, VmDirectory};
+use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
+use colo_primary::arbiter_worker::{ArbiterWorker, Found};
+use colo_primary::console::Console;
+use colo_primary::node::Beginning;
+use colo_primary::node::status::{Board, Marks, Role};
+use colo_primary::release::Release;
+use colo_vmm::{GuestMemory, ProtectedGuest, WireSpec};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use crate::apply::Applier;
+use crate::persist::Persister;
+use crate::receiver::{Budget, Caller, LinkEvent, Say};
+use crate::replica::{Copy, Replica};
+use crate::staging::StagedEpoch;
+pub use pairing::{Loaded, PairAnswer, PairError, PairRequest, boot_file_path, load};
+pub use promoting::{HandBack, Promotion};
+use tray::Told;
+pub use tray::Tray;
+
+/// How often the node looks after what no event tells.
+const TICK: Duration = Duration::from_millis(10);
+/// How often the register is read while nobody is followed: a dead process' request may land late.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the runner is told how far this node is.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What the node is told.
+pub enum Event {
+    /// A runner wants a link.
+    Caller(Box<Caller>),
+    /// The link with this number.
+    Link(u64, LinkEvent),
+    /// The apply or persist thread has put something into the tray.
+    Tray,
+    /// The arbiter.
+    Arbiter(Found),
+    /// A runner wants to agree on a guest.
+    Pair(Box<PairRequest>, oneshot::Sender<Result<PairAnswer, PairError>>),
+    /// The old runner kept the guest.
+    HandBack(HandBack),
+    /// The operator wants this node to run the guest; told why it does not.
+    Promote(oneshot::Sender<String>),
+    /// The operator wants acks to mean something else.
+    Policy(crate::replica::AckPolicy),
+    /// The operator ends this process.
+    Leave,
+}
+
+/// What a node does by itself.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Whether it takes over without the operator's word.
+    pub auto_failover: bool,
+    /// How long a suspicion waits, so that a live primary wins.
+    pub promote_delay: Duration,
+    /// How long after its start a node with a stored copy waits for its runner.
+    pub startup_grace: Duration,
+    /// Bytes of pages in an epoch at most.
+    pub max_epoch_bytes: u64,
+    /// Epochs that a runner may have in flight.
+    pub window: u32,
+    /// UDP port of the QUIC endpoint.
+    pub quic_port: u16,
+    /// Where boot files and the guest's description are kept.
+    pub boot_directory: PathBuf,
+}
+
+/// Why a follower ended.
+pub enum Outcome {
+    /// The register names this process: run this.
+    Run(Box<Beginning>, Promotion),
+    /// The operator's word.
+    Left,
+    /// Nobody runs the vm any more, and this node is not to.
+    Superseded(Entry),
+    /// It can do nothing more.
+    Failed(String),
+}
+
+/// The guest that waits to be run.
+struct Warm {
+    guest: Box<dyn ProtectedGuest>,
+    spec: WireSpec,
+    digest: u64,
+    memory: Arc<GuestMemory>,
+}
+
+/// The runner that is followed.
+struct Link {
+    number: u64,
+    say: mpsc::UnboundedSender<Say>,
+    node: NodeId,
+    /// The runner's term when it came.
+    term: colo_common::Term,
+    /// A seed goes on: its parts are passed to the threads.
+    seeding: bool,
+    /// Digests that were asked for before word of the seed came: that takes another stream.
+    asked: Option<colo_proto::message::DigestRequest>,
+    /// It said goodbye: not to be suspected.
+    goodbye: bool,
+}
+
+/// The newest staged epoch, and the room that those before it take.
+struct Tip {
+    epoch: Arc<StagedEpoch>,
+}
+
+/// A follower.
+pub struct Follower {
+    vm: VmId,
+    me: NodeId,
+    incarnation: Incarnation,
+    settings: Settings,
+    replica: Replica,
+    warm: Option<Warm>,
+    applier: Option<Applier>,
+    persister: Option<Persister>,
+    /// The store takes nothing more; acks under the policy `disk` end with it.
+    store_failed: Option<String>,
+    link: Option<Link>,
+    tip: Option<Tip>,
+    /// What a stored point began with, until an epoch follows it.
+    restored: Option<crate::persist::Restored>,
+    history: colo_common::History,
+    /// Output of staged epochs that may not be out yet.
+    held: Release,
+    console: Console,
+    marks: Marks,
+    budget: Budget,
+    /// Room of epochs that are not applied or not stored yet, oldest first.
+    rooms: std::collections::VecDeque<(Point, OwnedSemaphorePermit)>,
+    promotions: u32,
+    /// Times that the runner yielded because the guest had failed there.
+    yielded: u32,
+    /// When this node will ask to run the guest.
+    suspicion: Option<Suspicion>,
+    /// The operator waits for an answer.
+    asked: Option<oneshot::Sender<String>>,
+    hand_back: Option<HandBack>,
+    /// The register was read on somebody's behalf and has not answered.
+    reading: bool,
+    /// The register was read since the start: no runner is taken before.
+    observed: bool,
+    /// A runner was followed by this process.
+    followed: bool,
+    arbiter: ArbiterWorker,
+    next_read: Instant,
+    next_progress: Instant,
+    inbox: Receiver<Event>,
+    /// Keeps the inbox open.
+    _outbox: Sender<Event>,
+    tray: Tray,
+    directory: Arc<VmDirectory>,
+    board: Board,
+    end: Option<Outcome>,
+}
+
+/// The runner is taken for dead.
+#[derive(Clone, Copy, Debug)]
+struct Suspicion {
+    /// Since when.
+    since: Instant,
+    /// Until when it is given time.
+    until: Instant,
+    /// That time is over.
+    due: bool,
+}
+
+/// What a follower begins with.
+pub struct Parts {
+    /// Which vm.
+    pub vm: VmId,
+    /// Which node.
+    pub me: NodeId,
+    /// Which process.
+    pub incarnation: Incarnation,
+    /// The protocol's state, with what the store held.
+    pub replica: Replica,
+    /// The history that the store held.
+    pub history: colo_common::History,
+    /// The persist thread.
+    pub persister: Persister,
+    /// The console.
+    pub console: Console,
+    /// Room for epochs.
+    pub budget: Budget,
+    /// The arbiter.
+    pub arbiter: ArbiterWorker,
+    /// What the apply and persist threads tell.
+    pub tray: Tray,
+    /// The vm's directory, which may know of a time when this node ran the guest as a primary.
+    pub directory: Arc<VmDirectory>,
+    /// The account.
+    pub board: Board,
+}
+
+impl Follower {
+    /// Puts a follower together; [`run`](Self::run) it on a thread of its own.
+    pub fn new(parts: Parts, settings: Settings, (outbox, inbox): (Sender<Event>, Receiver<Event>)) -> Self {
+        let Parts {
+            vm,
+            me,
+            incarnation,
+            replica,
+            history,
+            persister,
+            console,
+            budget,
+            arbiter,
+            tray,
+            directory,
+            board,
+        } = parts;
+        let now = Instant::now();
+        Self {
+            vm,
+            me,
+            incarnation,
+            settings,
+            replica,
+            warm: None,
+            applier: None,
+            persister: Some(persister),
+            store_failed: None,
+            link: None,
+            tip: None,
+            restored: None,
+            history,
+            held: Release::default(),
+            console,
+            marks: Marks::default(),
+            budget,
+            rooms: std::collections::VecDeque::new(),
+            promotions: 0,
+            yielded: 0,
+            suspicion: None,
+            asked: None,
+            hand_back: None,
+            reading: false,
+            observed: false,
+            followed: false,
+            arbiter,
+            next_read: now,
+            next_progress: now,
+            inbox,
+            _outbox: outbox,
+            tray,
+            directory,
+            board,
+            end: None,
+        }
+    }
+
+    /// Follows until the register names this process or the operator ends it.
+    pub fn run(mut self) -> Outcome {
+        if matches!(self.replica.copy(), Copy::Whole { .. }) {
+            let now = Instant::now();
+            let until = now + self.settings.startup_grace;
+            self.suspicion = Some(Suspicion { since: now, until, due: false });
+        }
+        loop {
+            match self.inbox.recv_timeout(TICK) {
+                Ok(event) => self.handle(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
+            }
+            self.settle(Instant::now());
+            if let Some(end) = self.end.take() {
+                if !matches!(end, Outcome::Run(..))
+                    && let Some(Err(why)) = self.persister.take().map(Persister::finish)
+                {
+                    // The process ends next, and RocksDB must be closed before its own statics go.
+                    tracing::error!(vm = %self.vm, "{why}");
+                }
+                return end;
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Caller(caller) => self.on_caller(*caller),
+            Event::Link(number, event) => self.on_link(number, event),
+            // Taken below, whatever woke the node.
+            Event::Tray => {}
+            Event::Arbiter(found) => self.on_arbiter(found),
+            Event::Pair(request, reply) => {
+                // Whoever asked may have given up.
+                let _ = reply.send(self.pair(*request));
+            }
+            Event::HandBack(offer) => {
+                self.hand_back = Some(offer);
+                self.read();
+            }
+            Event::Promote(reply) => {
+                self.asked = Some(reply);
+                self.read();
+            }
+            Event::Policy(policy) => {
+                let actions = self.replica.change_policy(policy);
+                self.act(actions);
+            }
+            Event::Leave => self.end = Some(Outcome::Left),
+        }
+    }
+
+    /// Everything that follows from the state and not from an event.
+    fn settle(&mut self, now: Instant) {
+        for told in self.tray.take() {
+            match told {
+                Told::Applied(applied) => self.on_applied(applied),
+                Told::Persisted(persisted) => self.on_persisted(persisted),
+            }
+        }
+        self.suspect_if_due(now);
+        if now >= self.next_read && self.link.is_none() {
+            self.next_read = now + READ_INTERVAL;
+            self.read();
+        }
+        if now >= self.next_progress {
+            self.next_progress = now + PROGRESS_INTERVAL;
+            self.tell_progress();
+        }
+        self.tell();
+    }
+
+    fn read(&mut self) {
+        self.reading = true;
+        self.arbiter.read();
+    }
+
+    /// Writes down what has changed.
+    fn tell(&mut self) {
+        let (role, replica) = match self.replica.copy() {
+            _ if self.replica.is_proposing() => (Role::Promoting, None),
+            Copy::Whole { replica, .. } => (Role::Following, Some(*replica)),
+            Copy::Inconsistent if self.link.is_some() => (Role::Receiving, None),
+            _ => (Role::Waiting, None),
+        };
+        let backlog_bytes = self.budget.used();
+        self.marks.backlog_bytes = backlog_bytes;
+        let (marks, acked) = (self.marks, self.replica.acked());
+        let peer = self.link.as_ref().map(|link| link.node.clone());
+        let released = self.console.end();
+        let input = self.tip.as_ref().map_or(0, |tip| tip.epoch.state.console_input);
+        let history = (self.board.status().history != self.history).then(|| self.history.clone());
+        self.board.change(|status| {
+            (status.role, status.replica) = (role, replica);
+            (status.marks, status.acked, status.peer) = (marks, acked, peer);
+            (status.released, status.input, status.input_done) = (released, input, input);
+            status.tip = marks.staged;
+            if let Some(history) = history {
+                status.history = history;
+            }
+        });
+    }
+
+    fn remember(&mut self, found: Option<&Entry>) {
+        let entry = found.cloned();
+        if let (Some(entry), Some(persister)) = (&entry, &self.persister)
+            && self.board.status().register.as_ref().map(|known| known.term) != Some(entry.term)
+        {
+            persister.order(crate::persist::Job::Term(entry.term));
+        }
+        self.board.change(|status| status.register = entry);
+    }
+
+    fn forget_running(&self) -> Result<(), String> {
+        match self.directory.runner().map_err(|e| e.to_string())? {
+            Some(Runner { seen, active: Some(_) }) => {
+                self.directory.set_runner(Runner { seen, active: None }).map_err(|e| e.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn replica_id(&self) -> Option<ReplicaId> {
+        match self.replica.copy() {
+            Copy::Whole { replica, .. } => Some(*replica),
+            _ => None,
+        }
+    }
+}

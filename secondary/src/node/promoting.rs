@@ -1,0 +1,241 @@
+//! Taking the guest over: from a suspicion to a running vCPU.
+//!
+//! 1. Suspicion: the link is down; wait `promote_delay`, so that a live primary wins.
+//! 2. Read the register; if it names this copy, stop acking for good and propose.
+//! 3. Granted: finish what is being applied, restore the machine, write `active` to the store (synced), run.
+
+use colo_common::register::{Answer, Entry, Value};
+use colo_common::{Incarnation, NodeId, Point, Term};
+use colo_primary::arbiter_worker::Found;
+use colo_primary::node::Beginning;
+use colo_primary::node::status::{Promoted, Role};
+use colo_primary::release::Release;
+use colo_primary::replicator::Replicator;
+use colo_vmm::MachineState;
+use std::time::{Duration, Instant};
+
+use super::{Follower, Outcome, Suspicion};
+use crate::persist;
+use crate::replica::{Copy, NotMine, Start};
+
+/// Where the time of a promotion went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Promotion {
+    /// The point that the guest runs from.
+    pub point: Option<Point>,
+    /// From the suspicion to the register's answer.
+    pub register: Duration,
+    /// Finishing the backlog of the image.
+    pub apply: Duration,
+    /// Writing `active`.
+    pub store: Duration,
+    /// Restoring the machine.
+    pub restore: Duration,
+    /// From the register's answer to the machine being ready.
+    pub total: Duration,
+}
+
+/// The old runner's offer to run on.
+#[derive(Clone, Debug)]
+pub struct HandBack {
+    /// Its node.
+    pub node: NodeId,
+    /// Its process.
+    pub incarnation: Incarnation,
+    /// The term that it lost to.
+    pub lost_to: Term,
+}
+
+impl Follower {
+    /// Asks to run the guest once the runner has had its time.
+    pub(super) fn suspect_if_due(&mut self, now: Instant) {
+        let Some(suspicion) = self.suspicion.filter(|suspicion| now >= suspicion.until) else { return };
+        if !self.settings.auto_failover || self.link.as_ref().is_some_and(|link| link.goodbye) {
+            return;
+        }
+        if self.replica.is_proposing() || self.cannot_run().is_some() {
+            return;
+        }
+        // Tried again if the register does not allow it now.
+        self.suspicion = Some(Suspicion { until: now + Duration::from_millis(200), due: true, ..suspicion });
+        self.read();
+    }
+
+    /// Why this node could not run the guest if the register named it.
+    fn cannot_run(&self) -> Option<String> {
+        if !matches!(self.replica.copy(), Copy::Whole { .. }) {
+            return Some("this node has no whole copy of the guest".to_owned());
+        }
+        if let Some(why) = &self.store_failed {
+            return Some(format!("this node's store has failed: {why}"));
+        }
+        let ready = self.warm.is_some() && self.applier.is_some();
+        (!ready).then(|| "this node does not know the guest's description".to_owned())
+    }
+
+    pub(super) fn on_arbiter(&mut self, found: Found) {
+        match found {
+            Found::Answer(id, answer) => {
+                let entry = match &answer {
+                    Answer::Applied(entry) => Some(entry.clone()),
+                    Answer::Refused(found) => found.clone(),
+                };
+                self.remember(entry.as_ref());
+                let actions = self.replica.answer(id, answer);
+                self.act(actions);
+            }
+            Found::Entry(entry) => self.on_register(entry),
+            Found::Silent(reason) => self.board.error(reason),
+        }
+    }
+
+    /// The register was read, for whatever reason.
+    fn on_register(&mut self, found: Option<Entry>) {
+        self.remember(found.as_ref());
+        if !std::mem::take(&mut self.reading) {
+            return;
+        }
+        self.observed = true;
+        if let Some(entry) = &found
+            && matches!(entry.value, Value::Stopped { .. })
+            && self.followed
+            && self.link.is_none()
+        {
+            self.end = Some(Outcome::Superseded(entry.clone()));
+            return;
+        }
+        let actions = self.replica.observe(found.as_ref());
+        self.act(actions);
+        if let Some(offer) = self.hand_back.take() {
+            let HandBack { node, incarnation, lost_to } = offer;
+            match self.replica.hand_back(found.as_ref(), &node, incarnation, lost_to) {
+                Ok(actions) => self.act(actions),
+                Err(e) => tracing::info!(vm = %self.vm, "nothing is handed back to {node}: {e}"),
+            }
+        }
+        // A register that was read for another reason must not cut the runner's time short.
+        let suspected = self.settings.auto_failover && self.suspicion.is_some_and(|suspicion| suspicion.due);
+        if self.asked.is_none() && !suspected {
+            return;
+        }
+        if let Some(why) = self.cannot_run() {
+            if let Some(asked) = self.asked.take() {
+                // Whoever asked may have given up.
+                let _ = asked.send(why);
+            }
+            return;
+        }
+        match self.replica.promote(found.as_ref()) {
+            Ok(actions) => self.act(actions),
+            Err(NotMine::Proposing) => {}
+            Err(e) => {
+                if let Some(asked) = self.asked.take() {
+                    // Whoever asked may have given up.
+                    let _ = asked.send(e.to_string());
+                }
+                if !matches!(e, NotMine::Absent) {
+                    self.suspicion = None;
+                }
+            }
+        }
+    }
+
+    /// The register names this process.
+    pub(super) fn take_over(&mut self, start: Start, entry: Entry) {
+        let granted = Instant::now();
+        self.board.change(|status| status.role = Role::Promoting);
+        self.link = None;
+        self.asked = None;
+        let mut promotion = Promotion::default();
+        if let Some(suspicion) = self.suspicion {
+            promotion.register = granted - suspicion.since;
+        }
+        let outcome = match start {
+            Start::Promote(point) => self.promote_from(point, entry, granted, promotion),
+            Start::Boot => self.boot(entry, granted, promotion),
+        };
+        if let Ok(Outcome::Run(_, took)) = &outcome {
+            let Promotion { point, register, apply, store, restore, .. } = *took;
+            let promoted = Promoted { point, register, apply, store, restore, granted, ran: None };
+            self.board.change(|status| status.promotion = Some(promoted));
+        }
+        self.end = Some(outcome.unwrap_or_else(|why| {
+            Outcome::Failed(format!("this node has the register and cannot run the guest: {why}"))
+        }));
+    }
+
+    fn promote_from(
+        &mut self,
+        point: Point,
+        entry: Entry,
+        granted: Instant,
+        mut promotion: Promotion,
+    ) -> Result<Outcome, String> {
+        promotion.point = Some(point);
+        let applier = self.applier.take().ok_or("there is no image")?;
+        let image = applier.finish()?;
+        if image.point() != Some(point) {
+            return Err(format!("the image is at {:?} and {point} was staged", image.point()));
+        }
+        promotion.apply = granted.elapsed();
+        let state = self.staged_state()?;
+        let restoring = Instant::now();
+        let warm = self.warm.as_mut().ok_or("there is no guest")?;
+        warm.guest.restore(&state).map_err(|e| e.to_string())?;
+        promotion.restore = restoring.elapsed();
+        // Only a guest that can run here ends the stored copy; no vCPU runs before that is synced.
+        self.activate(entry.term, &mut promotion)?;
+        promotion.total = granted.elapsed();
+        self.begin(entry, promotion)
+    }
+
+    /// A power cut's worth of loss, by the operator's choice: the guest starts anew.
+    fn boot(&mut self, entry: Entry, granted: Instant, mut promotion: Promotion) -> Result<Outcome, String> {
+        self.activate(entry.term, &mut promotion)?;
+        let warm = self.warm.as_mut().ok_or("the guest's description is not known here")?;
+        warm.guest.boot().map_err(|e| e.to_string())?;
+        promotion.total = granted.elapsed();
+        // A new life of the guest: what it says is counted from its power-on.
+        self.held = Release::default();
+        self.begin(entry, promotion)
+    }
+
+    fn staged_state(&mut self) -> Result<MachineState, String> {
+        match (&self.tip, self.restored.take()) {
+            (Some(tip), _) => Ok(tip.epoch.state.clone()),
+            (None, Some(restored)) => Ok(restored.state),
+            (None, None) => Err("there is no machine state".to_owned()),
+        }
+    }
+
+    /// Synced before a vCPU runs.
+    fn activate(&mut self, term: Term, promotion: &mut Promotion) -> Result<(), String> {
+        let storing = Instant::now();
+        let persister = self.persister.as_ref().ok_or("there is no store")?;
+        let (done, wait) = crossbeam_channel::bounded(1);
+        persister.order(persist::Job::Activate(term, done));
+        wait.recv().map_err(|_| "the persist thread has ended".to_owned())??;
+        promotion.store = storing.elapsed();
+        persister.order(persist::Job::Reclaim);
+        Ok(())
+    }
+
+    fn begin(&mut self, entry: Entry, promotion: Promotion) -> Result<Outcome, String> {
+        let warm = self.warm.take().ok_or("there is no guest")?;
+        let replicator =
+            Replicator::new(self.me.clone(), self.incarnation, entry, std::mem::take(&mut self.history));
+        self.board.count(|counters| counters.promotions += 1);
+        let beginning = Beginning {
+            vm: self.vm.clone(),
+            me: self.me.clone(),
+            incarnation: self.incarnation,
+            guest: warm.guest,
+            spec: warm.spec,
+            replicator,
+            release: std::mem::take(&mut self.held),
+            console: self.console.clone(),
+            promotions: self.promotions + self.yielded,
+        };
+        Ok(Outcome::Run(Box::new(beginning), promotion))
+    }
+}

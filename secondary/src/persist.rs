@@ -1,0 +1,277 @@
+//! The persist thread: owns the store and takes staged epochs into it. What waits together is folded into one mark;
+//! of each page the newest version goes in.
+
+use colo_common::{Gfn, Point, ReplicaId, Term};
+use colo_vmm::MachineState;
+use colo_vmm::egress::{Output, OutputItem, OutputPosition};
+use colo_vmm::memory::Page;
+use crossbeam_channel::{Receiver, Sender};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::SystemTime;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::staging::{StagedEpoch, StagedPart};
+use crate::store::{Base, Mark, PageContent, Store, StoreError};
+
+/// Jobs that may wait; what their epochs hold is bounded by the memory budget. The thread never waits for whoever
+/// orders them.
+const MAX_WAITING: usize = 1024;
+/// Epochs folded into one mark at most.
+const MAX_FOLDED: usize = 64;
+
+/// What is stored as a point's state: the machine, and the output that may not be out yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredState {
+    machine: Vec<u8>,
+    released: OutputPosition,
+    /// Console bytes (no slot) and frames.
+    held: Vec<(Option<u32>, Vec<u8>)>,
+    promotions: u32,
+}
+
+/// What a stored point begins with.
+#[derive(Debug)]
+pub struct Restored {
+    /// The machine.
+    pub state: MachineState,
+    /// Output that may not be out.
+    pub held: Output,
+    /// Promotions in a row because the guest had failed.
+    pub promotions: u32,
+}
+
+impl StoredState {
+    /// Of an epoch and the output that is held at its end.
+    pub fn new(epoch: &StagedEpoch, held: &Output) -> Self {
+        let item = |item: &OutputItem| match item {
+            OutputItem::Console(bytes) => (None, bytes.clone()),
+            OutputItem::Frame { slot, bytes } => (Some(*slot), bytes.clone()),
+        };
+        Self {
+            machine: epoch.state.encode(),
+            released: held.start,
+            held: held.items.iter().map(item).collect(),
+            promotions: epoch.promotions,
+        }
+    }
+
+    /// The bytes to store.
+    ///
+    /// # Panics
+    /// Never: it has only plain data in it.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("a stored state has only plain data in it")
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// The bytes are no stored state, or its machine state cannot be taken.
+    pub fn restore(bytes: &[u8]) -> Result<Restored, String> {
+        let (stored, rest) = postcard::take_from_bytes::<Self>(bytes).map_err(|e| e.to_string())?;
+        if !rest.is_empty() {
+            return Err(format!("{} bytes follow it", rest.len()));
+        }
+        let state = MachineState::decode(&stored.machine).map_err(|e| e.to_string())?;
+        let items = stored.held.into_iter().map(|(slot, bytes)| match slot {
+            None => OutputItem::Console(bytes),
+            Some(slot) => OutputItem::Frame { slot, bytes },
+        });
+        let held = Output { start: stored.released, items: items.collect() };
+        Ok(Restored { state, held, promotions: stored.promotions })
+    }
+}
+
+/// An epoch to be stored.
+#[derive(Clone, Debug)]
+pub struct ToStore {
+    /// The epoch.
+    pub epoch: Arc<StagedEpoch>,
+    /// Output held at its end.
+    pub held: Arc<Output>,
+    /// The copy that it is of.
+    pub replica: ReplicaId,
+}
+
+/// What the thread is to do, in order.
+pub enum Job {
+    /// A seed begins.
+    Begin(Base),
+    /// Pages of a seed, and the room that they take until they are stored.
+    Seed(StagedPart, Option<OwnedSemaphorePermit>),
+    /// The epoch that makes the copy whole.
+    Complete(ToStore),
+    /// An epoch of a whole copy.
+    Epoch(ToStore),
+    /// The id is to be stored.
+    StoreId(ReplicaId),
+    /// The id is to be forgotten.
+    EraseId(ReplicaId),
+    /// A term was seen.
+    Term(Term),
+    /// This node runs the guest from this term on; told when that is synced.
+    Activate(Term, Sender<Result<(), String>>),
+    /// The room of dropped pages is to be given back, however long that takes.
+    Reclaim,
+    /// Told when everything before it is done.
+    Flush(Sender<()>),
+}
+
+/// What the thread tells.
+#[derive(Debug)]
+pub enum Persisted {
+    /// The copy is stored up to this point, synced.
+    Point(ReplicaId, Point),
+    /// The id is stored, synced.
+    IdStored(ReplicaId),
+    /// The id is forgotten, synced.
+    IdErased(ReplicaId),
+    /// The store is of no more use to this process.
+    Failed(String),
+}
+
+/// A handle on the thread.
+#[derive(Debug)]
+pub struct Persister {
+    jobs: Sender<Job>,
+    thread: JoinHandle<Store>,
+}
+
+impl Persister {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread can be had.
+    pub fn start(store: Store, tell: impl Fn(Persisted) + Send + 'static) -> std::io::Result<Self> {
+        let (jobs, inbox) = crossbeam_channel::bounded(MAX_WAITING);
+        let builder = std::thread::Builder::new().name("persist".to_owned());
+        let thread = builder.spawn(move || Worker { store, failed: false, tell }.run(&inbox))?;
+        Ok(Self { jobs, thread })
+    }
+
+    /// Orders a job; waits while too many are waiting.
+    pub fn order(&self, job: Job) {
+        if self.jobs.send(job).is_err() {
+            tracing::error!("the persist thread has ended");
+        }
+    }
+
+    /// Finishes what was ordered and gives the store back.
+    ///
+    /// # Errors
+    /// The thread has panicked.
+    pub fn finish(self) -> Result<Store, String> {
+        drop(self.jobs);
+        self.thread.join().map_err(|_| "the persist thread has panicked".to_owned())
+    }
+}
+
+struct Worker<T> {
+    store: Store,
+    failed: bool,
+    tell: T,
+}
+
+impl<T: Fn(Persisted)> Worker<T> {
+    fn run(mut self, inbox: &Receiver<Job>) -> Store {
+        let mut next = None;
+        while let Some(job) = next.take().or_else(|| inbox.recv().ok()) {
+            let done = match job {
+                Job::Epoch(first) => {
+                    let mut epochs = vec![first];
+                    while epochs.len() < MAX_FOLDED
+                        && let Ok(job) = inbox.try_recv()
+                    {
+                        match job {
+                            Job::Epoch(more) => epochs.push(more),
+                            other => {
+                                next = Some(other);
+                                break;
+                            }
+                        }
+                    }
+                    self.persist(&epochs)
+                }
+                other => self.other(other),
+            };
+            if let Err(e) = done {
+                self.fail(&e);
+            }
+        }
+        self.store
+    }
+
+    fn other(&mut self, job: Job) -> Result<(), StoreError> {
+        match job {
+            Job::Epoch(_) => {}
+            Job::Begin(base) => self.store.begin_copy(base)?,
+            Job::Seed(part, _room) => self.store.write_pages(contents(&part))?,
+            Job::Complete(first) => self.complete(&first)?,
+            Job::StoreId(id) => {
+                self.store.store_replica_id(id)?;
+                (self.tell)(Persisted::IdStored(id));
+            }
+            Job::EraseId(id) => {
+                self.store.erase_replica_id()?;
+                (self.tell)(Persisted::IdErased(id));
+            }
+            Job::Term(term) => self.store.see_term(term)?,
+            Job::Activate(term, reply) => {
+                let done = self.store.activate(term, []);
+                // Whoever asked has left only if this process is ending.
+                let _ = reply.send(done.map_err(|e| e.to_string()));
+            }
+            Job::Reclaim => self.store.reclaim()?,
+            Job::Flush(reply) => {
+                let _ = reply.send(());
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, first: &ToStore) -> Result<(), StoreError> {
+        let ToStore { epoch, held, replica } = first;
+        for part in &epoch.parts {
+            self.store.write_pages(contents(part))?;
+        }
+        let state = StoredState::new(epoch, held).encode();
+        self.store.complete(mark(epoch, &state), None)?;
+        (self.tell)(Persisted::Point(*replica, epoch.point));
+        Ok(())
+    }
+
+    /// Moves the mark over all of them at once.
+    fn persist(&mut self, epochs: &[ToStore]) -> Result<(), StoreError> {
+        let Some(last) = epochs.last() else { return Ok(()) };
+        let mut newest: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
+        for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
+            newest.extend(contents(part));
+        }
+        let state = StoredState::new(&last.epoch, &last.held).encode();
+        self.store.persist(newest, mark(&last.epoch, &state))?;
+        (self.tell)(Persisted::Point(last.replica, last.epoch.point));
+        Ok(())
+    }
+
+    /// Said once; a store that failed takes nothing more.
+    fn fail(&mut self, error: &StoreError) {
+        if !self.failed {
+            self.failed = true;
+            (self.tell)(Persisted::Failed(error.to_string()));
+        }
+    }
+}
+
+fn contents(part: &StagedPart) -> impl Iterator<Item = (Gfn, PageContent<'_>)> {
+    let frames = part.zeros.iter().flat_map(|&(first, count)| (first.0..first.0 + count).map(Gfn));
+    let zeros = frames.map(|gfn| (gfn, PageContent::Zero));
+    let pages = part.pages.iter().flat_map(|pages| pages.iter());
+    zeros.chain(pages.map(|(gfn, page): (Gfn, &Page)| (gfn, PageContent::Bytes(page))))
+}
+
+fn mark<'a>(epoch: &'a StagedEpoch, state: &'a [u8]) -> Mark<'a> {
+    Mark { point: epoch.point, history: &epoch.history, state, blocks: &[], now: SystemTime::now() }
+}

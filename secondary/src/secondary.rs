@@ -1,0 +1,296 @@
+//! `colo-secondary start`: follows a runner, and runs the guest when the register names it.
+
+use anyhow::{Context, anyhow, bail};
+use colo_common::arbiter::Arbiter;
+use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
+use colo_common::tls;
+use colo_common::vmdir::VmDirectory;
+use colo_common::{History, Incarnation};
+use colo_primary::admin::{FollowerControl, Part, Plane};
+use colo_primary::arbiter_worker::ArbiterWorker;
+use colo_primary::console::Console;
+use colo_primary::guest_config::account;
+use colo_primary::heartbeat::Rhythm;
+use colo_primary::node::status::Board;
+use colo_primary::primary::{ended, runtime};
+use colo_primary::quic::transport;
+use colo_primary::serve::{self, Runner, Security};
+use colo_proto::v1::pairing_server::PairingServer;
+use crossbeam_channel::Sender;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+use tonic::service::Routes;
+
+use crate::node::{Event, Follower, Outcome, Parts, Settings, Tray};
+use crate::pairing_service::PairingService;
+use crate::persist::Persister;
+use crate::receiver::{Budget, Receiver};
+use crate::replica::{AckPolicy, Replica, Rules, Stored};
+use crate::store::{Store, StoredCopy};
+
+/// Events that may wait for the node; a full inbox slows the link.
+const MAX_EVENTS: usize = 256;
+/// Epochs that a runner may have in flight.
+const WINDOW: u32 = 64;
+/// A share of the memory budget that one epoch may take.
+const EPOCH_SHARE: u64 = 4;
+/// How long a node that starts with a copy waits for its runner, beside the usual suspicion.
+const STARTUP_GRACE: Duration = Duration::from_secs(3);
+
+/// Runs a secondary by its configuration.
+///
+/// # Errors
+/// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
+pub fn start(path: &Path) -> anyhow::Result<ExitCode> {
+    let config = SecondaryConfig::load(path)?;
+    let runtime = runtime()?;
+    let directory = VmDirectory::open(&config.directory, &config.vm)?;
+    let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
+    let arbiter = serve::arbiter(&config.arbiter)?;
+    let store = Store::open(&directory.store(), &config.vm)?;
+    let directory = Arc::new(directory);
+    let incarnation = Incarnation::draw();
+    let (board, console) = (Board::default(), Console::default());
+    let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
+    let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
+    let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
+    let secondary = Secondary { config, directory, security, arbiter, plane, outbox, budget };
+    let endpoint = secondary.open_network(&runtime)?;
+    let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
+    runtime.spawn(secondary.receiver().serve(endpoint.clone()));
+    let outbox = secondary.outbox.clone();
+    let signals = runtime.spawn(async move {
+        if serve::ended().await.is_ok() {
+            drop(outbox.send(Event::Leave));
+        }
+    });
+    let (vm, listen) = (&secondary.config.vm, secondary.config.admin.listen);
+    tracing::info!(%vm, node = %secondary.config.node, "waiting for a runner at {listen}");
+    let outcome = follower.run();
+    signals.abort();
+    endpoint.close(0_u32.into(), b"");
+    secondary.finish(outcome, &runtime)
+}
+
+/// A secondary's process.
+struct Secondary {
+    config: SecondaryConfig,
+    directory: Arc<VmDirectory>,
+    security: Security,
+    arbiter: Arc<dyn Arbiter>,
+    plane: Arc<Plane>,
+    outbox: Sender<Event>,
+    /// Room for epochs; the receiver fills it, the node empties it.
+    budget: Budget,
+}
+
+impl Secondary {
+    /// The sockets, the control plane and the console's sinks.
+    fn open_network(&self, runtime: &Runtime) -> anyhow::Result<quinn::Endpoint> {
+        let config = &self.config;
+        let boot_directory = self.directory.boot();
+        std::fs::create_dir_all(&boot_directory)
+            .with_context(|| format!("cannot create {}", boot_directory.display()))?;
+        let policy = AtomicBool::new(config.replication.ack == Ack::Disk);
+        let control = Control { outbox: self.outbox.clone(), policy };
+        self.plane.set_part(Part::Follower(Arc::new(control)));
+        let pairing = PairingService {
+            vm: config.vm.clone(),
+            node: config.node.clone(),
+            incarnation: self.plane.incarnation,
+            outbox: self.outbox.clone(),
+            boot_directory,
+            secured: config.tls.is_some(),
+        };
+        let endpoint = {
+            let _entered = runtime.enter();
+            endpoint(config, &self.security)?
+        };
+        runtime.block_on(async {
+            let (listen, routes) = (config.admin.listen, Routes::new(PairingServer::new(pairing)));
+            serve::control_plane(listen, &self.security, Arc::clone(&self.plane), routes).await?;
+            serve::console_sinks(&self.plane.console, &config.console).await
+        })?;
+        Ok(endpoint)
+    }
+
+    /// The node, with what the store holds.
+    fn follower(
+        &self,
+        mut store: Store,
+        inbox: crossbeam_channel::Receiver<Event>,
+        quic_port: u16,
+    ) -> anyhow::Result<Follower> {
+        let config = &self.config;
+        let tell = self.outbox.clone();
+        let worker = ArbiterWorker::start(Arc::clone(&self.arbiter), config.vm.clone(), move |found| {
+            drop(tell.send(Event::Arbiter(found)));
+        });
+        let rules = Rules {
+            policy: if config.replication.ack == Ack::Disk { AckPolicy::Disk } else { AckPolicy::Memory },
+            boot_after_crash: config.on_crash == OnCrash::Boot,
+        };
+        let history = match store.summary().copy {
+            StoredCopy::Whole(whole) => whole.history,
+            _ => History::default(),
+        };
+        let replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
+        let settings = settings(config, quic_port, self.directory.boot());
+        let loaded = crate::node::load(&mut store, &settings).map_err(|why| {
+            let path = self.directory.path().display();
+            anyhow!("the copy in {path} cannot be used: {why}; remove the directory, and this node will be seeded anew")
+        })?;
+        let tray = Tray::new(self.outbox.clone());
+        let tell = tray.clone();
+        let persister = Persister::start(store, move |persisted| tell.persisted(persisted));
+        let parts = Parts {
+            vm: config.vm.clone(),
+            me: config.node.clone(),
+            incarnation: self.plane.incarnation,
+            replica,
+            history,
+            persister: persister.context("no thread for the store")?,
+            console: self.plane.console.clone(),
+            budget: self.budget.clone(),
+            arbiter: worker.context("no thread for the arbiter")?,
+            tray,
+            directory: Arc::clone(&self.directory),
+            board: self.plane.board.clone(),
+        };
+        let mut follower = Follower::new(parts, settings, (self.outbox.clone(), inbox));
+        follower.take_loaded(loaded)?;
+        Ok(follower)
+    }
+
+    fn receiver(&self) -> Receiver {
+        let follow = &self.config.replication;
+        Receiver {
+            vm: self.config.vm.clone(),
+            node: self.config.node.clone(),
+            incarnation: self.plane.incarnation,
+            rhythm: Rhythm {
+                interval: Duration::from_millis(follow.heartbeat_ms.into()),
+                suspect_after: Duration::from_millis(follow.suspect_after_ms.into()),
+            },
+            budget: self.budget.clone(),
+            outbox: self.outbox.clone(),
+        }
+    }
+
+    /// What follows from the follower's end: mostly, running the guest.
+    fn finish(self, outcome: Outcome, runtime: &Runtime) -> anyhow::Result<ExitCode> {
+        let vm = self.config.vm.clone();
+        match outcome {
+            Outcome::Left => Ok(ExitCode::SUCCESS),
+            Outcome::Failed(why) => bail!("{why}"),
+            Outcome::Superseded(entry) => {
+                tracing::info!(%vm, "there is nothing to follow any more: {entry}");
+                Ok(ExitCode::SUCCESS)
+            }
+            Outcome::Run(beginning, promotion) => {
+                let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+                tracing::warn!(%vm, node = %self.config.node, register_ms = ms(promotion.register),
+                    apply_ms = ms(promotion.apply), store_ms = ms(promotion.store),
+                    restore_ms = ms(promotion.restore), total_ms = ms(promotion.total), "this node runs the guest now");
+                self.plane.set_guest(account(beginning.guest.spec(), &beginning.spec.kind));
+                let runner = Runner {
+                    plane: self.plane,
+                    arbiter: self.arbiter,
+                    replication: self.config.promoted,
+                    max_promotions: self.config.max_promotions,
+                    on_stop: self.config.on_stop,
+                    security: self.security,
+                    own_address: self.config.admin.listen,
+                };
+                let end = runner.run(*beginning, runtime.handle())?;
+                Ok(ended(&vm, &end))
+            }
+        }
+    }
+}
+
+/// Checks the store of a secondary that does not run.
+///
+/// # Errors
+/// The store cannot be opened, or something in it is damaged.
+pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
+    let config = SecondaryConfig::load(path)?;
+    let directory = VmDirectory::open(&config.directory, &config.vm)?;
+    let mut store = Store::open(&directory.store(), &config.vm)?;
+    if !matches!(store.summary().copy, StoredCopy::Whole(_)) {
+        tracing::info!("the store in {} holds no whole copy: nothing to check", directory.path().display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rate = if bytes_per_second == 0 { u64::MAX } else { bytes_per_second };
+    let scrub = store.scrub(rate, |_| std::ops::ControlFlow::Continue(()))?;
+    if scrub.is_clean() {
+        tracing::info!("the store in {} is as it was written", directory.path().display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    bail!(
+        "the store in {} is damaged: {scrub:?}; remove the directory, and this node will be seeded anew",
+        directory.path().display()
+    )
+}
+
+fn settings(config: &SecondaryConfig, quic_port: u16, boot_directory: std::path::PathBuf) -> Settings {
+    let follow = &config.replication;
+    Settings {
+        auto_failover: follow.failover == Failover::Auto,
+        promote_delay: Duration::from_millis(follow.promote_delay_ms.into()),
+        startup_grace: Duration::from_millis(u64::from(follow.suspect_after_ms)) + STARTUP_GRACE,
+        max_epoch_bytes: (u64::from(follow.memory_budget_mib) << 20) / EPOCH_SHARE,
+        window: WINDOW,
+        quic_port: follow.advertise_port.map_or(quic_port, std::num::NonZeroU16::get),
+        boot_directory,
+    }
+}
+
+fn stored(store: &Store) -> Stored {
+    let summary = store.summary();
+    let whole = match summary.copy {
+        StoredCopy::Whole(whole) => Some((whole.point, whole.replica)),
+        _ => None,
+    };
+    Stored { active: summary.active.is_some(), whole }
+}
+
+fn endpoint(config: &SecondaryConfig, security: &Security) -> anyhow::Result<quinn::Endpoint> {
+    let listen = config.replication.listen;
+    let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls::server_config(security.identity())?)?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server.transport_config(Arc::new(transport()));
+    quinn::Endpoint::server(server, listen).with_context(|| {
+        format!("cannot listen on {listen}/udp (replication.listen): is another node using it? choose another port")
+    })
+}
+
+/// The control plane's way to the follower.
+struct Control {
+    outbox: Sender<Event>,
+    policy: AtomicBool,
+}
+
+impl FollowerControl for Control {
+    fn promote(&self, reply: oneshot::Sender<String>) {
+        drop(self.outbox.send(Event::Promote(reply)));
+    }
+
+    fn set_disk_policy(&self, disk: bool) {
+        self.policy.store(disk, Ordering::SeqCst);
+        drop(self.outbox.send(Event::Policy(if disk { AckPolicy::Disk } else { AckPolicy::Memory })));
+    }
+
+    fn is_disk_policy(&self) -> bool {
+        self.policy.load(Ordering::SeqCst)
+    }
+
+    fn leave(&self) {
+        drop(self.outbox.send(Event::Leave));
+    }
+}

@@ -1,0 +1,184 @@
+//! A copy's beginning and end: a seed or resync starts and fills it, a promotion takes it away.
+
+use colo_common::{Gfn, Term};
+
+use super::engine::{Batch, Change, Column, Durability};
+use super::format::{Kind, MetaCopy, decode_pending_key, number_key};
+use super::mark::Block;
+use super::read::Entries;
+use super::{PageContent, Store, StoreError};
+
+/// What a new copy starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// Nothing: every page that is not written is zero.
+    Empty,
+    /// The pages and blocks that are stored.
+    Stored,
+}
+
+impl Store {
+    /// A seed or resync starts. With one synced write the copy is inconsistent, and `active` and the replica id are
+    /// gone. A whole copy is kept aside until the new one is whole, if there is room; it cannot be promoted.
+    ///
+    /// # Errors
+    /// The device fails or is full.
+    pub fn begin_copy(&mut self, base: Base) -> Result<(), StoreError> {
+        let mut meta = self.meta.clone();
+        if let Some(point) = self.whole().map(|whole| whole.point) {
+            self.fold()?;
+            meta.previous = self.engine.keep_aside()?.then_some(point);
+        } else if meta.previous.is_some() && !self.engine.has_room() {
+            meta.previous = None;
+        }
+        let mut batch = Batch::default();
+        batch.push(Change::Clear(Column::Epochs));
+        if base == Base::Empty {
+            batch.push(Change::Clear(Column::Pages));
+            batch.push(Change::Clear(Column::Disk));
+        }
+        meta.active = None;
+        meta.copy = MetaCopy::Inconsistent;
+        self.commit(batch, meta)?;
+        self.record = None;
+        if base == Base::Empty {
+            self.checksums = Some(Default::default());
+        }
+        if self.meta.previous.is_none() { self.engine.drop_aside() } else { Ok(()) }
+    }
+
+    /// Writes pages into an inconsistent copy. Not synced: [`complete`](Self::complete) is.
+    ///
+    /// # Errors
+    /// The copy is whole or none, or the device fails or is full.
+    pub fn write_pages<'a>(
+        &mut self,
+        pages: impl IntoIterator<Item = (Gfn, PageContent<'a>)>,
+    ) -> Result<(), StoreError> {
+        self.check_inconsistent("take pages")?;
+        self.know_checksums()?;
+        let mut batch = Batch::default();
+        for (gfn, content) in pages {
+            self.push_page(&mut batch, gfn, content);
+            if batch.bytes() >= self.max_batch {
+                self.write(&std::mem::take(&mut batch), Durability::Unsynced)?;
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { self.write(&batch, Durability::Unsynced) }
+    }
+
+    /// Writes blocks into an inconsistent copy, as [`write_pages`](Self::write_pages) does pages.
+    ///
+    /// # Errors
+    /// As there, or a block is too large.
+    pub fn write_blocks<'a>(
+        &mut self,
+        blocks: impl IntoIterator<Item = Block<'a>>,
+    ) -> Result<(), StoreError> {
+        self.check_inconsistent("take blocks")?;
+        let mut batch = Batch::default();
+        for block in blocks {
+            batch.push(block.change()?);
+            if batch.bytes() >= self.max_batch {
+                self.write(&std::mem::take(&mut batch), Durability::Unsynced)?;
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { self.write(&batch, Durability::Unsynced) }
+    }
+
+    /// This node runs the guest from `term` on: one synced write with the `blocks` that the point it runs from has
+    /// beyond what is stored (the disk moves on from there) and the end of the stored memory and its replica id. Do it
+    /// before a vCPU runs. The copy may be any: under the policy `memory` the store may be far behind the staged point.
+    /// [`reclaim`](Self::reclaim) gives the room back later.
+    ///
+    /// # Errors
+    /// A block is too large, or the device fails or is full.
+    pub fn activate<'a>(
+        &mut self,
+        term: Term,
+        blocks: impl IntoIterator<Item = Block<'a>>,
+    ) -> Result<(), StoreError> {
+        let mut batch = Batch::default();
+        self.push_adopted_blocks(&mut batch)?;
+        for block in blocks {
+            batch.push(block.change()?);
+        }
+        for column in [Column::Pages, Column::Pending, Column::Epochs] {
+            batch.push(Change::Clear(column));
+        }
+        let mut meta = self.meta.clone();
+        meta.term = meta.term.max(Some(term));
+        meta.active = Some(term);
+        meta.copy = MetaCopy::None;
+        meta.previous = None;
+        self.commit(batch, meta)?;
+        self.record = None;
+        self.checksums = Some(Default::default());
+        Ok(())
+    }
+
+    /// Gives the room of pages that a promotion dropped back to the device, and does nothing while there are any. May
+    /// take long.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn reclaim(&mut self) -> Result<(), StoreError> {
+        if self.meta.copy != MetaCopy::None {
+            return Ok(());
+        }
+        self.engine.drop_aside()?;
+        self.engine.reclaim(Column::Pages)?;
+        self.engine.reclaim(Column::Pending)
+    }
+
+    /// After a start: `pending` that no mark adopted, and a previous copy that no new one follows.
+    pub(super) fn drop_leftovers(&mut self) -> Result<(), StoreError> {
+        let adopted = self.whole().is_some_and(|whole| whole.adopted);
+        let first = self.engine.scan(Column::Pending, &[]).next().transpose()?;
+        if !adopted && first.is_some() {
+            let mut batch = Batch::default();
+            batch.push(Change::Clear(Column::Pending));
+            self.write(&batch, Durability::Unsynced)?;
+        }
+        if self.meta.previous.is_none() { self.engine.drop_aside() } else { Ok(()) }
+    }
+
+    /// The change of a page, with its checksum remembered.
+    pub(super) fn push_page(&mut self, batch: &mut Batch, gfn: Gfn, content: PageContent<'_>) {
+        if let Some(value) = self.remember(gfn, content) {
+            batch.push(stored_change(Column::Pages, gfn.0, value));
+        }
+    }
+
+    fn check_inconsistent(&self, wanted: &'static str) -> Result<(), StoreError> {
+        if self.meta.copy == MetaCopy::Inconsistent { Ok(()) } else { Err(self.out_of_place(wanted)) }
+    }
+
+    fn push_adopted_blocks(&self, batch: &mut Batch) -> Result<(), StoreError> {
+        for entry in self.adopted_from(Kind::Block, 0) {
+            let (key, value) = entry?;
+            let (_, _, block) =
+                decode_pending_key(&key).ok_or_else(|| self.damaged("a key of its pending writes"))?;
+            batch.push(stored_change(Column::Disk, block, value.into_vec()));
+        }
+        Ok(())
+    }
+
+    /// Entries of the adopted `pending` of one kind, from a number on; none if nothing is adopted.
+    pub(super) fn adopted_from(&self, kind: Kind, number: u64) -> Entries<'_> {
+        let Some(point) = self.whole().filter(|whole| whole.adopted).map(|whole| whole.point) else {
+            return Box::new(std::iter::empty());
+        };
+        let from = super::format::pending_key(point, kind, number);
+        let of_kind =
+            move |key: &[u8]| decode_pending_key(key).is_some_and(|(at, of, _)| (at, of) == (point, kind));
+        let entries = self.engine.scan(Column::Pending, &from);
+        Box::new(entries.take_while(move |entry| entry.as_ref().map_or(true, |(key, _)| of_kind(key))))
+    }
+}
+
+/// What a value does to its column; an empty one is a delete.
+pub(super) fn stored_change(column: Column, number: u64, value: Vec<u8>) -> Change {
+    let key = number_key(number).to_vec();
+    if value.is_empty() { Change::Delete(column, key) } else { Change::Put(column, key, value) }
+}
