@@ -1,17 +1,64 @@
-//! `coloctl`: the operator's command line. It has no commands before the nodes have an admin API.
+//! `coloctl`: the operator's command line. It stands beside the way of a page: it asks the nodes' control planes what
+//! they do, and passes on what they shall do.
+
+mod args;
+mod connect;
+mod console;
+mod demo;
+mod error;
+mod format;
+mod health;
+mod locate;
+mod operate;
+mod output;
+mod protect;
+mod status;
+mod status_json;
+mod watch;
+mod words;
 
 use clap::Parser;
+use std::process::ExitCode;
 
-#[derive(Parser)]
-#[command(name = "coloctl", about = "Steers Colo's nodes", version = version())]
-struct Args {}
+use args::{Args, Command};
+use connect::Nodes;
+use error::CtlError;
 
-/// The program's version and the protocol's: what an operator compares between hosts.
-fn version() -> &'static str {
-    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 1);
-    concat!(env!("CARGO_PKG_VERSION"), " (protocol 1)")
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(code) => code,
+        // Whoever reads has seen enough, as in `coloctl watch | head`.
+        Err(CtlError::ReaderLeft) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::note(&error.to_string());
+            error.exit_code()
+        }
+    }
 }
 
-fn main() {
-    Args::parse();
+fn run(args: Args) -> Result<ExitCode, CtlError> {
+    let nodes = Nodes::new(args.addresses()?, args.tls.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(CtlError::Runtime)?;
+    let done = runtime.block_on(obey(nodes, args.command));
+    // A look-up of a name that hangs must not keep the shell waiting.
+    runtime.shutdown_background();
+    done
+}
+
+async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
+    let done = match command {
+        Command::Status(shape) => status::run(&nodes, shape.json).await,
+        Command::Watch(options) => watch::run(&nodes, &options).await,
+        Command::Console(options) => console::run(&nodes, &options).await,
+        Command::Protect(options) => protect::protect(&nodes, &options).await,
+        Command::Pause(shape) => protect::pause(&nodes, shape.json).await,
+        Command::Resume(shape) => protect::resume(&nodes, shape.json).await,
+        Command::Promote(shape) => operate::promote(&nodes, shape.json).await,
+        Command::Stop(options) => operate::stop(&nodes, &options).await,
+        Command::Policy(options) => operate::policy(&nodes, &options).await,
+        Command::Health(options) => return health::run(&nodes, &options).await,
+        Command::Demo => demo::run(),
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }

@@ -1,0 +1,243 @@
+//! What can be said on the command line.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use colo_common::config::Endpoint;
+use std::path::PathBuf;
+
+use crate::error::CtlError;
+
+/// Where nodes listen unless they are told otherwise.
+const DEFAULT_NODES: &str = "127.0.0.1:7700,127.0.0.1:7701";
+/// Names the nodes when `--node` does not.
+const NODES_VARIABLE: &str = "COLO_NODES";
+/// Nodes of one vm: a runner, those that may follow it, and room. Each is asked at once.
+const MAX_NODES: usize = 16;
+/// Seconds of grace that an operator may ask for: a day. Longer is a slip of the finger.
+const MAX_GRACE_S: u64 = 86_400;
+/// Seconds that `watch` and `console` may be told to wait for a runner: a day.
+const MAX_PATIENCE_S: u64 = 86_400;
+
+const EXIT_STATUSES: &str = "\
+Nodes: --node, else COLO_NODES (HOST:PORT,HOST:PORT), else 127.0.0.1:7700 and 127.0.0.1:7701. A command goes to the node
+that it is meant for: protect, pause, resume and stop --vm to the one that runs the guest, promote and policy to the one
+that follows. With exactly one --node it goes there.
+
+Exit status:
+  0  done; for health: healthy
+  1  a node refused, or something failed; the line on standard error says what
+  2  the command line is wrong
+  3  no node answers
+  4  health: not healthy, or not protected where that was asked for";
+
+/// The program's version and the protocol's: what an operator compares between hosts.
+fn version() -> &'static str {
+    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 1);
+    concat!(env!("CARGO_PKG_VERSION"), " (protocol 1)")
+}
+
+#[derive(Parser)]
+#[command(name = "coloctl", about = "Steers Colo's nodes", version = version(), after_help = EXIT_STATUSES)]
+pub(crate) struct Args {
+    /// A node's control plane; may be given several times.
+    #[arg(long = "node", value_name = "HOST:PORT", global = true)]
+    nodes: Vec<Endpoint>,
+    /// Directory with ca.pem, operator.pem and operator.key; without it the nodes are spoken to in the clear.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(crate) tls: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Shows the nodes side by side: roles, register, points, lag, protection, last errors.
+    Status(Shape),
+    /// Shows every epoch of the node that runs the guest, one line each.
+    Watch(Watch),
+    /// Attaches to the guest's console and stays attached over a failover; Ctrl-] leaves.
+    ///
+    /// Output goes to standard output as it is, everything else to standard error. Typed input is kept until the
+    /// nodes say that it is safe, and typed again after a failover. Ends with status 0 by Ctrl-] (at a terminal), by
+    /// SIGINT or SIGTERM, and when the vm is stopped.
+    Console(Console),
+    /// Protects the vm by a secondary, and shows how far it is.
+    ///
+    /// Leaving it does not stop the protection: look at it again with `coloctl status`.
+    Protect(Protect),
+    /// Makes the secondary run the guest.
+    Promote(Shape),
+    /// Stops the vm for good, or one node's part in it.
+    Stop(Stop),
+    /// Pauses replication: the guest runs on without protection.
+    Pause(Shape),
+    /// Protects again by the secondary that was paused.
+    Resume(Shape),
+    /// Says what an acknowledgement means: in the secondary's memory, or on its disk.
+    Policy(Policy),
+    /// Whether the nodes do their part; for probes.
+    Health(Health),
+    /// Says how to see Colo at work.
+    Demo,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Shape {
+    /// Prints JSON, for scripts.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Watch {
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+    /// Ends after so many epochs.
+    #[arg(long, value_name = "EPOCHS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+    /// Seconds to wait for a node that runs the guest before giving up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(0..=MAX_PATIENCE_S))]
+    pub(crate) wait: u64,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Console {
+    /// Only shows: nothing is typed.
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// Begins at this offset, in bytes since the guest's first power-on; default: at the end.
+    #[arg(long, value_name = "OFFSET", conflicts_with = "tail")]
+    pub(crate) from: Option<u64>,
+    /// Begins so many bytes before the end.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) tail: Option<u64>,
+    /// Seconds to wait for a node that runs the guest before giving up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(0..=MAX_PATIENCE_S))]
+    pub(crate) wait: u64,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Protect {
+    /// The secondary's control plane, as the node that runs the guest reaches it.
+    #[arg(value_name = "HOST:PORT")]
+    pub(crate) address: Endpoint,
+    /// Sends everything, whatever the secondary has.
+    #[arg(long)]
+    pub(crate) full: bool,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+#[group(id = "scope", required = true, multiple = false, args = ["vm", "this_node"])]
+pub(crate) struct Stop {
+    /// Stops the vm: nobody runs it any more until it is started again.
+    #[arg(long)]
+    pub(crate) vm: bool,
+    /// Ends the process of the one node that --node names; the other one goes on.
+    #[arg(long)]
+    pub(crate) this_node: bool,
+    /// Seconds that the guest has after its power button was pressed before it is stopped hard; 0 stops it at once.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, conflicts_with = "this_node",
+        value_parser = clap::value_parser!(u64).range(0..=MAX_GRACE_S))]
+    pub(crate) grace: u64,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Policy {
+    /// memory survives the loss of the primary, disk that of both nodes.
+    pub(crate) policy: Ack,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Ack {
+    Memory,
+    Disk,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Health {
+    /// Demands protection too.
+    #[arg(long)]
+    pub(crate) protected: bool,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+impl Args {
+    /// The nodes to talk to.
+    pub(crate) fn addresses(&self) -> Result<Vec<Endpoint>, CtlError> {
+        if self.nodes.is_empty() {
+            let listed = std::env::var(NODES_VARIABLE).ok().filter(|listed| !listed.trim().is_empty());
+            return parse(&listed.unwrap_or_else(|| DEFAULT_NODES.to_owned()));
+        }
+        distinct(self.nodes.clone())
+    }
+}
+
+fn parse(listed: &str) -> Result<Vec<Endpoint>, CtlError> {
+    let parsed: Result<_, _> = listed.split(',').map(|text| text.trim().parse::<Endpoint>()).collect();
+    distinct(parsed.map_err(|e| CtlError::Usage(format!("{NODES_VARIABLE}: {e}")))?)
+}
+
+/// Each once, as asking a node twice would show two of it.
+fn distinct(addresses: Vec<Endpoint>) -> Result<Vec<Endpoint>, CtlError> {
+    let mut once: Vec<Endpoint> = Vec::new();
+    for address in addresses {
+        if !once.contains(&address) {
+            once.push(address);
+        }
+    }
+    if once.len() > MAX_NODES {
+        return Err(CtlError::Usage(format!("{} nodes are named, {MAX_NODES} at most can be", once.len())));
+    }
+    Ok(once)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Args, parse};
+    use clap::{CommandFactory, Parser};
+
+    fn error(line: &str) -> String {
+        let parsed = Args::try_parse_from(line.split(' '));
+        parsed.map(|_| ()).expect_err(line).to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent_and_documents_its_exit_statuses() {
+        Args::command().debug_assert();
+        let help = Args::command().render_help().to_string();
+        for line in ["0  done", "2  the command line", "3  no node answers", "COLO_NODES"] {
+            assert!(help.contains(line), "{help}");
+        }
+    }
+
+    #[test]
+    fn nodes_come_from_the_line_then_the_variable_then_the_defaults() {
+        let args = Args::try_parse_from("coloctl status --node [::1]:7700 --node a:1 --node a:1".split(' '));
+        let shown: Vec<String> = args.unwrap().addresses().unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["[::1]:7700", "a:1"]);
+        assert_eq!(parse(super::DEFAULT_NODES).unwrap().len(), 2);
+        assert_eq!(parse("a:1, b:2").unwrap()[1].to_string(), "b:2");
+        assert!(parse("a").unwrap_err().to_string().contains("COLO_NODES: \"a\" is no address"));
+        let many: Vec<String> = (1..=17).map(|port| format!("a:{port}")).collect();
+        assert!(parse(&many.join(",")).unwrap_err().to_string().contains("16 at most"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        assert!(error("coloctl stop").contains("<--vm|--this-node>"), "{}", error("coloctl stop"));
+        assert!(error("coloctl stop --vm --this-node").contains("cannot be used with"));
+        assert!(error("coloctl stop --this-node --grace 3").contains("cannot be used with"));
+        assert!(error("coloctl console --from 1 --tail 2").contains("cannot be used with"));
+        assert!(error("coloctl protect nowhere").contains("write HOST:PORT"));
+        assert!(error("coloctl policy tape").contains("memory, disk"));
+        assert!(error("coloctl watch --count 0").contains("--count"));
+    }
+}

@@ -1,0 +1,97 @@
+//! `coloctl promote|stop|policy`: single calls that change something.
+
+use colo_proto::v1::stop_request::Scope;
+use colo_proto::v1::{AckPolicy, PromoteRequest, SetAckPolicyRequest, StopRequest};
+use serde::Serialize;
+use std::time::Duration;
+
+use crate::args::{Ack, Policy, Stop};
+use crate::connect::{COMMAND_LIMIT, Nodes};
+use crate::error::CtlError;
+use crate::format::millis;
+use crate::locate::{Wanted, pick};
+use crate::output::{print, print_json};
+use crate::status_json::{Point, Register, register};
+use crate::words;
+
+/// Makes the secondary run the guest.
+pub(crate) async fn promote(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
+    #[derive(Serialize)]
+    struct Promoted {
+        register: Option<Register>,
+        point: Option<Point>,
+        elapsed_ms: u64,
+    }
+    let node = pick(nodes, Wanted::Follower).await?;
+    let mut client = node.client.clone();
+    let reply = node.answer(COMMAND_LIMIT, client.promote(PromoteRequest { force: false })).await?;
+    if json {
+        let register = register(reply.register.as_ref());
+        let (point, elapsed_ms) = (reply.point.map(Point::from), reply.elapsed_ms);
+        return print_json(&Promoted { register, point, elapsed_ms });
+    }
+    let from = Some(words::point(reply.point)).filter(|point| !point.is_empty());
+    print(&format!(
+        "the guest runs at {}: {}{}, after {}\n",
+        node.address,
+        words::register(reply.register.as_ref()),
+        from.map(|point| format!(", from point {point}")).unwrap_or_default(),
+        millis(reply.elapsed_ms)
+    ))
+}
+
+/// Stops the vm, or a node's part in it.
+pub(crate) async fn stop(nodes: &Nodes, options: &Stop) -> Result<(), CtlError> {
+    #[derive(Serialize)]
+    struct Stopped {
+        register: Option<Register>,
+    }
+    let node = match nodes.addresses() {
+        [only] => nodes.connect(only).await?,
+        _ if options.this_node => {
+            let text = "stop --this-node needs exactly one --node, the one that shall end";
+            return Err(CtlError::Usage(text.to_owned()));
+        }
+        _ => pick(nodes, Wanted::Runner).await?,
+    };
+    let grace = Duration::from_secs(if options.vm { options.grace } else { 0 });
+    let request = StopRequest {
+        scope: if options.vm { Scope::Vm } else { Scope::Node }.into(),
+        grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+    };
+    let mut client = node.client.clone();
+    let reply = node.answer(grace + COMMAND_LIMIT, client.stop(request)).await?;
+    if options.shape.json {
+        return print_json(&Stopped { register: register(reply.register.as_ref()) });
+    }
+    let register = words::register(reply.register.as_ref());
+    if options.vm {
+        // The register's words begin with "stopped".
+        print(&format!("the vm is {}\n", if register.is_empty() { "stopped" } else { &register }))
+    } else {
+        print(&format!("the node at {} ends; the register says: {register}\n", node.address))
+    }
+}
+
+/// Says what an ack means.
+pub(crate) async fn policy(nodes: &Nodes, options: &Policy) -> Result<(), CtlError> {
+    #[derive(Serialize)]
+    struct Set {
+        policy: &'static str,
+        pending: bool,
+    }
+    let node = pick(nodes, Wanted::Follower).await?;
+    let policy = match options.policy {
+        Ack::Memory => AckPolicy::Memory,
+        Ack::Disk => AckPolicy::Disk,
+    };
+    let mut client = node.client.clone();
+    let request = SetAckPolicyRequest { policy: policy.into() };
+    let reply = node.answer(COMMAND_LIMIT, client.set_ack_policy(request)).await?;
+    let now = words::policy(reply.policy);
+    if options.shape.json {
+        return print_json(&Set { policy: now, pending: reply.pending });
+    }
+    let wait = if reply.pending { "; the change waits until it is safe" } else { "" };
+    print(&format!("an acknowledgement means {now}{wait}\n"))
+}

@@ -1,0 +1,206 @@
+//! Every command but the console, against fake nodes.
+
+mod fake;
+
+use colo_proto::v1::protect_progress::Phase;
+use colo_proto::v1::{EpochReport, HealthReply, Link, Pause, Point, Points, ProtectProgress, Role};
+use fake::run::run;
+use fake::{Fake, paired, solo, status, stopped};
+use serde_json::Value;
+use tonic::Status;
+
+fn pair() -> (Fake, Fake, Vec<String>) {
+    let a = Fake::start(status("a", Role::Paired, paired("a", "b", 2)));
+    let b = Fake::start(status("b", Role::Following, paired("a", "b", 2)));
+    let nodes = vec![a.address.to_string(), b.address.to_string()];
+    (a, b, nodes)
+}
+
+fn json(line: &str) -> Value {
+    serde_json::from_str(line).expect(line)
+}
+
+#[test]
+fn status_shows_both_nodes_side_by_side() {
+    let (a, b, nodes) = pair();
+    let point = |epoch| Some(Point { term: 2, epoch });
+    a.state().status.points = Some(Points { tip: point(9), acked: point(7), ..Default::default() });
+    a.state().status.link =
+        Some(Link { peer: "b".into(), connected: true, in_flight: 2, ..Default::default() });
+    b.state().status.points = Some(Points { staged: point(8), ..Default::default() });
+    b.state().status.last_error = "disk full\x1b[2J".to_owned();
+    b.state().status.last_error_age_ms = 61_000;
+    let (code, out, err) = run(&nodes, "status");
+    assert_eq!((code, err.as_str()), (0, ""));
+    let line = |name: &str| {
+        let line = out.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("{name} in {out}"))
+            .split_whitespace()
+            .skip(1)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    assert!(out.starts_with(&format!("demo runs on a ({}), protected\n", nodes[0])), "{out}");
+    assert_eq!(line("role"), "paired following");
+    assert_eq!(line("register"), ["on a, protected by b in term 2"; 2].join(" "));
+    assert_eq!((line("tip").as_str(), line("staged").as_str()), ("2.9", "2.8"));
+    assert_eq!(line("lag"), "2 epochs, 2 in flight");
+    assert!(out.ends_with("\nb, 61 s ago: disk full?[2J\n"), "{out}");
+}
+
+#[test]
+fn status_as_json_has_stable_keys() {
+    let (a, b, nodes) = pair();
+    drop(b);
+    let (code, out, _) = run(&nodes, "status --json");
+    assert_eq!((code, out.lines().count()), (0, 1));
+    let answer = json(&out);
+    assert_eq!((answer["runner"].as_str(), answer["protected"].as_bool()), (Some("a"), Some(true)));
+    let status = &answer["nodes"][0]["status"];
+    assert_eq!(status["role"], "paired");
+    assert_eq!(status["register"]["value"], "paired");
+    assert_eq!(status["register"]["replica"], format!("{:032x}", 0xabc));
+    assert_eq!(status["points"]["tip"], Value::Null);
+    assert_eq!(status["counters"]["ring_overruns"], 0);
+    assert_eq!(answer["nodes"][1]["answers"], false);
+    let error = answer["nodes"][1]["error"].as_str().unwrap();
+    assert!(error.starts_with(&format!("no node answers at {}: ", nodes[1])), "{error}");
+    drop(a);
+    assert_eq!(run(&nodes, "status --json").0, 3);
+}
+
+#[test]
+fn a_node_that_is_not_there_is_named_with_the_remedy() {
+    let (a, b, nodes) = pair();
+    drop((a, b));
+    let (code, out, err) = run(&nodes[..1], "promote");
+    assert_eq!((code, out.as_str()), (3, ""));
+    let wanted =
+        format!("coloctl: no node answers at {}: Connection refused (os error 111); start it", nodes[0]);
+    assert!(err.starts_with(&wanted), "{err}");
+    let (code, _, err) = run(&nodes, "pause");
+    assert_eq!(code, 3);
+    assert!(err.contains(&nodes[0]) && err.contains(&nodes[1]) && err.contains("check --node"), "{err}");
+}
+
+#[test]
+fn commands_go_to_the_node_that_they_are_meant_for() {
+    let (a, b, nodes) = pair();
+    for line in ["pause", "resume --json", "stop --vm --grace 2"] {
+        assert_eq!(run(&nodes, line).0, 0, "{line}");
+    }
+    assert_eq!(a.state().asked, ["pause", "resume", "stop 1 2000"]);
+    let (_, out, _) = run(&nodes, "promote");
+    assert!(out.starts_with(&format!("the guest runs at {}: ", nodes[1])), "{out}");
+    assert!(out.ends_with(", from point 2.44, after 26 ms\n"), "{out}");
+    let (_, out, _) = run(&nodes, "policy disk");
+    assert_eq!(out, "an acknowledgement means disk; the change waits until it is safe\n");
+    assert_eq!(b.state().asked, ["promote false", "policy 2"]);
+    assert_eq!(run(&nodes[1..], "stop --this-node").0, 0);
+    assert_eq!(b.state().asked[2], "stop 2 0");
+    let (code, _, err) = run(&nodes, "stop --this-node");
+    assert_eq!(code, 2);
+    assert!(err.contains("needs exactly one --node"), "{err}");
+    assert_eq!(run(&nodes, "stop").0, 2);
+}
+
+#[test]
+fn refusals_are_passed_on_as_they_are() {
+    let (a, _b, nodes) = pair();
+    a.state().refusal =
+        Some(Status::failed_precondition("the vm is protected already: pause replication first"));
+    let (code, out, err) = run(&nodes, "protect 127.0.0.1:7702");
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!(err, "coloctl: the vm is protected already: pause replication first\n");
+    // One node alone is named: it answers for itself.
+    assert_eq!(run(&nodes[..1], "promote").0, 1);
+    assert_eq!(a.state().asked, ["protect 127.0.0.1:7702", "promote false"]);
+    a.state().status = status("a", Role::Stopped, stopped("a", 3));
+    let (code, _, err) = run(&nodes, "resume");
+    assert_eq!(code, 1);
+    let wanted = format!("none of these nodes runs the guest: a at {} is stopped, b at", nodes[0]);
+    assert!(err.contains(&wanted), "{err}");
+}
+
+#[test]
+fn protect_shows_progress_and_ends_with_the_register() {
+    let a = Fake::start(status("a", Role::Alone, solo("a", 1)));
+    let nodes = [a.address.to_string()];
+    let step = |phase: Phase, done: u64| ProtectProgress {
+        phase: phase.into(),
+        bytes_done: done,
+        bytes_total: 4096,
+        elapsed_ms: done,
+        secondary: "b".to_owned(),
+        register: (phase == Phase::Paired).then(|| paired("a", "b", 2)),
+    };
+    let steps = [step(Phase::Memory, 0), step(Phase::Memory, 2048), step(Phase::Paired, 4096)];
+    a.state().steps = steps.into_iter().map(Ok).collect();
+    let (code, out, err) = run(&nodes, "protect 127.0.0.1:7701");
+    assert_eq!(code, 0);
+    assert_eq!(out, "protected by b after 4.1 s: on a, protected by b in term 2\n");
+    assert!(err.starts_with("memory      0% of 4.0 KiB"), "{err}");
+    let (_, out, _) = run(&nodes, "protect 127.0.0.1:7701 --json");
+    let phases: Vec<Value> = out.lines().map(|line| json(line)["phase"].clone()).collect();
+    assert_eq!(phases, ["memory", "memory", "paired"]);
+    a.state().steps =
+        vec![Ok(step(Phase::Pairing, 0)), Err(Status::aborted("no protection by b: too small"))];
+    let (code, _, err) = run(&nodes, "protect 127.0.0.1:7701");
+    assert_eq!(code, 1);
+    assert!(err.ends_with("\ncoloctl: no protection by b: too small\n"), "{err}");
+    a.state().steps.truncate(1);
+    let (code, _, err) = run(&nodes, "protect 127.0.0.1:7701");
+    assert_eq!(code, 1);
+    assert!(err.contains("it ended the call before the vm was protected; look at"), "{err}");
+}
+
+#[test]
+fn watch_has_a_line_for_each_epoch() {
+    let (a, _b, nodes) = pair();
+    let report = |epoch| EpochReport {
+        point: Some(Point { term: 2, epoch }),
+        pages: 64,
+        pause: Some(Pause { total_us: 640, ..Default::default() }),
+        ack_us: Some(2_310),
+        ..Default::default()
+    };
+    a.state().reports = (1..=30).map(report).collect();
+    let (code, out, _) = run(&nodes, "watch --count 25");
+    assert_eq!((code, out.lines().count()), (0, 27), "two heads");
+    assert_eq!(out.lines().filter(|line| line.contains("harvest")).count(), 2);
+    let (code, out, _) = run(&nodes, "watch --count 2 --json");
+    assert_eq!((code, out.lines().count()), (0, 2));
+    let line = json(out.lines().nth(1).unwrap());
+    let (code, out, err) = run(&nodes, "watch --count 45");
+    assert_eq!((code, out.lines().count()), (0, 48), "it goes on after the connection has ended");
+    assert_eq!(err.matches("watching").count(), 2, "{err}");
+    assert_eq!((&line["point"]["epoch"], &line["pause_us"]["total"]), (&Value::from(2), &Value::from(640)));
+}
+
+#[test]
+fn health_is_told_by_the_exit_status() {
+    let (a, b, nodes) = pair();
+    let good = HealthReply { healthy: true, protected: true, problems: vec![] };
+    a.state().health = good.clone();
+    b.state().health = good.clone();
+    assert_eq!(run(&nodes, "health --protected").0, 0);
+    b.state().health = HealthReply { protected: false, ..good };
+    assert_eq!(run(&nodes, "health").0, 0);
+    let (code, out, _) = run(&nodes, "health --protected --json");
+    assert_eq!((code, &json(&out)["protected"]), (4, &Value::from(false)));
+    b.state().health = HealthReply { problems: vec!["the store is full".to_owned()], ..Default::default() };
+    let (code, out, _) = run(&nodes, "health");
+    assert_eq!(code, 4);
+    assert!(out.ends_with(": NOT HEALTHY, not protected\n  the store is full\n"), "{out}");
+    drop(b);
+    assert_eq!(run(&nodes, "health").0, 4);
+    drop(a);
+    assert_eq!(run(&nodes, "health").0, 3);
+}
+
+#[test]
+fn the_demo_is_made_by_the_tree() {
+    let (code, out, _) = run(&[], "demo");
+    assert_eq!(code, 0);
+    assert!(out.contains("make demo"));
+}
