@@ -1,8 +1,10 @@
 //! A guest under test with an image of its memory that is fed from dirty sets alone.
 
 use anyhow::{Context, bail, ensure};
-use colo_common::Epoch;
-use colo_secondary::image::{Image, Pages};
+use colo_common::{Epoch, Gfn, History, PAGE_SIZE, Point, Term};
+use colo_secondary::image::Image;
+use colo_secondary::staging::{StagedEpoch, StagedPages, StagedPart};
+use colo_vmm::egress::Output;
 use colo_vmm::guest::GuestEvent;
 use colo_vmm::memory::GuestMemory;
 use colo_vmm::tracker::Cadence;
@@ -17,6 +19,8 @@ pub struct Rig {
     spec: GuestSpec,
     cadence: Cadence,
     image: Image,
+    /// Names the next point of the image.
+    epoch: Epoch,
     dirty: DirtySet,
     /// What the last collect or cut alone has added to `dirty`.
     reported: DirtySet,
@@ -55,12 +59,12 @@ impl Rig {
         let mut guest = KvmGuest::with_memory(spec.clone(), memory, cadence)?;
         guest.boot()?;
         guest.protect()?;
-        let image = Image::new(Arc::new(GuestMemory::new(spec.memory_bytes)?), Epoch(0));
+        let image = Image::new(Arc::new(GuestMemory::new(spec.memory_bytes)?), None);
         let dirty = DirtySet::new(guest.memory().layout().frame_limit());
         let (reported, console) = (dirty.clone(), Vec::new());
-        let guest = Some(guest);
+        let (guest, epoch) = (Some(guest), Epoch(0));
         let mut rig =
-            Self { guest, spec, cadence, image, dirty, reported, console, stopped: true, losses: 0 };
+            Self { guest, spec, cadence, image, epoch, dirty, reported, console, stopped: true, losses: 0 };
         rig.copy_everything()?;
         Ok(rig)
     }
@@ -145,17 +149,19 @@ impl Rig {
         self.dirty.union_with(&self.reported);
         self.stopped = true;
         ensure!(cut.output.start.console == self.console.len() as u64, "console output left a gap");
-        let pages = self.copy_dirty()?;
+        let pages = copy(self.guest_memory(), self.dirty.runs())?;
         let pause = started.elapsed();
         self.console.extend(cut.output.console());
         if cut.tracked == Tracked::Complete {
-            self.image.apply(self.image.epoch().next(), &pages)?;
+            let staged = self.staged(&cut, pages);
+            self.image.apply(&staged)?;
         } else {
             self.losses += 1;
             self.copy_everything()?;
         }
+        let pages = self.dirty.len();
         self.dirty.clear();
-        Ok(Taken { pages: pages.len() as u64, cut, pause })
+        Ok(Taken { pages, cut, pause })
     }
 
     /// The image equals the stopped guest's memory.
@@ -168,7 +174,7 @@ impl Rig {
         if memory.digest()? == image.digest()? {
             return Ok(());
         }
-        bail!("{} differs from the guest at frames {:?}", self.image.epoch(), differing(memory, image)?)
+        bail!("{:?} differs from the guest at frames {:?}", self.image.point(), differing(memory, image)?)
     }
 
     /// Tears the stopped guest down and carries on from `state` and the image in a new VM. The state goes
@@ -182,8 +188,8 @@ impl Rig {
         let bytes = state.encode();
         let old = Arc::clone(self.guest().memory());
         self.guest = None;
-        let epoch = self.image.epoch();
-        let image = std::mem::replace(&mut self.image, Image::new(old, epoch));
+        let point = self.image.point();
+        let image = std::mem::replace(&mut self.image, Image::new(old, point));
         let started = Instant::now();
         let mut guest = KvmGuest::with_memory(self.spec.clone(), image.into_memory(), self.cadence)?;
         // Restoring writes guest memory (kvmclock's wall clock), so tracking is on before it.
@@ -219,41 +225,57 @@ impl Rig {
         String::from_utf8_lossy(&self.console[from..]).into_owned()
     }
 
-    fn copy_dirty(&self) -> anyhow::Result<Pages> {
-        let memory = self.guest.as_ref().context("no guest")?.memory();
-        let mut pages = Pages::with_capacity(usize::try_from(self.dirty.len())?);
-        for gfn in self.dirty.iter() {
-            let mut page = Box::new([0; colo_common::PAGE_SIZE]);
-            memory.read_page(gfn, &mut page)?;
-            pages.push((gfn, page));
+    /// The epoch that a cut ends, as a secondary has it once it is received whole.
+    fn staged(&mut self, cut: &Cut, pages: StagedPart) -> StagedEpoch {
+        self.epoch = self.epoch.next();
+        let point = Point { term: Term(1), epoch: self.epoch };
+        let mut history = History::default();
+        history.extend(point);
+        StagedEpoch {
+            point,
+            base: self.image.point(),
+            history,
+            bytes: pages.pages.as_ref().map_or(0, StagedPages::bytes),
+            parts: vec![pages],
+            state: cut.state.clone(),
+            output: Output { start: cut.output.start, items: Vec::new() },
+            released: cut.output.start,
+            promotions: 0,
         }
-        Ok(pages)
     }
 
-    /// The first copy of a stopped guest, and the way back after writes that were not tracked.
+    /// The first copy of a stopped guest, and the way back after writes that were not tracked. The next cut's epoch
+    /// makes it a point.
     ///
     /// # Errors
     /// Memory cannot be read.
     pub fn copy_everything(&mut self) -> anyhow::Result<()> {
         let memory = Arc::clone(self.guest().memory());
-        self.image.memory().discard_all()?;
-        let mut pages = Pages::new();
-        for (first, frames) in memory.populated()? {
-            for gfn in (first.0..first.0 + frames).map(colo_common::Gfn) {
-                let mut page = Box::new([0; colo_common::PAGE_SIZE]);
-                memory.read_page(gfn, &mut page)?;
-                pages.push((gfn, page));
-            }
-        }
-        Ok(self.image.apply(self.image.epoch().next(), &pages)?)
+        self.image.begin_seed(false)?;
+        let everything = copy(&memory, memory.populated()?.into_iter())?;
+        Ok(self.image.write_seed(&everything)?)
     }
 }
 
-fn differing(a: &GuestMemory, b: &GuestMemory) -> anyhow::Result<Vec<colo_common::Gfn>> {
+/// The bytes of these frames.
+fn copy(memory: &GuestMemory, runs: impl Iterator<Item = (Gfn, u64)>) -> anyhow::Result<StagedPart> {
+    let runs: Vec<(Gfn, u64)> = runs.collect();
+    let frames: u64 = runs.iter().map(|&(_, count)| count).sum();
+    let mut bytes = vec![0; usize::try_from(frames)? * PAGE_SIZE];
+    let mut rest = &mut bytes[..];
+    for &(first, count) in &runs {
+        let (these, after) = rest.split_at_mut(usize::try_from(count)? * PAGE_SIZE);
+        memory.read_frames(first, these)?;
+        rest = after;
+    }
+    Ok(StagedPart { zeros: Vec::new(), pages: Some(StagedPages::new(runs, bytes.into())) })
+}
+
+fn differing(a: &GuestMemory, b: &GuestMemory) -> anyhow::Result<Vec<Gfn>> {
     let mut frames = Vec::new();
-    let (mut left, mut right) = ([0; colo_common::PAGE_SIZE], [0; colo_common::PAGE_SIZE]);
+    let (mut left, mut right) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
     for (first, count) in a.populated()?.into_iter().chain(b.populated()?) {
-        for gfn in (first.0..first.0 + count).map(colo_common::Gfn) {
+        for gfn in (first.0..first.0 + count).map(Gfn) {
             a.read_page(gfn, &mut left)?;
             b.read_page(gfn, &mut right)?;
             if left != right && !frames.contains(&gfn) && frames.len() < 16 {

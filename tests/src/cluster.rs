@@ -1,0 +1,317 @@
+//! Real nodes as processes on loopback, with everything that they need in one directory of their own: configurations,
+//! certificates, the register's files, logs. Tests and the demo kill, freeze and cut them off, and judge by the
+//! control planes, the register and what was let out.
+
+pub mod admin;
+pub mod config;
+pub mod ledger;
+pub mod link;
+pub mod process;
+mod scenario;
+mod wait;
+
+use anyhow::{Context, ensure};
+use colo_common::VmId;
+use colo_common::arbiter::Arbiter;
+use colo_common::arbiter::file::FileArbiter;
+use colo_common::register::Entry;
+use colo_proto::v1::StatusReply;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use admin::Admin;
+use config::{Options, Ports};
+use ledger::Ledger;
+use link::Link;
+use process::Process;
+pub use scenario::scenario;
+pub use wait::{PATIENCE, is_solo_of, runs};
+
+/// The vm of every cluster.
+const VM: &str = "demo";
+
+/// A place where a node can run; it outlives its processes.
+struct Place {
+    ports: Ports,
+    admin: Admin,
+    link: Option<Link>,
+    process: Option<Process>,
+    /// Reads the console of the process.
+    reader: Option<JoinHandle<()>>,
+    /// The console's file begins with the guest's first byte: only that of the node that started the guest.
+    file_from_start: bool,
+}
+
+/// The nodes of one vm.
+pub struct Cluster {
+    /// How nodes are configured from now on.
+    pub options: Options,
+    directory: PathBuf,
+    places: BTreeMap<String, Place>,
+    ledger: Arc<Mutex<Ledger>>,
+    arbiter: FileArbiter,
+    vm: VmId,
+    runtime: Runtime,
+    kept: bool,
+}
+
+impl Cluster {
+    /// Makes the directory; no node runs yet.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new(options: Options) -> anyhow::Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("colo-{}-{number}", std::process::id()));
+        let registers = directory.join("arbiter");
+        std::fs::create_dir_all(&registers)
+            .with_context(|| format!("cannot make {}", registers.display()))?;
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(2).thread_name("cluster").enable_all().build()?;
+        Ok(Self {
+            options,
+            arbiter: FileArbiter::open(&registers)?,
+            directory,
+            places: BTreeMap::new(),
+            ledger: Arc::default(),
+            vm: VM.parse()?,
+            runtime,
+            kept: false,
+        })
+    }
+
+    /// Where everything is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Runs the harness' own tasks.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Leaves the directory where it is.
+    pub fn keep(&mut self) {
+        self.kept = true;
+    }
+
+    /// The configuration file of a node, and the command that starts it: what [`start_primary`](Self::start_primary)
+    /// and [`start_secondary`](Self::start_secondary) use, for tests that change it first.
+    ///
+    /// # Errors
+    /// The program is not built, or no port can be had.
+    pub fn prepare(
+        &mut self,
+        node: &str,
+        primary: bool,
+        secondary: Option<&str>,
+    ) -> anyhow::Result<(PathBuf, Command)> {
+        let to = secondary.map(|name| self.way_to(name)).transpose()?;
+        let ports = self.place(node)?.ports;
+        let (program, text) = if primary {
+            ("colo-primary", config::primary(&self.options, VM, node, ports, to))
+        } else {
+            ("colo-secondary", config::secondary(&self.options, VM, node, ports))
+        };
+        let path = self.directory.join(format!("{node}.toml"));
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        let mut command = Command::new(process::program(program)?);
+        command.arg("start").arg("--config").arg(&path).env("COLO_DEV_TLS", self.directory.join("tls"));
+        Ok((path, command))
+    }
+
+    /// Starts the guest on a node, to be protected by another if one is named.
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_primary(&mut self, node: &str, secondary: Option<&str>) -> anyhow::Result<()> {
+        let (_, command) = self.prepare(node, true, secondary)?;
+        let fresh = self.ledger().end() == 0;
+        self.start(node, command, fresh)
+    }
+
+    /// Starts a node that follows.
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_secondary(&mut self, node: &str) -> anyhow::Result<()> {
+        let (_, command) = self.prepare(node, false, None)?;
+        self.start(node, command, false)
+    }
+
+    /// Starts what [`prepare`](Self::prepare) gave.
+    ///
+    /// # Errors
+    /// The process cannot be started, or the last one of the node still runs.
+    pub fn start(&mut self, node: &str, mut command: Command, file_from_start: bool) -> anyhow::Result<()> {
+        let log = self.log_of(node);
+        let ledger = Arc::clone(&self.ledger);
+        let place = self.places.get_mut(node).context("no such node")?;
+        if let Some(mut old) = place.process.take() {
+            ensure!(old.status()?.is_some(), "{node} still runs");
+        }
+        place.process = Some(Process::start(&mut command, &log)?);
+        place.file_from_start = file_from_start;
+        let client = place.admin.client()?;
+        if let Some(reader) =
+            place.reader.replace(self.runtime.spawn(admin::follow_console(client, node.to_owned(), ledger)))
+        {
+            reader.abort();
+        }
+        Ok(())
+    }
+
+    /// Kills a node as a loss of its host would; everything that it had let out is in the ledger then.
+    ///
+    /// # Errors
+    /// It had ended by itself.
+    pub fn kill(&mut self, node: &str) -> anyhow::Result<Instant> {
+        let killed = self.process(node)?.kill().with_context(|| format!("killing {node}"))?;
+        self.take_file(node)?;
+        Ok(killed)
+    }
+
+    /// Freezes a node, or lets it go on (SIGSTOP, SIGCONT), or asks it to end (SIGTERM).
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn signal(&mut self, node: &str, signal: i32) -> anyhow::Result<()> {
+        self.process(node)?.signal(signal)
+    }
+
+    /// Waits for the end of a node's process.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn ended(&mut self, node: &str) -> anyhow::Result<ExitStatus> {
+        let status = self.process(node)?.ended(PATIENCE).with_context(|| format!("the end of {node}"))?;
+        self.take_file(node)?;
+        Ok(status)
+    }
+
+    /// The process of a node.
+    ///
+    /// # Errors
+    /// None was started.
+    pub fn process(&mut self, node: &str) -> anyhow::Result<&mut Process> {
+        let place = self.places.get_mut(node).with_context(|| format!("{node} was never started"))?;
+        place.process.as_mut().with_context(|| format!("{node} was never started"))
+    }
+
+    /// The control plane of a node.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn admin(&self, node: &str) -> anyhow::Result<&Admin> {
+        Ok(&self.places.get(node).with_context(|| format!("there is no node {node}"))?.admin)
+    }
+
+    /// The way to a secondary.
+    ///
+    /// # Errors
+    /// The cluster has no links, or there is no such node.
+    pub fn link(&self, secondary: &str) -> anyhow::Result<&Link> {
+        let place = self.places.get(secondary).with_context(|| format!("there is no node {secondary}"))?;
+        place.link.as_ref().context("the cluster was made without links")
+    }
+
+    /// Where `node` keeps its copy and its files.
+    pub fn directory_of(&self, node: &str) -> PathBuf {
+        self.directory.join(node)
+    }
+
+    /// What a node says about itself; nothing if it does not answer.
+    pub fn status(&self, node: &str) -> Option<StatusReply> {
+        self.admin(node).ok()?.status().ok()
+    }
+
+    /// The register.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn register(&self) -> anyhow::Result<Option<Entry>> {
+        Ok(self.arbiter.read(&self.vm)?)
+    }
+
+    /// The released console.
+    pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `runner` protect its vm by `secondary`, whatever came before, and waits until that is so.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn protect(&mut self, runner: &str, secondary: &str) -> anyhow::Result<()> {
+        let address = self.way_to(secondary)?;
+        // Before it has read the register it takes nobody.
+        self.until(&format!("{secondary} to know the register"), || {
+            Ok(self.status(secondary).and_then(|status| status.register).map(drop))
+        })?;
+        self.admin(runner)?.protect(address)?;
+        self.until_paired(runner)
+    }
+
+    /// What the node that started the guest wrote before it was killed was out, whoever had read it by then.
+    fn take_file(&mut self, node: &str) -> anyhow::Result<()> {
+        let from_start = self.places.get(node).is_some_and(|place| place.file_from_start);
+        if from_start {
+            let path = self.directory.join(format!("{node}.console"));
+            let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            self.ledger().take(node, 0, &bytes);
+        }
+        Ok(())
+    }
+
+    fn log_of(&self, node: &str) -> PathBuf {
+        self.directory.join(format!("{node}.log"))
+    }
+
+    /// Where a runner reaches `secondary`.
+    fn way_to(&mut self, secondary: &str) -> anyhow::Result<SocketAddr> {
+        let place = self.place(secondary)?;
+        Ok(place.link.as_ref().map_or(place.ports.admin, |link| link.control))
+    }
+
+    fn place(&mut self, node: &str) -> anyhow::Result<&mut Place> {
+        if !self.places.contains_key(node) {
+            let mut ports = Ports { admin: free_tcp()?, quic: free_udp()?, advertised: None };
+            let runtime = self.runtime.handle();
+            let link =
+                self.options.links.then(|| Link::open(runtime, ports.admin, ports.quic)).transpose()?;
+            ports.advertised = link.as_ref().map(|link| link.datagrams.port());
+            let admin = Admin::new(runtime.clone(), ports.admin);
+            let place = Place { ports, admin, link, process: None, reader: None, file_from_start: false };
+            self.places.insert(node.to_owned(), place);
+        }
+        self.places.get_mut(node).context("a place that was just made")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.places.values_mut().for_each(|place| place.process = None);
+        if !self.kept {
+            // A directory that stays behind harms nobody.
+            let _ = std::fs::remove_dir_all(&self.directory);
+        }
+    }
+}
+
+/// A free port: another process could take it before it is used, but the system hands out others first.
+fn free_tcp() -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free TCP port")?;
+    Ok(listener.local_addr()?)
+}
+
+fn free_udp() -> anyhow::Result<SocketAddr> {
+    Ok(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).context("no free UDP port")?.local_addr()?)
+}

@@ -1,0 +1,152 @@
+//! Calls of a node's control plane, in the clear on loopback, each with a limit.
+
+use anyhow::{Context, anyhow};
+use colo_proto::v1::admin_client::AdminClient;
+use colo_proto::v1::{
+    self, ConsoleAttach, ConsoleInput, ConsoleOutput, console_attach, console_input, console_output,
+};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+
+use super::ledger::Ledger;
+
+/// How long a call may take that only looks.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+/// How long one may take that changes something.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Between two tries to attach to the console of a node that is not up yet.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// A node's control plane.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    runtime: Handle,
+    address: SocketAddr,
+}
+
+impl Admin {
+    /// The control plane at `address`.
+    pub fn new(runtime: Handle, address: SocketAddr) -> Self {
+        Self { runtime, address }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What the node says about itself.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn status(&self) -> anyhow::Result<v1::StatusReply> {
+        self.call(LOOK_LIMIT, |mut client| async move { client.status(v1::StatusRequest {}).await })
+    }
+
+    /// Has a runner protect its vm by the secondary at `address`, and waits until it is paired.
+    ///
+    /// # Errors
+    /// It says no, or takes too long.
+    pub fn protect(&self, address: SocketAddr) -> anyhow::Result<()> {
+        let request = v1::ProtectRequest { address: address.to_string(), full: false };
+        self.call(CALL_LIMIT, |mut client| async move {
+            let mut progress = client.protect(request).await?.into_inner();
+            while progress.message().await?.is_some() {}
+            Ok(Response::new(()))
+        })
+    }
+
+    /// Has a secondary run the guest.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn promote(&self) -> anyhow::Result<v1::PromoteReply> {
+        let request = v1::PromoteRequest { force: false };
+        self.call(CALL_LIMIT, |mut client| async move { client.promote(request).await })
+    }
+
+    /// Goes on without protection.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn pause_replication(&self) -> anyhow::Result<()> {
+        let request = v1::PauseReplicationRequest {};
+        self.call(CALL_LIMIT, |mut client| async move { client.pause_replication(request).await })?;
+        Ok(())
+    }
+
+    /// Protects again by the same secondary.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn resume_replication(&self) -> anyhow::Result<()> {
+        let request = v1::ResumeReplicationRequest {};
+        self.call(CALL_LIMIT, |mut client| async move { client.resume_replication(request).await })?;
+        Ok(())
+    }
+
+    /// Stops the vm for good.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        let scope = v1::stop_request::Scope::Vm.into();
+        let request = v1::StopRequest { scope, grace_ms: 0 };
+        self.call(CALL_LIMIT, |mut client| async move { client.stop(request).await })?;
+        Ok(())
+    }
+
+    /// A client that connects when it is used.
+    ///
+    /// # Errors
+    /// The address makes no sense.
+    pub fn client(&self) -> anyhow::Result<AdminClient<Channel>> {
+        let _entered = self.runtime.enter();
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))?;
+        Ok(AdminClient::new(endpoint.connect_timeout(LOOK_LIMIT).connect_lazy()))
+    }
+
+    fn call<T, F>(&self, limit: Duration, call: impl FnOnce(AdminClient<Channel>) -> F) -> anyhow::Result<T>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let answer = call(self.client()?);
+        let answer = self.runtime.block_on(async { tokio::time::timeout(limit, answer).await });
+        let answer = answer.with_context(|| format!("{} does not answer in {limit:?}", self.address))?;
+        answer.map(Response::into_inner).map_err(|status| anyhow!("{}: {}", self.address, status.message()))
+    }
+}
+
+/// Puts everything that a node lets out into the ledger, from as soon as it is up until it is gone.
+pub(super) async fn follow_console(client: AdminClient<Channel>, node: String, ledger: Arc<Mutex<Ledger>>) {
+    let mut next = 0;
+    loop {
+        if let Err(status) = read_console(client.clone(), &node, &ledger, &mut next).await {
+            tracing::debug!("the console of {node}: {status}");
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn read_console(
+    mut client: AdminClient<Channel>,
+    node: &str,
+    ledger: &Mutex<Ledger>,
+    next: &mut u64,
+) -> Result<(), Status> {
+    let attach = ConsoleAttach { read_only: true, start: Some(console_attach::Start::From(*next)) };
+    let first = ConsoleInput { message: Some(console_input::Message::Attach(attach)) };
+    let mut console = client.console(tokio_stream::once(first)).await?.into_inner();
+    while let Some(ConsoleOutput { message }) = console.message().await? {
+        if let Some(console_output::Message::Output(output)) = message {
+            *next = output.offset + output.bytes.len() as u64;
+            let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
+            ledger.take(node, output.offset, &output.bytes);
+        }
+    }
+    Ok(())
+}

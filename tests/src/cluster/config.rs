@@ -1,0 +1,151 @@
+//! The configuration files of a cluster's nodes.
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+
+use crate::images::{Images, Kernel};
+
+/// Bytes of a small Linux guest's memory, in MiB.
+const LINUX_MIB: u64 = 128;
+/// The same of a synthetic guest.
+const SYNTHETIC_MIB: u64 = 16;
+
+/// What a cluster runs.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// The lines of `[guest]`.
+    lines: String,
+    /// For messages and summaries.
+    pub name: String,
+    /// Where its console's hash chain begins.
+    pub seed: u64,
+}
+
+impl Guest {
+    /// The guest in software: 1250 lines a second.
+    pub fn synthetic(seed: u64) -> Self {
+        let lines = format!("kind = \"synthetic\"\nmemory_mib = {SYNTHETIC_MIB}\nseed = {seed}\n");
+        Self { lines, name: "synthetic".to_owned(), seed }
+    }
+
+    /// Linux with one CPU, whose init is the workload with these arguments.
+    ///
+    /// # Errors
+    /// An image is missing.
+    pub fn linux(images: &Images, kernel: Kernel, seed: u64, workload: &str) -> anyhow::Result<Self> {
+        let (kernel, initrd) = (images.kernel(kernel)?.display(), images.workload()?.display());
+        let command_line = format!("console=ttyS0 reboot=t panic=-1 quiet -- seed={seed} {workload}");
+        let lines = format!(
+            "kind = \"kvm\"\nkernel = \"{kernel}\"\ninitrd = [\"{initrd}\"]\ncmdline = \"{command_line}\"\n\
+             memory_mib = {LINUX_MIB}\n"
+        );
+        Ok(Self { lines, name: format!("linux {} ({} kernel)", images.release, images.kind), seed })
+    }
+
+    /// A bare-metal program with this command line.
+    ///
+    /// # Errors
+    /// The image is missing.
+    pub fn bare(images: &Images, program: &str, line: &str) -> anyhow::Result<Self> {
+        let kernel = images.payload(program)?;
+        let lines = format!(
+            "kind = \"kvm\"\nkernel = \"{}\"\ncmdline = \"{line}\"\nmemory_mib = {SYNTHETIC_MIB}\n",
+            kernel.display()
+        );
+        Ok(Self { lines, name: program.to_owned(), seed: 0 })
+    }
+}
+
+/// How nodes are configured; what is not named here keeps its default.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The guest of a primary.
+    pub guest: Guest,
+    /// `replication.ack`: `memory` or `disk`.
+    pub ack: &'static str,
+    /// `replication.failover`: `auto` or `manual`.
+    pub failover: &'static str,
+    /// `replication.on_secondary_loss`: `solo` or `hold`.
+    pub on_secondary_loss: &'static str,
+    /// Milliseconds between heartbeats.
+    pub heartbeat_ms: u32,
+    /// Milliseconds of silence until a peer is taken for lost.
+    pub suspect_after_ms: u32,
+    /// Milliseconds from then to the promotion.
+    pub promote_delay_ms: u32,
+    /// Milliseconds between cuts.
+    pub interval_ms: u32,
+    /// Whether nodes reach each other through links that can be cut.
+    pub links: bool,
+}
+
+impl Options {
+    /// Quick to suspect, but not so quick that a busy host is taken for a dead one.
+    pub fn new(guest: Guest) -> Self {
+        Self {
+            guest,
+            ack: "memory",
+            failover: "auto",
+            on_secondary_loss: "solo",
+            heartbeat_ms: 25,
+            suspect_after_ms: 400,
+            promote_delay_ms: 100,
+            interval_ms: 25,
+            links: false,
+        }
+    }
+}
+
+/// Where a node listens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ports {
+    pub(super) admin: SocketAddr,
+    pub(super) quic: SocketAddr,
+    /// The port that runners are told of instead.
+    pub(super) advertised: Option<u16>,
+}
+
+pub(super) fn primary(
+    options: &Options,
+    vm: &str,
+    node: &str,
+    ports: Ports,
+    secondary: Option<SocketAddr>,
+) -> String {
+    let mut text = common(vm, node, ports);
+    text += &format!("[guest]\n{}", options.guest.lines);
+    text += &replication("replication", options, secondary);
+    text
+}
+
+pub(super) fn secondary(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
+    let mut text = common(vm, node, ports);
+    let Options { ack, failover, heartbeat_ms, suspect_after_ms, promote_delay_ms, .. } = options;
+    text += &format!(
+        "[replication]\nlisten = \"{}\"\nack = \"{ack}\"\nfailover = \"{failover}\"\nheartbeat_ms = {heartbeat_ms}\n\
+         suspect_after_ms = {suspect_after_ms}\npromote_delay_ms = {promote_delay_ms}\n",
+        ports.quic
+    );
+    if let Some(port) = ports.advertised {
+        writeln!(text, "advertise_port = {port}").expect("a string takes all");
+    }
+    text += &replication("promoted", options, None);
+    text
+}
+
+fn common(vm: &str, node: &str, ports: Ports) -> String {
+    format!(
+        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\n[arbiter]\ndirectory = \"arbiter\"\n\
+         [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
+        ports.admin
+    )
+}
+
+fn replication(section: &str, options: &Options, secondary: Option<SocketAddr>) -> String {
+    let Options { on_secondary_loss, heartbeat_ms, suspect_after_ms, interval_ms, .. } = options;
+    let whom = secondary.map(|address| format!("secondary = \"{address}\"\n")).unwrap_or_default();
+    format!(
+        "[{section}]\n{whom}on_secondary_loss = \"{on_secondary_loss}\"\nheartbeat_ms = {heartbeat_ms}\n\
+         suspect_after_ms = {suspect_after_ms}\ninterval_ms = {interval_ms}\n"
+    )
+}

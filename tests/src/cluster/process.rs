@@ -1,0 +1,133 @@
+//! A node's process: started with its output in a file, stopped by signals, ended on drop.
+
+use anyhow::{Context, bail, ensure};
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// How often the end of a process is looked for.
+const POLL: Duration = Duration::from_millis(5);
+/// Bytes of a log that a message shows.
+const TAIL: usize = 3000;
+
+/// A program of the workspace: beside this one, or beside the directory of test programs.
+///
+/// # Errors
+/// It is not built.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let this = std::env::current_exe().context("this program's own path is not known")?;
+    let beside = this.parent().into_iter().chain(this.parent().and_then(Path::parent));
+    let found = beside.map(|directory| directory.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not built: run `make build`"))
+}
+
+/// A running process.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command` with its output added to `log`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(command: &mut Command, log: &Path) -> anyhow::Result<Self> {
+        let cannot = || format!("cannot write {}", log.display());
+        let out = File::options().create(true).append(true).open(log).with_context(cannot)?;
+        let err = out.try_clone().with_context(cannot)?;
+        let child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn();
+        let child = child.with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        Ok(Self { child, log: log.to_owned() })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn signal(&self, signal: libc::c_int) -> anyhow::Result<()> {
+        let pid = libc::pid_t::try_from(self.child.id())?;
+        // SAFETY: the child is not waited for before this value is dropped or borrowed mutably, so its id is its own.
+        let sent = unsafe { libc::kill(pid, signal) };
+        ensure!(sent == 0, "signal {signal} to process {pid}: {}", std::io::Error::last_os_error());
+        Ok(())
+    }
+
+    /// Kills it, as a loss of its host would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// It had ended by itself before.
+    pub fn kill(&mut self) -> anyhow::Result<Instant> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!("the process had ended before it was killed: {status}; its log ends:\n{}", self.tail());
+        }
+        self.child.kill()?;
+        let killed = Instant::now();
+        let status = self.child.wait()?;
+        ensure!(
+            status.signal() == Some(libc::SIGKILL),
+            "the process ended by itself: {status}; its log ends:\n{}",
+            self.tail()
+        );
+        Ok(killed)
+    }
+
+    /// Its status, if it has ended.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn status(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end in time.
+    pub fn ended(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(
+                started.elapsed() < limit,
+                "still running after {limit:?}; its log ends:\n{}",
+                self.tail()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Everything that it has logged.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// The end of its log.
+    pub fn tail(&self) -> String {
+        tail(&self.log)
+    }
+}
+
+/// The end of a log.
+pub(super) fn tail(log: &Path) -> String {
+    let bytes = std::fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL)..]).into_owned()
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SIGKILL ends a stopped process too. One that has ended already is no error here.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
