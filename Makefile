@@ -7,7 +7,7 @@ RUN := ./deploy/make.sh
 .PHONY: help setup guest build test check demo bench clean
 
 help:
-	@echo 'make demo    boot a guest and show what this milestone does; writes target/demo/summary.json'
+	@echo 'make demo    kill the host of a guest and show that the guest goes on; writes target/demo/summary.json'
 	@echo '             (RUNS=n SEED=n SECONDS=n are passed on)'
 	@echo 'make test    all tests; those that boot a guest need /dev/kvm'
 	@echo 'make check   formatting, clippy, licences and sources of dependencies'

@@ -5,7 +5,7 @@
 # installs, and for what it cannot install the one line that helps. What guest images need, deploy/guest/prepare.sh
 # installs itself when it has to build one.
 #
-#   setup.sh [build]   a C toolchain (installed by apt), Rust (checked)
+#   setup.sh [build]   a C and C++ toolchain with libclang (installed by apt), Rust (checked)
 #   setup.sh check     that, rustfmt and clippy (checked), cargo-deny (built into the cache)
 #   setup.sh cache     only prints the cache directory: $COLO_CACHE, else colo/ in the user's cache directory, else
 #                      target/cache where that cannot be written
@@ -19,8 +19,9 @@ guest_dir=$clone/deploy/guest
 # shellcheck source=guest/lib/common.sh
 . "$guest_dir/lib/common.sh"
 
-# The payloads and the build scripts of crates need a C compiler and linker; make runs all of this.
-readonly packages=(gcc make libc6-dev)
+# The payloads and the build scripts of crates need a C compiler and linker; RocksDB is C++, and its bindings are made
+# by libclang; make runs all of this.
+readonly packages=(gcc g++ make libc6-dev clang libclang-dev)
 readonly cargo_deny=0.20.2
 
 say() { echo "setup: $*" >&2; }
@@ -37,8 +38,8 @@ main() {
 
 c_toolchain() {
     if ! command -v apt-get >/dev/null; then
-        command -v gcc >/dev/null && command -v make >/dev/null && return
-        die "no apt-get here: install gcc, make and the C library's headers the way this system does it"
+        command -v g++ >/dev/null && command -v make >/dev/null && command -v clang >/dev/null && return
+        die "no apt-get here: install gcc, g++, make, clang, libclang and the C library's headers the way this system does it"
     fi
     local package missing=()
     for package in "${packages[@]}"; do
