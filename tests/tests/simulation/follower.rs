@@ -1,0 +1,246 @@
+//! A node that follows: `secondary::node::Follower` without its threads and clocks. Each step names the function there
+//! that it mirrors.
+
+use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term};
+use colo_primary::release::Release;
+use colo_secondary::image::Image;
+use colo_secondary::persist::{Restored, StoredState};
+use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Stored};
+use colo_secondary::staging::{StagedEpoch, StagedPart, Staging};
+use colo_secondary::store::{MemoryDisk, Store, StoreError, StoredCopy};
+use colo_vmm::GuestMemory;
+use colo_vmm::memory::Page;
+use colo_vmm::synthetic::SyntheticGuest;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::common::{ArbiterClient, Common, name};
+use crate::persister::Persister;
+use crate::plan::{FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
+use crate::runner::Beginning;
+
+/// `apply::Job`.
+pub(crate) enum Apply {
+    BeginSeed { keep: bool },
+    Seed(StagedPart),
+    Epoch(Arc<StagedEpoch>),
+    Digests(u64, colo_proto::message::DigestRequest),
+}
+
+/// `node::Link`, with what the receiver of the link has.
+pub(crate) struct Link {
+    pub(crate) number: u64,
+    pub(crate) node: NodeId,
+    pub(crate) term: Term,
+    pub(crate) seeding: bool,
+    pub(crate) asked: Option<colo_proto::message::DigestRequest>,
+    pub(crate) goodbye: bool,
+    pub(crate) staging: Staging,
+    /// The stream was no good; the link is being closed.
+    pub(crate) over: bool,
+}
+
+/// `node::Suspicion`.
+#[derive(Clone, Copy)]
+pub(crate) struct Suspicion {
+    pub(crate) until: Time,
+    pub(crate) due: bool,
+}
+
+/// How it ends: `node::Outcome`.
+pub(crate) enum Outcome {
+    Run(Box<Beginning>),
+    Failed(String),
+}
+
+/// `node::Follower`.
+pub(crate) struct Follower {
+    pub(crate) x: usize,
+    pub(crate) me: NodeId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) replica: Replica,
+    pub(crate) guest: Option<SyntheticGuest>,
+    pub(crate) image: Option<Image>,
+    pub(crate) apply: VecDeque<Apply>,
+    pub(crate) persister: Persister,
+    pub(crate) store_failed: bool,
+    pub(crate) link: Option<Link>,
+    pub(crate) tip: Option<Arc<StagedEpoch>>,
+    pub(crate) restored: Option<Restored>,
+    pub(crate) history: History,
+    pub(crate) held: Release,
+    pub(crate) promotions: u32,
+    pub(crate) yielded: u32,
+    pub(crate) suspicion: Option<Suspicion>,
+    pub(crate) asked: bool,
+    pub(crate) hand_back: Option<(NodeId, Incarnation, Term)>,
+    pub(crate) reading: bool,
+    pub(crate) observed: bool,
+    pub(crate) arbiter: ArbiterClient,
+    pub(crate) next_read: Time,
+    /// `Follower::forget_running` is to be done to the vm's directory.
+    pub(crate) forgets_running: bool,
+    pub(crate) end: Option<Outcome>,
+}
+
+/// What of a node outlives its processes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Durable {
+    pub(crate) disk: MemoryDisk,
+    /// The guest's description was kept beside the store.
+    pub(crate) spec: bool,
+    /// What the operator configured last.
+    pub(crate) policy: AckPolicy,
+    /// `vmdir::Runner` of `colo-primary`.
+    pub(crate) runner: Option<colo_common::vmdir::Runner>,
+}
+
+impl Follower {
+    /// `secondary::start`: opens the store, reads it back, and waits for a runner.
+    pub(crate) fn start(
+        x: usize,
+        incarnation: Incarnation,
+        durable: &Durable,
+        common: &mut Common,
+    ) -> Result<Self, StoreError> {
+        let mut store = Store::open_in_memory(&durable.disk, common.vm())?;
+        let summary = store.summary();
+        let (whole, history) = match &summary.copy {
+            StoredCopy::Whole(whole) => (Some((whole.point, whole.replica)), whole.history.clone()),
+            _ => (None, History::default()),
+        };
+        common.note(x, || format!("starts with {whole:?}, active {:?}", summary.active));
+        let stored = Stored { active: summary.active.is_some(), whole };
+        let rules = Rules { policy: durable.policy, boot_after_crash: common.plan.boot };
+        let mut replica = Replica::new(name(x), incarnation, rules, stored);
+        replica.mutate(common.mutations.follower);
+        let loaded = if durable.spec { Some(load(&mut store, x, common)?) } else { None };
+        let mut follower = Self {
+            x,
+            me: name(x),
+            incarnation,
+            replica,
+            guest: None,
+            image: None,
+            apply: VecDeque::new(),
+            persister: Persister::new(store),
+            store_failed: false,
+            link: None,
+            tip: None,
+            restored: None,
+            history,
+            held: Release::default(),
+            promotions: 0,
+            yielded: 0,
+            suspicion: None,
+            asked: false,
+            hand_back: None,
+            reading: false,
+            observed: false,
+            arbiter: ArbiterClient::default(),
+            next_read: common.now,
+            forgets_running: false,
+            end: None,
+        };
+        if let Some(Loaded { memory, point, restored }) = loaded {
+            follower.take_loaded(memory, point, restored, common);
+        }
+        if matches!(follower.replica.copy(), Copy::Whole { .. }) {
+            common.count("starts with a whole copy");
+            follower.suspicion = Some(Suspicion { until: common.now + STARTUP_GRACE, due: false });
+        }
+        Ok(follower)
+    }
+
+    /// `Follower::take_loaded` and `take_stored`.
+    fn take_loaded(
+        &mut self,
+        memory: Arc<GuestMemory>,
+        point: Option<Point>,
+        restored: Option<Restored>,
+        common: &Common,
+    ) {
+        if let (Some(restored), Some(point)) = (restored, point) {
+            self.promotions = restored.promotions;
+            self.held = Release::new(restored.held.start);
+            self.held.hold(point.epoch, restored.held.clone());
+            self.restored = Some(restored);
+        }
+        self.warm_up(memory, point, common);
+    }
+
+    /// `Follower::warm_up`.
+    pub(crate) fn warm_up(&mut self, memory: Arc<GuestMemory>, point: Option<Point>, common: &Common) {
+        self.guest = Some(common.guest(Arc::clone(&memory)));
+        self.image = Some(Image::new(memory, point));
+    }
+
+    /// A turn of `Follower::run`, and of its apply and persist threads.
+    pub(crate) fn tick(&mut self, common: &mut Common) {
+        while let Some(found) = self.arbiter.poll(common) {
+            self.on_arbiter(found, common);
+        }
+        for _ in 0..common.plan.apply_speed {
+            self.apply_one(common);
+        }
+        // A slow store does not get to it in every tick.
+        let turns = common.plan.persist_speed.max(u64::from(common.seed.below(3) == 0));
+        for _ in 0..turns {
+            if let Some(persisted) = self.persister.work() {
+                self.on_persisted(persisted, common);
+            }
+        }
+        self.settle(common);
+    }
+
+    /// `Follower::settle`.
+    pub(crate) fn settle(&mut self, common: &mut Common) {
+        self.suspect_if_due(common);
+        if common.now >= self.next_read && self.link.is_none() {
+            self.next_read = common.now + READ_INTERVAL;
+            self.read();
+        }
+    }
+
+    pub(crate) fn read(&mut self) {
+        self.reading = true;
+        self.arbiter.read();
+    }
+
+    pub(crate) fn replica_id(&self) -> Option<ReplicaId> {
+        match self.replica.copy() {
+            Copy::Whole { replica, .. } => Some(*replica),
+            _ => None,
+        }
+    }
+}
+
+struct Loaded {
+    memory: Arc<GuestMemory>,
+    point: Option<Point>,
+    restored: Option<Restored>,
+}
+
+/// `node::pairing::load`.
+fn load(store: &mut Store, x: usize, common: &mut Common) -> Result<Loaded, StoreError> {
+    let memory = common.memory();
+    let mut fill = |gfn: colo_common::Gfn, page: &Page| {
+        assert!(gfn.0 < FRAMES, "the store holds a page that the guest does not have");
+        memory.write_page(gfn, page).expect("a frame of the guest");
+    };
+    match store.summary().copy {
+        StoredCopy::None => Ok(Loaded { memory, point: None, restored: None }),
+        StoredCopy::Inconsistent => {
+            store.load_base(&mut fill)?;
+            Ok(Loaded { memory, point: None, restored: None })
+        }
+        StoredCopy::Whole(whole) => {
+            store.load(&mut fill)?;
+            common.count("stores read back");
+            common.outside.check_memory("a store", whole.point, &memory);
+            let restored = StoredState::restore(&store.state()?);
+            let restored = restored.unwrap_or_else(|e| panic!("node {x} cannot read the stored state: {e}"));
+            Ok(Loaded { memory, point: Some(whole.point), restored: Some(restored) })
+        }
+    }
+}

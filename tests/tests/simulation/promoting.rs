@@ -1,0 +1,156 @@
+//! Taking the guest over, simulated: `secondary::node::promoting`, function by function.
+
+use colo_common::Point;
+use colo_common::register::{Answer, Entry};
+use colo_primary::arbiter_worker::Found;
+use colo_primary::release::Release;
+use colo_primary::replicator::Replicator;
+use colo_secondary::replica::{Copy, NotMine, Start};
+use colo_vmm::{MachineState, ProtectedGuest};
+
+use crate::common::Common;
+use crate::follower::{Follower, Outcome, Suspicion};
+use crate::persister::Job;
+use crate::plan::SUSPECT_AGAIN;
+use crate::runner::Beginning;
+
+impl Follower {
+    pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
+        if self.suspicion.is_none_or(|suspicion| common.now < suspicion.until) {
+            return;
+        }
+        if !common.plan.auto_failover || self.link.as_ref().is_some_and(|link| link.goodbye) {
+            return;
+        }
+        if self.replica.is_proposing() || self.cannot_run() {
+            return;
+        }
+        self.suspicion = Some(Suspicion { until: common.now + SUSPECT_AGAIN, due: true });
+        self.read();
+    }
+
+    fn cannot_run(&self) -> bool {
+        !matches!(self.replica.copy(), Copy::Whole { .. })
+            || self.store_failed
+            || self.guest.is_none()
+            || self.image.is_none()
+    }
+
+    pub(crate) fn on_arbiter(&mut self, found: Found, common: &mut Common) {
+        self.arbiter.note(self.x, &found, common);
+        match found {
+            Found::Answer(id, answer) => {
+                let entry = match &answer {
+                    Answer::Applied(entry) => Some(entry.clone()),
+                    Answer::Refused(found) => found.clone(),
+                };
+                self.remember(entry.as_ref());
+                let actions = self.replica.answer(id, answer);
+                self.act(actions, common);
+            }
+            Found::Entry(entry) => self.on_register(entry, common),
+            Found::Silent(_) => {}
+        }
+    }
+
+    /// `Follower::remember`.
+    fn remember(&mut self, found: Option<&Entry>) {
+        if let Some(entry) = found {
+            self.persister.order(Job::Term(entry.term));
+        }
+    }
+
+    fn on_register(&mut self, found: Option<Entry>, common: &mut Common) {
+        self.remember(found.as_ref());
+        if !std::mem::take(&mut self.reading) {
+            return;
+        }
+        self.observed = true;
+        let actions = self.replica.observe(found.as_ref());
+        self.act(actions, common);
+        if let Some((node, process, lost_to)) = self.hand_back.take()
+            && let Ok(actions) = self.replica.hand_back(found.as_ref(), &node, process, lost_to)
+        {
+            common.count("hand-backs proposed");
+            self.act(actions, common);
+        }
+        let suspected = common.plan.auto_failover && self.suspicion.is_some_and(|suspicion| suspicion.due);
+        if !self.asked && !suspected {
+            return;
+        }
+        if self.cannot_run() {
+            self.asked = false;
+            return;
+        }
+        match self.replica.promote(found.as_ref()) {
+            Ok(actions) => self.act(actions, common),
+            Err(NotMine::Proposing) => {}
+            Err(e) => {
+                self.asked = false;
+                if !matches!(e, NotMine::Absent) {
+                    self.suspicion = None;
+                }
+            }
+        }
+    }
+
+    pub(crate) fn take_over(&mut self, start: Start, entry: Entry, common: &mut Common) {
+        common.note(self.x, || format!("runs by {start:?}: {entry}"));
+        if let Some(link) = self.link.take() {
+            common.close(link.number, 1);
+        }
+        self.asked = false;
+        let outcome = match start {
+            Start::Promote(point) => self.promote_from(point, entry, common),
+            Start::Boot => self.boot(entry, common),
+        };
+        self.end = Some(outcome.unwrap_or_else(Outcome::Failed));
+    }
+
+    fn promote_from(&mut self, point: Point, entry: Entry, common: &mut Common) -> Result<Outcome, String> {
+        while !self.apply.is_empty() && self.end.is_none() {
+            self.apply_one(common);
+        }
+        let image = self.image.take().ok_or("there is no image")?;
+        if image.point() != Some(point) {
+            let at = image.point();
+            common.outside.broken(|| format!("the image is at {at:?} and {point} was staged"));
+            return Err("the image is elsewhere".to_owned());
+        }
+        let state = self.staged_state()?;
+        let guest = self.guest.as_mut().ok_or("there is no guest")?;
+        guest.restore(&state).map_err(|e| e.to_string())?;
+        common.outside.activating(self.x);
+        self.persister.activate(entry.term, common.mutations.promotion_leaves_store)?;
+        let guest = self.guest.take().ok_or("there is no guest")?;
+        common.count("promotions");
+        let stint = common.outside.promote(self.x, point, image.memory(), &state);
+        Ok(self.begin(entry, guest, stint))
+    }
+
+    fn boot(&mut self, entry: Entry, common: &mut Common) -> Result<Outcome, String> {
+        self.persister.activate(entry.term, false)?;
+        let mut guest = self.guest.take().ok_or("the guest's description is not known here")?;
+        guest.boot().map_err(|e| e.to_string())?;
+        self.held = Release::default();
+        common.count("boots");
+        let stint = common.outside.boot(self.x);
+        Ok(self.begin(entry, guest, stint))
+    }
+
+    fn staged_state(&mut self) -> Result<MachineState, String> {
+        match (&self.tip, self.restored.take()) {
+            (Some(tip), _) => Ok(tip.state.clone()),
+            (None, Some(restored)) => Ok(restored.state),
+            (None, None) => Err("there is no machine state".to_owned()),
+        }
+    }
+
+    fn begin(&mut self, entry: Entry, guest: colo_vmm::synthetic::SyntheticGuest, stint: usize) -> Outcome {
+        let history = std::mem::take(&mut self.history);
+        let replicator = Replicator::new(self.me.clone(), self.incarnation, entry, history);
+        let release = std::mem::take(&mut self.held);
+        let promotions = self.promotions + self.yielded;
+        Outcome::Run(Box::new(Beginning { replicator, guest, stint, release, promotions, secondary: None }))
+    }
+}

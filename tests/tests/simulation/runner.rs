@@ -1,0 +1,312 @@
+//! A node that runs the guest: `primary::node::Node` without its threads and clocks. Each step names the function there
+//! that it mirrors.
+
+use colo_common::register::StopReason;
+use colo_common::{Incarnation, Point};
+use colo_primary::arbiter_worker::Found;
+use colo_primary::encode::Encoder;
+use colo_primary::release::Release;
+use colo_primary::replicator::{Action, End, Entitled, Phase, Replicator};
+use colo_vmm::guest::{GuestEvent, Tracked};
+use colo_vmm::synthetic::SyntheticGuest;
+use colo_vmm::{Cut, DirtySet, ProtectedGuest};
+use std::time::Duration;
+
+use crate::common::{ArbiterClient, Common};
+use crate::joining::SeedJob;
+use crate::net::{Msg, Way};
+use crate::outside::Outlet;
+use crate::plan::{FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
+
+/// `node::Peer`, with the encoder of its link.
+pub(crate) struct Peer {
+    pub(crate) link: u64,
+    pub(crate) base: Option<Point>,
+    pub(crate) resend_output: bool,
+    pub(crate) max_epoch_bytes: u64,
+    pub(crate) encoder: Encoder,
+}
+
+/// `node::Linking`.
+pub(crate) enum Linking {
+    Idle,
+    Connecting { link: u64, purpose: colo_primary::link::Purpose, since: Time },
+    Waiting { until: Time },
+}
+
+/// `node::Node`.
+pub(crate) struct Runner {
+    pub(crate) x: usize,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) replicator: Replicator<DirtySet>,
+    pub(crate) guest: SyntheticGuest,
+    pub(crate) stint: usize,
+    pub(crate) release: Release,
+    pub(crate) dirty: DirtySet,
+    pub(crate) due: Time,
+    pub(crate) standing: Option<Cut>,
+    pub(crate) resting: Option<Cut>,
+    pub(crate) parked: bool,
+    pub(crate) stopping: bool,
+    pub(crate) cut_now: bool,
+    pub(crate) unknown: bool,
+    pub(crate) failed: bool,
+    pub(crate) peer: Option<Peer>,
+    pub(crate) linking: Linking,
+    pub(crate) secondary: Option<usize>,
+    pub(crate) paused_secondary: Option<usize>,
+    pub(crate) lost_since: Option<Time>,
+    pub(crate) seed: Option<SeedJob>,
+    pub(crate) arbiter: ArbiterClient,
+    next_read: Time,
+    next_offer: Time,
+    pub(crate) promotions: u32,
+    began: Time,
+    pub(crate) end: Option<End>,
+}
+
+/// What a runner begins with: `node::Beginning`.
+pub(crate) struct Beginning {
+    pub(crate) replicator: Replicator<DirtySet>,
+    pub(crate) guest: SyntheticGuest,
+    pub(crate) stint: usize,
+    pub(crate) release: Release,
+    pub(crate) promotions: u32,
+    pub(crate) secondary: Option<usize>,
+}
+
+impl Runner {
+    /// `Node::new` and the beginning of `Node::run`.
+    pub(crate) fn new(x: usize, incarnation: Incarnation, beginning: Beginning, common: &mut Common) -> Self {
+        let Beginning { mut replicator, mut guest, stint, release, promotions, secondary } = beginning;
+        replicator.mutate(common.mutations.runner);
+        if let Err(e) = guest.resume() {
+            common.outside.broken(|| format!("the guest does not run: {e}"));
+        }
+        // What no two runs have in common: without it, two histories might say the same.
+        guest.console_input(format!("node {x} at {}\n", common.now).as_bytes());
+        let now = common.now;
+        Self {
+            x,
+            incarnation,
+            replicator,
+            guest,
+            stint,
+            release,
+            dirty: DirtySet::new(FRAMES),
+            due: now + INTERVAL,
+            standing: None,
+            resting: None,
+            parked: false,
+            stopping: false,
+            cut_now: false,
+            unknown: false,
+            failed: false,
+            peer: None,
+            linking: Linking::Idle,
+            secondary,
+            paused_secondary: None,
+            lost_since: None,
+            seed: None,
+            arbiter: ArbiterClient::default(),
+            next_read: now + READ_INTERVAL,
+            next_offer: now,
+            promotions,
+            began: now,
+            end: None,
+        }
+    }
+
+    /// A turn of `Node::run`: the guest moves, then what came meanwhile is handled.
+    pub(crate) fn tick(&mut self, common: &mut Common) {
+        self.guest.advance(common.plan.steps);
+        while let Some(found) = self.arbiter.poll(common) {
+            self.on_arbiter(found, common);
+            self.settle(common);
+        }
+        self.copy(common);
+        self.settle(common);
+    }
+
+    /// `Node::settle`.
+    pub(crate) fn settle(&mut self, common: &mut Common) {
+        if self.end.is_some() {
+            return;
+        }
+        self.ask_guest(common);
+        self.end_failed(common);
+        self.look_for_secondary(common);
+        if common.now >= self.next_read {
+            self.next_read = common.now + READ_INTERVAL;
+            self.arbiter.read();
+        }
+        if self.promotions > 0 && !self.failed && common.now - self.began > STEADY {
+            self.promotions = 0;
+        }
+        self.cut_if_due(common);
+        self.ship_if_possible(common);
+        self.let_out(common);
+    }
+
+    /// `Node::ask_guest`.
+    fn ask_guest(&mut self, common: &mut Common) {
+        while let Some(event) = self.guest.next_event(Duration::ZERO) {
+            match event {
+                GuestEvent::Lifecycle(_) | GuestEvent::TrackingLost(_) => self.cut_now = true,
+                GuestEvent::OutputFull => self.cut_now |= self.is_shipping(),
+                GuestEvent::Failed(_) => self.guest_failed(common),
+            }
+        }
+    }
+
+    /// `Node::guest_failed`.
+    pub(crate) fn guest_failed(&mut self, common: &mut Common) {
+        if self.failed {
+            return;
+        }
+        common.count("guest failures");
+        common.note(self.x, || "the guest failed".to_owned());
+        if common.counts.of("corruptions") == 0 {
+            common.outside.broken(|| "the guest found memory that is not what it left there".to_owned());
+        }
+        self.failed = true;
+        self.park(common);
+        match (&self.peer, self.replicator.phase()) {
+            (peer, Phase::Paired { .. }) if self.promotions < common.plan.max_promotions => {
+                if let Some(link) = peer.as_ref().map(|peer| peer.link) {
+                    common.send(link, Way::Say, Msg::Yield);
+                }
+            }
+            _ => {
+                let actions = self.replicator.stop(StopReason::Failed);
+                self.act(actions, common);
+            }
+        }
+    }
+
+    /// `Node::end_failed`.
+    fn end_failed(&mut self, common: &mut Common) {
+        let alone = matches!(self.replicator.phase(), Phase::Alone) && !self.replicator.is_proposing();
+        if self.failed && alone && !common.mutations.failed_guest_left {
+            let actions = self.replicator.stop(StopReason::Failed);
+            self.act(actions, common);
+        }
+    }
+
+    /// `Node::on_arbiter`.
+    fn on_arbiter(&mut self, found: Found, common: &mut Common) {
+        self.arbiter.note(self.x, &found, common);
+        let actions = match found {
+            Found::Answer(id, answer) => self.replicator.answer(id, answer),
+            Found::Entry(entry) => self.replicator.observe(entry),
+            Found::Silent(_) => return,
+        };
+        let term = self.replicator.register().term;
+        let before = self.replicator.acked();
+        self.act(actions, common);
+        if let (Some(peer), Phase::Paired { .. }) = (&self.peer, self.replicator.phase()) {
+            let link = peer.link;
+            if before.is_none() {
+                common.count("paired");
+            }
+            common.send(link, Way::Say, Msg::Term(term));
+        }
+    }
+
+    /// `Node::act`.
+    pub(crate) fn act(&mut self, actions: Vec<Action<DirtySet>>, common: &mut Common) {
+        for action in actions {
+            match action {
+                Action::Propose(proposal) => {
+                    common.note(self.x, || format!("proposes {}", proposal.entry()));
+                    self.arbiter.propose(proposal);
+                }
+                Action::MergeBack(set) => {
+                    common.count("failed epochs");
+                    self.dirty.union_with(&set);
+                    self.send_resting_again();
+                }
+                Action::Detach => {
+                    self.drop_link(common);
+                    self.stop_tracking_if_alone(common);
+                }
+                Action::ResetGuest => self.reset_guest(common),
+                Action::Park => {
+                    common.count("parked");
+                    self.parked = true;
+                    self.park(common);
+                }
+                Action::Unpark => self.unpark(common),
+                Action::End(end) => {
+                    common.note(self.x, || format!("ends: {end:?}"));
+                    self.let_out(common);
+                    self.end = Some(end);
+                }
+            }
+        }
+    }
+
+    fn unpark(&mut self, common: &mut Common) {
+        common.count("hand-backs");
+        common.note(self.x, || "is handed the guest back".to_owned());
+        self.parked = false;
+        self.standing = None;
+        self.resting = None;
+        if self.failed {
+            let actions = self.replicator.stop(StopReason::Failed);
+            self.act(actions, common);
+        } else {
+            self.resume(common);
+        }
+    }
+
+    /// `Node::let_out`.
+    fn let_out(&mut self, common: &mut Common) {
+        let mut entitled = self.replicator.entitled();
+        if common.mutations.release_before_ack && matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            entitled = Entitled::All;
+        }
+        let outlet = &mut Outlet(&mut common.outside, self.stint);
+        self.release.let_out(entitled, outlet);
+        if entitled == Entitled::All && !self.parked && self.standing.is_none() {
+            let epoch = self.replicator.next_point().epoch;
+            let output = self.guest.drain_output();
+            self.release.hold(epoch, output);
+            self.release.let_out(entitled, outlet);
+        }
+    }
+
+    /// `Node::is_shipping`.
+    pub(crate) fn is_shipping(&self) -> bool {
+        matches!(
+            self.replicator.phase(),
+            Phase::Joining { .. } | Phase::Pairing { .. } | Phase::Paired { .. }
+        )
+    }
+
+    /// `Node::check_tracked`.
+    pub(crate) fn check_tracked(&mut self, tracked: Tracked, common: &mut Common) {
+        if let Tracked::Unknown(_) = tracked {
+            common.count("ring overruns");
+            common.note(self.x, || "loses track of the guest's writes".to_owned());
+            self.unknown = true;
+        }
+    }
+
+    pub(crate) fn resume(&mut self, common: &mut Common) {
+        if let Err(e) = self.guest.resume() {
+            common.outside.broken(|| format!("the guest does not go on: {e}"));
+        }
+    }
+
+    /// Mirrors what a parked runner does for its hand-back: `pairing::PairingClient::offer_hand_back`. Answers to whom,
+    /// and since which term.
+    pub(crate) fn offers_hand_back(&mut self, now: Time) -> Option<(colo_common::NodeId, colo_common::Term)> {
+        let Phase::Lost { to } = self.replicator.phase() else { return None };
+        if now < self.next_offer {
+            return None;
+        }
+        self.next_offer = now + READ_INTERVAL;
+        Some((to.value.runner().clone(), to.term))
+    }
+}

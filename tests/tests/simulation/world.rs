@@ -1,0 +1,438 @@
+//! A simulated cluster: its nodes, what reaches them, and the run from the first fault to the last repair.
+
+use colo_common::history::History;
+use colo_common::register::{Answer, Entry, Value};
+use colo_common::vmdir::Runner as Known;
+use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term};
+use colo_primary::arbiter_worker::Found;
+use colo_primary::release::Release;
+use colo_primary::replicator::{Entitled, Phase, Replicator};
+use colo_primary::start::{Allowed, decide};
+use colo_secondary::replica::{AckPolicy, Copy};
+use colo_secondary::store::StoreError;
+use colo_vmm::ProtectedGuest;
+
+use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
+use crate::follower::{Durable, Follower, Outcome};
+use crate::net::{Msg, Way};
+use crate::plan::{FAULTS_END, LIMIT, Mutations, Time};
+use crate::runner::{Beginning, Runner};
+
+/// A guest whose rings are overrun so often after the faults cannot be protected.
+const MANY_OVERRUNS: u64 = 3;
+
+/// What runs on a node.
+pub(crate) enum Role {
+    Down {
+        since: Time,
+    },
+    /// `colo-primary` before its guest runs.
+    Starting(Box<Starting>),
+    Follower(Box<Follower>),
+    Runner(Box<Runner>),
+}
+
+/// `primary::start`, while it waits for the arbiter.
+pub(crate) struct Starting {
+    incarnation: Incarnation,
+    arbiter: ArbiterClient,
+    allowed: Allowed,
+}
+
+/// A node.
+pub(crate) struct Node {
+    pub(crate) durable: Durable,
+    pub(crate) role: Role,
+    /// Under the policy `disk`: what the store must show after a crash, if the register still names that copy.
+    promise: Option<(ReplicaId, Option<Point>)>,
+}
+
+/// What came of a seed.
+pub(crate) struct Ran {
+    pub(crate) broken: Option<String>,
+    pub(crate) counts: Counts,
+}
+
+/// The cluster.
+pub(crate) struct World {
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) common: Common,
+    /// The first point that was acked after the faults.
+    goal: Option<Point>,
+    /// Ring overruns until the faults ended.
+    pub(crate) overruns: u64,
+}
+
+/// Runs a seed to its end.
+pub(crate) fn run(number: u64, mutations: Mutations, traced: bool) -> Ran {
+    let mut world = World::new(number, mutations, traced);
+    while world.common.outside.broken.is_none() && world.common.now < LIMIT && !world.is_done() {
+        world.tick();
+    }
+    world.conclude();
+    let (lost, doubled) = (world.common.net.lost, world.common.net.doubled);
+    let (bytes, frames) = world.common.outside.released();
+    let common = &mut world.common;
+    for (what, times) in [
+        ("messages lost", lost),
+        ("links doubled", doubled),
+        ("bytes released", bytes),
+        ("packets released", frames),
+    ] {
+        common.counts.add(what, times);
+    }
+    common.counts.add("ticks", common.now);
+    Ran { broken: common.outside.broken.take(), counts: common.counts.clone() }
+}
+
+impl World {
+    fn new(number: u64, mutations: Mutations, traced: bool) -> Self {
+        let common = Common::new(number, mutations, traced);
+        let policy = common.plan.policy;
+        let node = || Node {
+            durable: Durable { policy, ..Durable::default() },
+            role: Role::Down { since: 0 },
+            promise: None,
+        };
+        let nodes = (0..common.plan.nodes).map(|_| node()).collect();
+        let mut world = Self { nodes, common, goal: None, overruns: 0 };
+        world.start_primary(0, false);
+        (1..world.nodes.len()).for_each(|x| world.start_secondary(x));
+        world
+    }
+
+    /// A virtual millisecond.
+    fn tick(&mut self) {
+        self.common.now += 1;
+        let now = self.common.now;
+        if now < FAULTS_END {
+            self.faults();
+        } else if now == FAULTS_END {
+            self.heal();
+        } else {
+            self.repair();
+        }
+        while let Some((link, node, message)) = self.common.net.down(now) {
+            self.deliver(link, node, message);
+        }
+        while let Some((link, node, message)) = self.common.net.deliver(now) {
+            self.deliver(link, node, message);
+        }
+        for x in 0..self.nodes.len() {
+            if self.common.net.frozen[x] <= now {
+                self.turn(x);
+            }
+        }
+        self.check();
+    }
+
+    fn deliver(&mut self, link: u64, x: usize, message: Msg) {
+        let Self { nodes, common, .. } = self;
+        let Node { role, durable, .. } = &mut nodes[x];
+        match role {
+            Role::Runner(runner) if !matches!(message, Msg::Hello { .. }) => {
+                runner.on_message(link, message, common);
+                runner.settle(common);
+            }
+            Role::Follower(follower) => {
+                // Kept with `keep_spec` when a runner first agrees with this node on the guest.
+                durable.spec |= matches!(message, Msg::Hello { .. });
+                follower.on_message(link, message, common);
+            }
+            _ if matches!(message, Msg::Hello { .. }) => {
+                common.send(link, Way::Hear, Msg::Down("no follower answers there".to_owned()));
+            }
+            _ => {}
+        }
+        self.follow_up(x);
+    }
+
+    fn turn(&mut self, x: usize) {
+        let Self { nodes, common, .. } = self;
+        match &mut nodes[x].role {
+            Role::Down { .. } => return,
+            Role::Starting(_) => return self.go_on_starting(x),
+            Role::Follower(follower) => follower.tick(common),
+            Role::Runner(runner) => {
+                runner.tick(common);
+                let (me, process) = (name(x), runner.incarnation);
+                if let Some((to, lost_to)) = runner.offers_hand_back(common.now) {
+                    self.offer_hand_back(&me, process, &to, lost_to);
+                }
+            }
+        }
+        self.follow_up(x);
+    }
+
+    /// What becomes of a process that has ended its part.
+    fn follow_up(&mut self, x: usize) {
+        let Self { nodes, common, .. } = self;
+        let Node { role, durable, .. } = &mut nodes[x];
+        match role {
+            Role::Follower(follower) => {
+                if follower.persister.died {
+                    return self.crash(x, "deaths in a write");
+                }
+                let incarnation = follower.incarnation;
+                if let Some(known) = durable.runner.as_mut().filter(|_| follower.forgets_running) {
+                    known.active = None;
+                }
+                match follower.end.take() {
+                    None => {}
+                    Some(Outcome::Run(beginning)) => {
+                        let runner = Runner::new(x, incarnation, *beginning, common);
+                        *role = Role::Runner(Box::new(runner));
+                    }
+                    Some(Outcome::Failed(why)) => {
+                        common.note(x, || format!("ends: {why}"));
+                        self.crash(x, "processes that gave up");
+                    }
+                }
+            }
+            Role::Runner(runner) if runner.end.is_some() => self.crash(x, "runners that ended"),
+            _ => {}
+        }
+    }
+
+    fn offer_hand_back(&mut self, me: &NodeId, process: Incarnation, to: &NodeId, lost_to: Term) {
+        let (from, to, now) = (index(me), index(to), self.common.now);
+        let blocked = self.common.net.is_blocked(from, to, now) || self.common.net.frozen[to] > now;
+        if let Role::Follower(follower) = &mut self.nodes[to].role
+            && !blocked
+        {
+            follower.hand_back = Some((me.clone(), process, lost_to));
+            follower.read();
+        }
+    }
+
+    /// The end of a process; what its memory held is gone.
+    pub(crate) fn crash(&mut self, x: usize, how: &'static str) {
+        let Self { nodes, common, .. } = self;
+        let node = &mut nodes[x];
+        node.promise = match &node.role {
+            Role::Follower(follower) => match follower.replica.copy() {
+                // Not while the operator wants to go back to `memory`.
+                Copy::Whole { replica, named: true, .. }
+                    if [follower.replica.policy(), node.durable.policy] == [AckPolicy::Disk; 2] =>
+                {
+                    Some((*replica, follower.replica.acked()))
+                }
+                _ => None,
+            },
+            _ => None,
+        };
+        common.count(how);
+        common.note(x, || format!("is down ({how})"));
+        node.durable.disk.crash(common.seed.next_u64());
+        node.role = Role::Down { since: common.now };
+        common.net.processes[x] = None;
+    }
+
+    /// `colo-secondary start`.
+    pub(crate) fn start_secondary(&mut self, x: usize) {
+        let Self { nodes, common, .. } = self;
+        let incarnation = incarnation(common);
+        let node = &mut nodes[x];
+        match Follower::start(x, incarnation, &node.durable, common) {
+            Ok(follower) => {
+                let copy = follower.replica.copy().clone();
+                node.role = Role::Follower(Box::new(follower));
+                common.net.processes[x] = Some(incarnation);
+                self.check_start(x, &copy);
+            }
+            Err(StoreError::NoSpace { .. }) => common.count("starts without room"),
+            Err(e) => common.outside.broken(|| format!("the store of node {x} does not open: {e}")),
+        }
+    }
+
+    /// Rule 5, and what a replica id says.
+    fn check_start(&mut self, x: usize, copy: &Copy) {
+        let promise = self.nodes[x].promise.take();
+        let Some(Value::Paired { secondary, replica: named, .. }) =
+            self.common.arbiter.peek(self.common.vm()).map(|entry| entry.value)
+        else {
+            return;
+        };
+        if secondary != name(x) {
+            return;
+        }
+        if let Some((_, acked)) = promise.filter(|(replica, _)| *replica == named) {
+            let kept = matches!(copy, Copy::Whole { replica, staged, .. }
+                if *replica == named && Some(*staged) >= acked);
+            self.common.count("disk promises");
+            if !kept {
+                self.common
+                    .outside
+                    .broken(|| format!("{acked:?} was acked under disk, and now there is {copy:?}"));
+            }
+        }
+        if let Copy::Whole { replica, staged, .. } = copy
+            && *replica == named
+        {
+            self.common.outside.check_stored(*staged);
+        }
+    }
+
+    /// `colo-primary start`.
+    pub(crate) fn start_primary(&mut self, x: usize, again: bool) {
+        let incarnation = incarnation(&mut self.common);
+        let allowed = Allowed { boot_after_crash: self.common.plan.boot, start_again: again };
+        let mut arbiter = ArbiterClient::default();
+        arbiter.read();
+        self.common.net.processes[x] = Some(incarnation);
+        self.nodes[x].role = Role::Starting(Box::new(Starting { incarnation, arbiter, allowed }));
+    }
+
+    fn go_on_starting(&mut self, x: usize) {
+        let Self { nodes, common, .. } = self;
+        let Node { role, durable, .. } = &mut nodes[x];
+        let Role::Starting(starting) = role else { return };
+        let (incarnation, allowed) = (starting.incarnation, starting.allowed);
+        let Some(found) = starting.arbiter.poll(common) else { return };
+        match found {
+            Found::Entry(found) => {
+                match decide(&name(x), incarnation, found.as_ref(), durable.runner, allowed) {
+                    Ok(proposal) => starting.arbiter.propose(proposal),
+                    Err(e) => {
+                        common.note(x, || e.to_string());
+                        self.crash(x, "primaries not started");
+                    }
+                }
+            }
+            Found::Answer(_, Answer::Applied(entry)) => self.run_primary(x, incarnation, entry),
+            _ => self.crash(x, "primaries not started"),
+        }
+    }
+
+    fn run_primary(&mut self, x: usize, incarnation: Incarnation, entry: Entry) {
+        let Self { nodes, common, .. } = self;
+        nodes[x].durable.runner = Some(Known { seen: entry.term, active: Some(entry.term) });
+        common.count("primaries started");
+        common.note(x, || format!("boots the guest: {entry}"));
+        let mut guest = common.guest(common.memory());
+        guest.boot().expect("a new guest boots");
+        let stint = common.outside.boot(x);
+        let replicator = Replicator::new(name(x), incarnation, entry, History::default());
+        let secondary = Some((x + 1) % nodes.len());
+        let release = Release::default();
+        let beginning = Beginning { replicator, guest, stint, release, promotions: 0, secondary };
+        nodes[x].role = Role::Runner(Box::new(Runner::new(x, incarnation, beginning, common)));
+    }
+
+    pub(crate) fn runner(&self, x: usize) -> Option<&Runner> {
+        match &self.nodes[x].role {
+            Role::Runner(runner) => Some(runner),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn follower(&self, x: usize) -> Option<&Follower> {
+        match &self.nodes[x].role {
+            Role::Follower(follower) => Some(follower),
+            _ => None,
+        }
+    }
+
+    /// What must hold at every instant beside what is checked where it happens.
+    fn check(&mut self) {
+        let runners = (0..self.nodes.len()).filter_map(|x| self.runner(x));
+        let alone = runners.filter(|runner| runner.replicator.entitled() == Entitled::All).count();
+        if alone > 1 {
+            self.common.outside.broken(|| format!("{alone} nodes run the guest alone"));
+        }
+    }
+
+    /// After the faults: protected again, and going on; or stopped for good.
+    fn is_done(&mut self) -> bool {
+        if self.common.now <= FAULTS_END {
+            return false;
+        }
+        let register = self.common.arbiter.peek(self.common.vm());
+        if matches!(register, Some(Entry { value: Value::Stopped { .. }, .. })) {
+            self.common.count("ended stopped");
+            return true;
+        }
+        let acked = (0..self.nodes.len()).filter_map(|x| self.runner(x)).find_map(|runner| {
+            let paired = matches!(runner.replicator.phase(), Phase::Paired { .. });
+            runner.replicator.acked().filter(|_| paired && runner.replicator.is_linked())
+        });
+        let Some(acked) = acked else { return false };
+        let first = *self.goal.get_or_insert(acked);
+        let done = acked.term > first.term || acked.epoch.0 > first.epoch.0 + 2;
+        if done {
+            self.common.count("ended protected");
+        }
+        done
+    }
+
+    /// A cluster that is neither must be one in which nobody may run the guest.
+    fn conclude(&mut self) {
+        if self.common.now < LIMIT || self.common.outside.broken.is_some() {
+            return;
+        }
+        let register = self.common.arbiter.peek(self.common.vm());
+        match self.why_nobody(register.as_ref()) {
+            Some(why) => self.common.count(why),
+            None => {
+                let roles: Vec<String> = (0..self.nodes.len()).map(|x| self.describe(x)).collect();
+                self.common
+                    .outside
+                    .broken(|| format!("the vm is not protected again: {register:?}; {}", roles.join("; ")));
+            }
+        }
+    }
+
+    fn why_nobody(&self, register: Option<&Entry>) -> Option<&'static str> {
+        let boot = self.common.plan.boot;
+        let register = register?;
+        if self.common.counts.of("ring overruns") > self.overruns + MANY_OVERRUNS {
+            return Some("ended overrunning");
+        }
+        let x = match &register.value {
+            Value::Paired { secondary, replica, .. } => {
+                let follower = self.follower(index(secondary))?;
+                let lives = (0..self.nodes.len()).filter_map(|x| self.runner(x)).any(|runner| !runner.failed);
+                return (!lives && follower.replica_id() != Some(*replica)).then_some("ended without a copy");
+            }
+            Value::Solo { node, .. } => index(node),
+            Value::Stopped { .. } => return None,
+        };
+        let follower = self.follower(x)?;
+        let active = follower.replica.is_active();
+        let known = self.nodes[x].durable.runner.is_some_and(|known| known.active.is_some());
+        let holds = matches!(follower.replica.copy(), Copy::Whole { .. });
+        let lost = (0..self.nodes.len()).filter_map(|x| self.runner(x)).any(
+            |runner| matches!(runner.replicator.phase(), Phase::Lost { to } if to.term == register.term),
+        );
+        let may = (active || known) && boot || (holds && !active) || (lost && !active);
+        (!may).then_some("ended without a guest")
+    }
+
+    fn describe(&self, x: usize) -> String {
+        match &self.nodes[x].role {
+            Role::Down { .. } => format!("{} is down", name(x)),
+            Role::Starting(_) => format!("{} starts", name(x)),
+            Role::Follower(f) => {
+                format!(
+                    "{} follows {:?} with {:?}, active {}, store failed {}",
+                    name(x),
+                    f.replica.source(),
+                    f.replica.copy(),
+                    f.replica.is_active(),
+                    f.store_failed
+                )
+            }
+            Role::Runner(r) => format!(
+                "{} runs in {:?}, linked {}, standing {}, resting {}, failed {}, secondary {:?}, proposing {}",
+                name(x),
+                r.replicator.phase(),
+                r.replicator.is_linked(),
+                r.standing.is_some(),
+                r.resting.is_some(),
+                r.failed,
+                r.secondary,
+                r.replicator.is_proposing()
+            ),
+        }
+    }
+}
