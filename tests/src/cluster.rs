@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tokio::runtime::Runtime;
@@ -283,7 +283,7 @@ impl Cluster {
 
     fn place(&mut self, node: &str) -> anyhow::Result<&mut Place> {
         if !self.places.contains_key(node) {
-            let mut ports = Ports { admin: free_tcp()?, quic: free_udp()?, advertised: None };
+            let mut ports = Ports { admin: free_port()?, quic: free_port()?, advertised: None };
             let runtime = self.runtime.handle();
             let link =
                 self.options.links.then(|| Link::open(runtime, ports.admin, ports.quic)).transpose()?;
@@ -306,12 +306,20 @@ impl Drop for Cluster {
     }
 }
 
-/// A free port: another process could take it before it is used, but the system hands out others first.
-fn free_tcp() -> anyhow::Result<SocketAddr> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free TCP port")?;
-    Ok(listener.local_addr()?)
-}
-
-fn free_udp() -> anyhow::Result<SocketAddr> {
-    Ok(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).context("no free UDP port")?.local_addr()?)
+/// A free port, for TCP and UDP alike. Below those that the system hands out by itself, so that no connection of
+/// somebody's takes it before it is used, and each port once in a process.
+fn free_port() -> anyhow::Result<SocketAddr> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 12_000;
+    const PORTS: u16 = 20_000;
+    let start = (std::process::id() % u32::from(PORTS)) as u16;
+    for _ in 0..PORTS {
+        let offset = (u32::from(start) + u32::from(NEXT.fetch_add(1, Ordering::Relaxed))) % u32::from(PORTS);
+        let port = FIRST + offset as u16;
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+        if tcp.is_ok() && UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        }
+    }
+    anyhow::bail!("no free port between {FIRST} and {}", FIRST + PORTS)
 }
