@@ -62,7 +62,7 @@ fn a_runner_of_a_newer_term_is_followed() {
     b.state().status = status("b", Role::Alone, solo("b", 3));
     wait_for("B", || console.out() == "one two");
     assert!(b.state().attached[0].read_only);
-    a.state().output.extend(b"XXX");
+    a.state().output.extend(b" stale");
     b.state().output.extend(b" three");
     wait_for("B alone", || console.out() == "one two three");
 }

@@ -1,3 +1,5 @@
+//! The runner, transition by transition.
+
 use colo_common::history::point;
 use colo_common::register::{Answer, Entry, Proposal, StopReason, Value};
 use colo_common::{History, Incarnation, NodeId, Point, ProposalId, ReplicaId, Term};

@@ -14,7 +14,7 @@ use colo_primary::replicator::Replicator;
 use colo_vmm::MachineState;
 use std::time::{Duration, Instant};
 
-use super::{Follower, Outcome, Suspicion};
+use super::{Follower, Outcome, READ_INTERVAL, Suspicion};
 use crate::persist;
 use crate::replica::{Copy, NotMine, Start};
 
@@ -56,8 +56,8 @@ impl Follower {
         if self.replica.is_proposing() || self.cannot_run().is_some() {
             return;
         }
-        // Tried again if the register does not allow it now.
-        self.suspicion = Some(Suspicion { until: now + Duration::from_millis(200), due: true, ..suspicion });
+        // Tried again if the register does not allow it now: a dead runner's request may still land.
+        self.suspicion = Some(Suspicion { until: now + READ_INTERVAL, due: true, ..suspicion });
         self.read();
     }
 
@@ -132,9 +132,6 @@ impl Follower {
                 if let Some(asked) = self.asked.take() {
                     // Whoever asked may have given up.
                     let _ = asked.send(e.to_string());
-                }
-                if !matches!(e, NotMine::Absent) {
-                    self.suspicion = None;
                 }
             }
         }

@@ -1,3 +1,5 @@
+//! The follower, transition by transition.
+
 use colo_common::history::point;
 use colo_common::register::{Answer, Entry, Proposal, StopReason, Value};
 use colo_common::{Incarnation, NodeId, Point, ProposalId, ReplicaId, Term};
