@@ -2,6 +2,7 @@
 //! histories, configuration, the vm's directory, TLS, telemetry.
 
 pub mod arbiter;
+pub mod bounded;
 pub mod config;
 mod durable;
 pub mod history;

@@ -14,6 +14,8 @@ use colo_vmm::WireSpec;
 use colo_vmm::state::STATE_VERSION;
 use crossbeam_channel::{Sender, TrySendError};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
@@ -38,6 +40,8 @@ pub struct PairingService {
     pub outbox: Sender<Event>,
     /// Where boot files are kept.
     pub boot_directory: PathBuf,
+    /// Whether this process runs the guest.
+    pub runs: Arc<AtomicBool>,
     /// Whether callers have shown a certificate.
     pub secured: bool,
 }
@@ -172,10 +176,11 @@ impl Pairing for PairingService {
         match self.outbox.try_send(Event::HandBack(HandBack { node, incarnation, lost_to })) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(Status::unavailable("the node is busy: try again")),
-            // The follower has ended: this process runs the guest, or is about to.
-            Err(TrySendError::Disconnected(_)) => {
+            Err(TrySendError::Disconnected(_)) if self.runs.load(Ordering::SeqCst) => {
                 return Err(Status::already_exists(format!("{} runs the guest", self.node)));
             }
+            // It could not take the guest over: whoever has kept it must go on keeping it.
+            Err(TrySendError::Disconnected(_)) => return Err(Status::unavailable("the node is ending")),
         }
         // What comes of it is in the register.
         Ok(Response::new(OfferHandBackReply { proposed: true, reason: String::new() }))

@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 use tokio::sync::OwnedSemaphorePermit;
@@ -137,6 +138,8 @@ pub enum Persisted {
 #[derive(Debug)]
 pub struct Persister {
     jobs: Sender<Job>,
+    /// The stored copy is about to end: epochs that wait need not be stored any more.
+    ending: Arc<AtomicBool>,
     thread: JoinHandle<Store>,
 }
 
@@ -148,8 +151,10 @@ impl Persister {
     pub fn start(store: Store, tell: impl Fn(Persisted) + Send + 'static) -> std::io::Result<Self> {
         let (jobs, inbox) = crossbeam_channel::bounded(MAX_WAITING);
         let builder = std::thread::Builder::new().name("persist".to_owned());
-        let thread = builder.spawn(move || Worker { store, failed: false, tell }.run(&inbox))?;
-        Ok(Self { jobs, thread })
+        let ending = Arc::new(AtomicBool::new(false));
+        let worker = Worker { store, failed: false, ending: Arc::clone(&ending), tell };
+        let thread = builder.spawn(move || worker.run(&inbox))?;
+        Ok(Self { jobs, ending, thread })
     }
 
     /// Orders a job; waits while too many are waiting.
@@ -157,6 +162,12 @@ impl Persister {
         if self.jobs.send(job).is_err() {
             tracing::error!("the persist thread has ended");
         }
+    }
+
+    /// The register names this process, so the stored copy ends with [`Job::Activate`]: nobody waits for epochs that are
+    /// not stored yet. What was acked under `disk` is stored already.
+    pub fn end_copy(&self) {
+        self.ending.store(true, Ordering::SeqCst);
     }
 
     /// Finishes what was ordered and gives the store back.
@@ -172,6 +183,7 @@ impl Persister {
 struct Worker<T> {
     store: Store,
     failed: bool,
+    ending: Arc<AtomicBool>,
     tell: T,
 }
 
@@ -245,7 +257,7 @@ impl<T: Fn(Persisted)> Worker<T> {
 
     /// Moves the mark over all of them at once.
     fn persist(&mut self, epochs: &[ToStore]) -> Result<(), StoreError> {
-        let Some(last) = epochs.last() else { return Ok(()) };
+        let Some(last) = epochs.last().filter(|_| !self.ending.load(Ordering::SeqCst)) else { return Ok(()) };
         let mut newest: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
         for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
             newest.extend(contents(part));

@@ -59,7 +59,8 @@ pub fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
-    let secondary = Secondary { config, directory, security, arbiter, plane, outbox, budget };
+    let secondary =
+        Secondary { config, directory, security, arbiter, plane, outbox, budget, runs: Arc::default() };
     let endpoint = secondary.open_network(&runtime)?;
     let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
     runtime.spawn(secondary.receiver().serve(endpoint.clone()));
@@ -87,6 +88,8 @@ struct Secondary {
     outbox: Sender<Event>,
     /// Room for epochs; the receiver fills it, the node empties it.
     budget: Budget,
+    /// Set once the guest is this process' own.
+    runs: Arc<AtomicBool>,
 }
 
 impl Secondary {
@@ -105,6 +108,7 @@ impl Secondary {
             incarnation: self.plane.incarnation,
             outbox: self.outbox.clone(),
             boot_directory,
+            runs: Arc::clone(&self.runs),
             secured: config.tls.is_some(),
         };
         let endpoint = {
@@ -197,6 +201,7 @@ impl Secondary {
                 tracing::warn!(%vm, node = %self.config.node, register_ms = ms(promotion.register),
                     apply_ms = ms(promotion.apply), store_ms = ms(promotion.store),
                     restore_ms = ms(promotion.restore), total_ms = ms(promotion.total), "this node runs the guest now");
+                self.runs.store(true, Ordering::SeqCst);
                 self.plane.set_guest(account(beginning.guest.spec(), &beginning.spec.kind));
                 let runner = Runner {
                     plane: self.plane,

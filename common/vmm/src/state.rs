@@ -7,10 +7,7 @@
 //! Versions: 1, the first.
 
 use colo_common::limits::MAX_MACHINE_STATE;
-use serde::de::{Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use std::fmt;
-use std::marker::PhantomData;
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::egress::OutputPosition;
@@ -25,36 +22,6 @@ const MAGIC: [u8; 8] = *b"COLOSTAT";
 const HEADER: usize = 24;
 /// Far beyond what a guest can say in its life, and far from where counting overflows.
 const MAX_POSITION: u64 = 1 << 62;
-
-/// Reads a list of at most `MOST` elements, however many the bytes announce.
-pub(crate) fn bounded<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    struct List<T, const MOST: usize>(PhantomData<T>);
-
-    impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for List<T, MOST> {
-        type Value = Vec<T>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "at most {MOST} elements")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<T>, A::Error> {
-            let mut list = Vec::new();
-            while let Some(element) = elements.next_element()? {
-                if list.len() == MOST {
-                    return Err(A::Error::invalid_length(MOST + 1, &self));
-                }
-                list.push(element);
-            }
-            Ok(list)
-        }
-    }
-
-    deserializer.deserialize_seq(List::<T, MOST>(PhantomData))
-}
 
 /// Why saved bytes are not a state that can be taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,40 +1,10 @@
 //! Reading lists and bytes whose length a peer chose: never more than their limit, and room is made only for what is
 //! there.
 
-use serde::de::{Error, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+pub(super) use colo_common::bounded::list;
+use serde::Deserializer;
+use serde::de::{Error, Visitor};
 use std::fmt;
-use std::marker::PhantomData;
-
-/// Reads a list of at most `MOST` elements, however many the bytes announce.
-pub(super) fn list<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    struct List<T, const MOST: usize>(PhantomData<T>);
-
-    impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for List<T, MOST> {
-        type Value = Vec<T>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "at most {MOST} elements")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<T>, A::Error> {
-            let mut list = Vec::new();
-            while let Some(element) = elements.next_element()? {
-                if list.len() == MOST {
-                    return Err(A::Error::invalid_length(MOST + 1, &self));
-                }
-                list.push(element);
-            }
-            Ok(list)
-        }
-    }
-
-    deserializer.deserialize_seq(List::<T, MOST>(PhantomData))
-}
 
 /// A history: on the wire the list of its points.
 pub(super) mod history {

@@ -1,10 +1,10 @@
 //! Following a runner: links, seeds, epochs, and what becomes of them.
 
-use colo_common::ReplicaId;
+use colo_common::{ReplicaId, Term};
 use colo_primary::release::{Release, after};
 use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
 use colo_proto::version::Versions;
-use colo_vmm::egress::Output;
+use colo_vmm::egress::{Output, OutputPosition};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
@@ -195,7 +195,8 @@ impl Follower {
     /// An epoch is here as a whole. Nothing of this node changes before all that can be wrong with it was looked at.
     fn on_epoch(&mut self, epoch: StagedEpoch, room: OwnedSemaphorePermit) {
         let point = epoch.point;
-        let fresh = match self.judge_epoch(&epoch) {
+        let Some(term) = self.link.as_ref().map(|link| link.term) else { return };
+        let fresh = match judge_epoch(self.replica.copy(), term, self.held.end(), &epoch) {
             Ok(fresh) => fresh,
             Err(why) => return self.refuse(WireRefusal::OutOfPlace, &why),
         };
@@ -237,26 +238,6 @@ impl Follower {
         self.pass_on(epoch, completes);
         self.act(rest);
         self.board.count(|counters| counters.epochs += 1);
-    }
-
-    /// Whether the epoch follows what is staged; answers its output that is new here.
-    fn judge_epoch(&self, epoch: &StagedEpoch) -> Result<Output, String> {
-        let point = epoch.point;
-        let follows = match self.replica.copy() {
-            Copy::Whole { staged, .. } => epoch.base == Some(*staged) && *staged < point,
-            Copy::Inconsistent => epoch.base.is_none(),
-            _ => false,
-        };
-        if !follows {
-            return Err(format!("{point} does not follow what is staged here"));
-        }
-        if self.link.as_ref().is_none_or(|link| point.term < link.term) {
-            return Err(format!("{point} is of a term before this link's"));
-        }
-        let start = epoch.output.start;
-        let known = if epoch.base.is_none() { start } else { self.held.end() };
-        after(epoch.output.clone(), known)
-            .ok_or_else(|| format!("output from {start:?} on leaves a gap after {known:?}"))
     }
 
     /// To the image and to the store.
@@ -378,6 +359,35 @@ impl Follower {
         self.replica.link_lost();
         self.suspect();
     }
+}
+
+/// Whether an epoch on a link that began in `term` follows the copy; answers its output that is new where everything up
+/// to `known` is known.
+///
+/// # Errors
+/// Why not; the link is to be ended.
+pub fn judge_epoch(
+    copy: &Copy,
+    term: Term,
+    known: OutputPosition,
+    epoch: &StagedEpoch,
+) -> Result<Output, String> {
+    let point = epoch.point;
+    let follows = match copy {
+        Copy::Whole { staged, .. } => epoch.base == Some(*staged) && *staged < point,
+        Copy::Inconsistent => epoch.base.is_none(),
+        _ => false,
+    };
+    if !follows {
+        return Err(format!("{point} does not follow what is staged here"));
+    }
+    if point.term < term {
+        return Err(format!("{point} is of a term before this link's"));
+    }
+    let start = epoch.output.start;
+    let known = if epoch.base.is_none() { start } else { known };
+    after(epoch.output.clone(), known)
+        .ok_or_else(|| format!("output from {start:?} on leaves a gap after {known:?}"))
 }
 
 fn reason_of(refusal: &Refusal) -> WireRefusal {

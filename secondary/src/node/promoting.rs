@@ -169,12 +169,18 @@ impl Follower {
         mut promotion: Promotion,
     ) -> Result<Outcome, String> {
         promotion.point = Some(point);
+        if point.term >= entry.term {
+            return Err(format!("{point} was staged, which is of no term before {}", entry.term));
+        }
         let applier = self.applier.take().ok_or("there is no image")?;
         let image = applier.finish()?;
         if image.point() != Some(point) {
             return Err(format!("the image is at {:?} and {point} was staged", image.point()));
         }
         promotion.apply = granted.elapsed();
+        if let Some(persister) = &self.persister {
+            persister.end_copy();
+        }
         let state = self.staged_state()?;
         let restoring = Instant::now();
         let warm = self.warm.as_mut().ok_or("there is no guest")?;

@@ -2,10 +2,11 @@
 
 use colo_common::ReplicaId;
 use colo_primary::link::Purpose;
-use colo_primary::release::{Release, after};
+use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind};
 use colo_proto::message::SeedMode;
+use colo_secondary::node::judge_epoch;
 use colo_secondary::persist::ToStore;
 use colo_secondary::replica::{Action, Copy, Refusal};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
@@ -244,7 +245,8 @@ impl Follower {
 
     fn on_epoch(&mut self, epoch: StagedEpoch, common: &mut Common) {
         let point = epoch.point;
-        let fresh = match self.judge_epoch(&epoch) {
+        let Some(term) = self.link.as_ref().map(|link| link.term) else { return };
+        let fresh = match judge_epoch(self.replica.copy(), term, self.held.end(), &epoch) {
             Ok(fresh) => fresh,
             Err(why) => {
                 common.count("epochs out of place");
@@ -300,25 +302,6 @@ impl Follower {
         } else {
             self.persister.order(Job::Epoch(to_store));
         }
-    }
-
-    fn judge_epoch(&self, epoch: &StagedEpoch) -> Result<Output, String> {
-        let point = epoch.point;
-        let follows = match self.replica.copy() {
-            Copy::Whole { staged, .. } => epoch.base == Some(*staged) && *staged < point,
-            Copy::Inconsistent => epoch.base.is_none(),
-            _ => false,
-        };
-        if !follows {
-            return Err(format!("{point} does not follow what is staged here"));
-        }
-        if self.link.as_ref().is_none_or(|link| point.term < link.term) {
-            return Err(format!("{point} is of a term before this link's"));
-        }
-        let start = epoch.output.start;
-        let known = if epoch.base.is_none() { start } else { self.held.end() };
-        after(epoch.output.clone(), known)
-            .ok_or_else(|| format!("output from {start:?} on leaves a gap after {known:?}"))
     }
 
     fn take_output(&mut self, epoch: &StagedEpoch, fresh: Output, common: &mut Common) {

@@ -6,6 +6,7 @@
 mod acpi_pm;
 mod serial;
 
+use colo_common::bounded::list;
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use crate::arch::x86_64::layout::{
 };
 use crate::egress::Egress;
 use crate::guest::{Lifecycle, ResetCause};
-use crate::state::{StateError, bounded};
+use crate::state::StateError;
 
 pub use acpi_pm::AcpiPmState;
 pub use serial::SerialConsoleState;
@@ -51,7 +52,7 @@ pub struct DeviceState {
     serial: SerialConsoleState,
     acpi_pm: AcpiPmState,
     /// Console bytes taken and not yet in the console's own queue. A reset puts that queue's bytes in front.
-    #[serde(deserialize_with = "bounded::<_, _, MAX_INPUT>")]
+    #[serde(deserialize_with = "list::<_, _, MAX_INPUT>")]
     input: Vec<u8>,
     input_offset: u64,
 }

@@ -1,5 +1,6 @@
 //! The console: a 16550 (vm-superio), with an input queue in front of its 64 bytes.
 
+use colo_common::bounded::list;
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -11,7 +12,7 @@ use vm_superio::{Serial, SerialState, Trigger};
 use super::InterruptLines;
 use crate::arch::x86_64::layout::COM1_IRQ;
 use crate::egress::Egress;
-use crate::state::{StateError, bounded};
+use crate::state::StateError;
 
 /// Bytes of the device's own queue that are kept until the device has checked them itself.
 pub(super) const QUEUE_MOST: usize = 256;
@@ -52,7 +53,7 @@ impl io::Write for ToEgress {
 pub struct SerialConsoleState {
     /// In the order of vm-superio's state: divisor low and high, IER, IIR, LCR, LSR, MCR, MSR, scratch.
     registers: [u8; 9],
-    #[serde(deserialize_with = "bounded::<_, _, QUEUE_MOST>")]
+    #[serde(deserialize_with = "list::<_, _, QUEUE_MOST>")]
     queue: Vec<u8>,
 }
 

@@ -2,6 +2,7 @@
 
 mod vm;
 
+use colo_common::bounded::list;
 use colo_common::limits::MAX_VCPUS;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -28,7 +29,7 @@ use crate::kick;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::sigbus;
 use crate::spec::{GuestSpec, SpecError};
-use crate::state::{Body, MachineState, StateError, bounded};
+use crate::state::{Body, MachineState, StateError};
 use crate::tracker::Cadence;
 use crate::vcpu::Settled;
 use vm::{Surroundings, Vm, timed};
@@ -86,7 +87,7 @@ const SHORT_STOP: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KvmState {
     cpuid: CpuidTable,
-    #[serde(deserialize_with = "bounded::<_, _, { MAX_VCPUS as usize }>")]
+    #[serde(deserialize_with = "list::<_, _, { MAX_VCPUS as usize }>")]
     vcpus: Vec<VcpuState>,
     chips: ChipState,
     clock: ClockState,

@@ -2,12 +2,13 @@
 //! offset and what it asked for, which [`MachineState`](crate::state::MachineState) has.
 
 use colo_common::PAGE_SIZE;
+use colo_common::bounded::list;
 use colo_common::limits::{MAX_CONSOLE_INPUT, MAX_GUEST_MEMORY, MAX_VCPUS};
 use serde::{Deserialize, Serialize};
 
 use super::chain;
 use super::config::Program;
-use crate::state::{StateError, bounded};
+use crate::state::StateError;
 
 /// Longest line of input that is echoed in one piece, in bytes; a longer one comes back in several.
 pub(super) const MAX_LINE: usize = 75;
@@ -36,16 +37,16 @@ pub struct SyntheticState {
     pub(super) frames: u64,
     pub(super) frame_chain: u64,
     /// By number.
-    #[serde(deserialize_with = "bounded::<_, _, { MAX_VCPUS as usize }>")]
+    #[serde(deserialize_with = "list::<_, _, { MAX_VCPUS as usize }>")]
     pub(super) vcpus: Vec<VcpuRegisters>,
     /// Console input that the device holds.
-    #[serde(deserialize_with = "bounded::<_, _, MAX_CONSOLE_INPUT>")]
+    #[serde(deserialize_with = "list::<_, _, MAX_CONSOLE_INPUT>")]
     pub(super) input: Vec<u8>,
     /// Pieces of input that the device has put into memory, and the bytes of the last one while it is unread.
     pub(super) deliveries: u64,
     pub(super) unread: u32,
     /// The line of input so far.
-    #[serde(deserialize_with = "bounded::<_, _, MAX_CONSOLE_INPUT>")]
+    #[serde(deserialize_with = "list::<_, _, MAX_CONSOLE_INPUT>")]
     pub(super) line: Vec<u8>,
     /// The power button was pressed.
     pub(super) power_button: bool,

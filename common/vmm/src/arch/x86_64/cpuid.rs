@@ -5,6 +5,7 @@
 //! their own features back into what they are given.
 
 use colo_common::Gfn;
+use colo_common::bounded::list;
 use colo_common::limits::MAX_CPUID_ENTRIES;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::Virtualisation;
 use crate::spec::CpuModel;
-use crate::state::{StateError, bounded};
+use crate::state::StateError;
 
 /// Why a model cannot be had on a host.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +148,7 @@ const DEADLINE: u32 = 1 << 24;
 /// The CPUID of one guest, the same for all its vCPUs but for their numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CpuidTable {
-    #[serde(deserialize_with = "bounded::<_, _, MAX_CPUID_ENTRIES>")]
+    #[serde(deserialize_with = "list::<_, _, MAX_CPUID_ENTRIES>")]
     entries: Vec<kvm_cpuid_entry2>,
 }
 

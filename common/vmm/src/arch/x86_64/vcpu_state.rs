@@ -4,6 +4,7 @@
 //! must not change after it. On restore SREGS comes before the LAPIC (it carries the APIC base), the LAPIC and
 //! the TSC before the deadline MSR, REGS before VCPU_EVENTS (it clears pending exceptions), MP_STATE last.
 
+use colo_common::bounded::list;
 use colo_common::limits::{MAX_MSRS, MAX_XSAVE};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_SREGS2_FLAGS_PDPTRS_VALID, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
@@ -16,7 +17,7 @@ use std::io;
 
 use crate::arch::x86_64::msrs::{self, MsrValue, TSC, TSC_DEADLINE};
 use crate::ioctl;
-use crate::state::{StateError, bounded};
+use crate::state::StateError;
 
 /// First of the local APIC's eight interrupt request registers.
 const APIC_IRR: usize = 0x200;
@@ -52,12 +53,12 @@ pub struct VcpuState {
     sregs: kvm_sregs,
     /// PDPTRs as the processor holds them, for a guest in PAE mode.
     pdptrs: Option<[u64; 4]>,
-    #[serde(deserialize_with = "bounded::<_, _, { MAX_XSAVE / 4 }>")]
+    #[serde(deserialize_with = "list::<_, _, { MAX_XSAVE / 4 }>")]
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: kvm_lapic_state,
-    #[serde(deserialize_with = "bounded::<_, _, MAX_MSRS>")]
+    #[serde(deserialize_with = "list::<_, _, MAX_MSRS>")]
     msrs: Vec<MsrValue>,
     events: kvm_vcpu_events,
     /// Guest TSC less host TSC, where it can be moved.
