@@ -34,8 +34,7 @@ impl Encoder {
     }
 
     /// The frame that begins a seed.
-    pub fn seed(&mut self, resync: bool, history: Vec<Point>) -> Frame {
-        let mode = if resync { SeedMode::Resync } else { SeedMode::Full };
+    pub fn seed(&mut self, mode: SeedMode, history: Vec<Point>) -> Frame {
         let frame =
             Frame::transfer(self.vm, self.point, self.next(), &SeedBegin { mode, history: checked(history) });
         self.add(frame)

@@ -2,7 +2,7 @@
 //! transfers, and heartbeats. What it is told and what it finds goes through channels of owned values; the node never
 //! waits for the network.
 
-use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term, VmId};
+use colo_common::{Incarnation, NodeId, Point, Term, VmId};
 use colo_proto::message::{DigestRequest, RangeDigests};
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
@@ -11,20 +11,12 @@ use tokio::sync::{mpsc, watch};
 
 use crate::node::Event;
 use crate::node::status::Marks;
+pub use crate::replicator::Purpose;
 use crate::replicator::{Ack, Offer};
 use crate::transfer::Transfer;
 
 /// Transfers that wait to be encoded: epochs within the window, and chunks of a seed, 1 MiB each.
 const MAX_WAITING: usize = 64;
-
-/// What a link is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// A first copy.
-    Seed,
-    /// To go on with this copy.
-    Link(ReplicaId),
-}
 
 /// A link that is wanted.
 #[derive(Clone, Debug)]

@@ -276,7 +276,7 @@ impl Link {
 fn encode(encoder: &mut Encoder, transfer: Transfer) -> Vec<Frame> {
     let mut frames = Vec::new();
     match transfer {
-        Transfer::SeedBegin { resync, history } => frames.push(encoder.seed(resync, history)),
+        Transfer::SeedBegin { mode, history } => frames.push(encoder.seed(mode, history)),
         Transfer::SeedPages(batch) => encoder.pages(batch, |frame| frames.push(frame)),
         Transfer::SeedZeros(runs) => encoder.zeros(&runs, |frame| frames.push(frame)),
         Transfer::Epoch(epoch) => encoder.epoch(*epoch, |frame| frames.push(frame)),

@@ -24,7 +24,7 @@ use colo_common::register::{Answer, Entry, Proposal, StopReason, Value};
 use colo_common::{Epoch, Incarnation, NodeId, Point, ProposalId};
 use std::collections::VecDeque;
 
-pub use words::{Ack, Action, Carried, End, Entitled, Mutation, Offer, PeerError, Phase, Request};
+pub use words::{Ack, Action, Carried, End, Entitled, Mutation, Offer, PeerError, Phase, Purpose, Request};
 
 /// A cut epoch that is not acked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -64,7 +64,8 @@ pub struct Replicator<C> {
     hold: Option<Epoch>,
     /// The newest point that the named replica has acked in this term.
     acked: Option<Point>,
-    /// The newest point acked by this copy in any term: what was carried up to it is kept no longer.
+    /// The newest point acked by this copy in any term: what was carried up to it is kept no longer. In `Alone`, the
+    /// open dirty set has everything that was written since.
     covered: Option<Point>,
     flight: VecDeque<Flight<C>>,
     /// The newest cut.
@@ -163,6 +164,34 @@ impl<C: Carried> Replicator<C> {
                 }
                 self.acked.map_or(Entitled::Nothing, |point| Entitled::UpTo(point.epoch))
             }
+        }
+    }
+
+    /// The link that is missing while nobody is connected.
+    pub fn wanted_link(&self) -> Option<Purpose> {
+        match &self.phase {
+            Phase::Alone if self.pending.is_none() => Some(Purpose::Seed),
+            Phase::Paired { replica, .. } => Some(Purpose::Link(*replica)),
+            _ => None,
+        }
+    }
+
+    /// The point from which on the open dirty set has everything, for a copy that may come back.
+    pub fn kept_since(&self) -> Option<Point> {
+        self.covered.filter(|_| self.phase == Phase::Alone)
+    }
+
+    /// The point of the offered copy, if what was written since is in the open dirty set: then that is all it needs.
+    pub fn resync_from(&self, offer: &Offer) -> Option<Point> {
+        let (kept, staged) = (self.kept_since()?, offer.staged?);
+        let recent = staged >= kept || self.mutation.resync_any_copy;
+        (recent && self.history.contains(staged)).then_some(staged)
+    }
+
+    /// The open dirty set is not kept any more.
+    pub fn forget_copy(&mut self) {
+        if self.phase == Phase::Alone {
+            self.covered = None;
         }
     }
 
@@ -417,6 +446,8 @@ impl<C: Carried> Replicator<C> {
         self.linked = false;
         self.hold = None;
         self.flight.clear();
+        // It may be inconsistent.
+        self.covered = None;
     }
 
     fn drop_flight(&mut self, acked: Point) {
@@ -471,11 +502,15 @@ impl<C: Carried> Replicator<C> {
                 Vec::new()
             }
             (Kind::Solo, Value::Solo { .. }, _) => {
-                // Nobody follows any more, so nothing has to be kept for anybody.
+                // Whoever followed may come back: what its copy lacks is kept.
                 self.phase = Phase::Alone;
                 self.linked = false;
-                self.flight.clear();
-                vec![Action::Detach]
+                if self.mutation.solo_forgets_flight {
+                    self.flight.clear();
+                }
+                let mut actions = self.fail_flight();
+                actions.push(Action::Detach);
+                actions
             }
             (Kind::Stop(reason), Value::Stopped { .. }, _) => {
                 self.phase = Phase::Over;
@@ -509,6 +544,7 @@ impl<C: Carried> Replicator<C> {
     fn lose(&mut self, to: Option<Entry>, keep: bool) -> Vec<Action<C>> {
         self.linked = false;
         self.flight.clear();
+        self.covered = None;
         self.hold = None;
         self.acked = None;
         let mut actions = vec![Action::Park, Action::Detach];

@@ -1,6 +1,7 @@
 //! What the node hands to the link, each an owned value: from here on nobody shares anything with the guest.
 
 use colo_common::Point;
+use colo_proto::message::SeedMode;
 use colo_vmm::egress::{Output, OutputPosition};
 use colo_vmm::{MachineState, PageBatch};
 use std::time::Instant;
@@ -33,8 +34,8 @@ pub struct Epoch {
 pub enum Transfer {
     /// A seed or resync begins.
     SeedBegin {
-        /// Whether the secondary keeps what it has, to be compared by digests.
-        resync: bool,
+        /// What is sent.
+        mode: SeedMode,
         /// The history of the runner.
         history: Vec<Point>,
     },

@@ -258,6 +258,8 @@ noticed! {
     release_unlinked: runner.release_unlinked;
     old_value_is_refusal: runner.old_value_is_refusal;
     refused_changes_nothing: runner.refused_changes_nothing;
+    resync_any_copy: runner.resync_any_copy;
+    solo_forgets_flight: runner.solo_forgets_flight;
     ack_before_sync: follower.ack_before_sync;
     promote_stopped: follower.promote_stopped;
     never_silent: follower.never_silent;

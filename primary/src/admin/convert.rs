@@ -130,7 +130,7 @@ fn counters(status: &Status) -> v1::Counters {
         wire_bytes: counters.wire_bytes,
         ring_overruns: counters.ring_overruns,
         full_resyncs: counters.seeds,
-        resyncs: counters.full_resyncs,
+        resyncs: counters.full_resyncs + counters.delta_resyncs,
         failed_epochs: counters.failed_epochs,
         link_losses: counters.link_losses,
         promotions: counters.promotions,

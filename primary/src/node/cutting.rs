@@ -1,7 +1,6 @@
 //! Cuts: when, what becomes of them, and what follows for the guest.
 
 use colo_common::limits::MAX_HISTORY;
-use colo_proto::pages::RUN_LEN;
 use colo_vmm::guest::Lifecycle;
 use colo_vmm::{Cut, DirtySet};
 use std::time::Instant;
@@ -9,10 +8,9 @@ use std::time::Instant;
 use super::status::SentEpoch;
 use super::{Node, NodeError};
 use crate::checkpoint::{Standing, Timing, copy_out};
-use crate::replicator::{Phase, Request};
+use crate::epoch::{SeedState, Turn, fits, is_full, turn};
+use crate::replicator::Request;
 use crate::transfer::{Epoch, Transfer};
-
-const PAGE: u64 = colo_common::PAGE_SIZE as u64;
 
 impl Node {
     pub(super) fn cut_if_due(&mut self, now: Instant) -> Result<(), NodeError> {
@@ -54,20 +52,17 @@ impl Node {
         if self.standing.is_none() || self.parked || self.stopping || self.failure.is_some() {
             return Ok(());
         }
-        if (self.unknown || !self.fits_epoch()) && self.is_shipping() {
-            self.unknown = true;
-            return self.give_up_epochs();
-        }
-        let ready = self.seed_is_ready()?;
-        let waits = self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest);
-        match self.replicator.phase() {
-            Phase::Lost { .. } | Phase::Over => Ok(()),
-            Phase::Alone => self.number_alone(),
-            Phase::Seeding { .. } if ready => self.send_rest_or_join(),
-            Phase::Seeding { .. } if waits => Ok(()),
-            Phase::Seeding { .. } => self.number_alone(),
-            _ if !self.replicator.is_linked() || !self.has_room() => Ok(()),
-            _ => self.ship(false),
+        let seed = SeedState {
+            is_idle: self.seed_is_ready()?,
+            waits_for_rest: self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest),
+        };
+        let sound = !self.unknown && self.fits_epoch();
+        match turn(self.replicator.phase(), sound, self.has_room(), seed) {
+            Turn::Wait => Ok(()),
+            Turn::Number => self.number_alone(),
+            Turn::Complete => self.send_rest_or_join(),
+            Turn::Ship => self.ship(false),
+            Turn::GiveUp => self.give_up_epochs(),
         }
     }
 
@@ -81,7 +76,7 @@ impl Node {
     }
 
     /// No epoch can be made of this cut: the tracker lost writes, or what failed and was merged is too much for one. The
-    /// guest stands until this node runs alone; then the secondary gets everything compared.
+    /// guest stands until this node runs alone; then the secondary gets what it lacks while the guest runs.
     fn give_up_epochs(&mut self) -> Result<(), NodeError> {
         let actions = self.replicator.go_solo();
         self.act(actions)
@@ -169,16 +164,13 @@ impl Node {
         self.replicator.is_linked() && self.replicator.in_flight() < self.settings.window
     }
 
-    /// Half of what an epoch may be: the guest goes on writing until it is stopped.
     fn is_epoch_full(&self) -> bool {
-        self.dirty.len() * PAGE >= self.epoch_limit() / 2
+        is_full(self.dirty.len(), self.epoch_limit())
     }
 
-    /// Whether the open set makes an epoch that the secondary takes: with a run for each page at worst, and an eighth
-    /// left for what it counts beside pages.
+    /// Whether the open set makes an epoch that the secondary takes.
     pub(super) fn fits_epoch(&self) -> bool {
-        let limit = self.epoch_limit();
-        self.dirty.len() * (PAGE + RUN_LEN as u64) <= limit - limit / 8
+        fits(self.dirty.len(), self.epoch_limit())
     }
 
     /// Bytes of pages in an epoch at most.

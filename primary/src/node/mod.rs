@@ -9,9 +9,11 @@
 //!   operator ------+                              +--> sink: output that may go out
 //! ```
 
+mod copier;
 mod cutting;
 mod joining;
 mod operator;
+mod seeding;
 pub mod status;
 
 use colo_common::register::StopReason;
@@ -30,9 +32,9 @@ use crate::epoch::Pacer;
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::release::Release;
 use crate::replicator::{Action, End, Entitled, Phase, Replicator};
-pub use joining::SeedEvent;
-use joining::SeedJob;
 pub use operator::{Command, CommandError};
+pub use seeding::SeedEvent;
+use seeding::SeedJob;
 use status::Board;
 
 /// How often the node looks after what no event tells: output of an unprotected guest, the size of the open set.
@@ -180,6 +182,8 @@ pub struct Node {
     next_link: u64,
     lost_since: Option<Instant>,
     seed: Option<SeedJob>,
+    /// Since when the open dirty set is kept for a copy that may come back.
+    kept_since: Option<Instant>,
     arbiter: ArbiterWorker,
     next_read: Instant,
     connector: Arc<dyn Connector>,
@@ -234,6 +238,7 @@ impl Node {
             next_link: 1,
             lost_since: None,
             seed: None,
+            kept_since: None,
             arbiter,
             next_read: now + READ_INTERVAL,
             connector,
@@ -305,6 +310,7 @@ impl Node {
             self.next_read = now + READ_INTERVAL;
             self.arbiter.read();
             self.offer_hand_back();
+            self.forget_if_late(now)?;
         }
         if self.promotions > 0 && self.failure.is_none() && now.duration_since(self.began) > STEADY {
             self.promotions = 0;
@@ -402,7 +408,7 @@ impl Node {
                 }
                 Action::Detach => {
                     self.drop_link();
-                    self.stop_tracking_if_alone()?;
+                    self.keep_or_forget()?;
                 }
                 Action::ResetGuest => self.reset_guest()?,
                 Action::Park => {
@@ -413,6 +419,7 @@ impl Node {
                     self.parked = false;
                     self.standing = None;
                     self.resting = None;
+                    self.keep_or_forget()?;
                     if self.failure.is_some() {
                         let actions = self.replicator.stop(StopReason::Failed);
                         self.act(actions)?;

@@ -59,6 +59,8 @@ pub struct Counters {
     pub seeds: u64,
     /// Copies made by comparing everything.
     pub full_resyncs: u64,
+    /// Copies that were sent what had been written since their point.
+    pub delta_resyncs: u64,
     /// Times that epochs failed and were merged back.
     pub failed_epochs: u64,
     /// Links lost.

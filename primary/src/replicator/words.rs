@@ -51,6 +51,15 @@ pub struct Offer {
     pub staged: Option<Point>,
 }
 
+/// What a link is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// A new copy, or one that came back.
+    Seed,
+    /// To go on with this copy.
+    Link(ReplicaId),
+}
+
 /// How far output may go out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Entitled {
@@ -181,4 +190,8 @@ pub struct Mutation {
     pub refused_changes_nothing: bool,
     /// Takes a hand-back although another may have run the vm since.
     pub take_any_hand_back: bool,
+    /// A copy that is older than the kept dirty set is sent that set and no more.
+    pub resync_any_copy: bool,
+    /// What is in flight when `Solo` is granted is forgotten, and the dirty set goes on being kept.
+    pub solo_forgets_flight: bool,
 }

@@ -35,6 +35,8 @@ pub enum SeedMode {
     Full,
     /// The pages whose digests differ are sent. What the secondary has is the base.
     Resync,
+    /// The pages that were written since this point are sent. The secondary's copy is whole and at exactly this point.
+    Since(Point),
 }
 
 /// A copy begins. From here on what the secondary has is inconsistent, until the epoch that completes it.

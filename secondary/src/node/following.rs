@@ -160,6 +160,10 @@ impl Follower {
         let Some((node, term)) = self.link.as_ref().map(|link| (link.node.clone(), link.term)) else {
             return false;
         };
+        if let Err(why) = judge_seed(self.replica.copy(), mode) {
+            self.refuse(WireRefusal::OutOfPlace, &why);
+            return false;
+        }
         if let Err(e) = self.replica.accept_seed(&node, term) {
             self.refuse(reason_of(&e), &e.to_string());
             return false;
@@ -169,7 +173,7 @@ impl Follower {
             self.refuse(WireRefusal::Failed, &e);
             return false;
         }
-        let keep = mode == SeedMode::Resync;
+        let keep = mode != SeedMode::Full;
         let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
         persister.order(persist::Job::Begin(if keep { Base::Stored } else { Base::Empty }));
         let (done, wait) = crossbeam_channel::bounded(1);
@@ -358,6 +362,20 @@ impl Follower {
         self.link = None;
         self.replica.link_lost();
         self.suspect();
+    }
+}
+
+/// Whether a seed can be made from what the copy is.
+///
+/// # Errors
+/// Why not; the link is to be ended, and the copy stays as it is.
+pub fn judge_seed(copy: &Copy, mode: SeedMode) -> Result<(), String> {
+    match mode {
+        SeedMode::Since(base) if copy.point() != Some(base) => {
+            let held = copy.point().map_or_else(|| "no whole point".to_owned(), |point| point.to_string());
+            Err(format!("what was written since {base} is of no use here: this copy holds {held}"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -34,7 +34,7 @@ use crate::persist::Persister;
 use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
-pub use following::judge_epoch;
+pub use following::{judge_epoch, judge_seed};
 pub use pairing::{Loaded, PairAnswer, PairError, PairRequest, boot_file_path, load};
 pub use promoting::{HandBack, Promotion};
 use tray::Told;

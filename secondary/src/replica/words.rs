@@ -39,6 +39,16 @@ pub enum Copy {
     },
 }
 
+impl Copy {
+    /// The point that it holds whole.
+    pub fn point(&self) -> Option<Point> {
+        match self {
+            Self::Whole { staged: point, .. } | Self::Stale { point } => Some(*point),
+            Self::Inconsistent | Self::Nothing => None,
+        }
+    }
+}
+
 /// What the store of a node held when it started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Stored {

@@ -1,10 +1,9 @@
 //! Cuts of a simulated runner: `primary::node::cutting`, function by function.
 
-use colo_common::PAGE_SIZE;
 use colo_primary::checkpoint::copy_out;
-use colo_primary::replicator::{Phase, Request};
+use colo_primary::epoch::{SeedState, Turn, fits, is_full, turn};
+use colo_primary::replicator::Request;
 use colo_primary::transfer::Epoch;
-use colo_proto::pages::RUN_LEN;
 use colo_vmm::guest::Lifecycle;
 use colo_vmm::{Cut, DirtySet, ProtectedGuest};
 use std::time::Instant;
@@ -72,20 +71,17 @@ impl Runner {
         if self.standing.is_none() || self.parked || self.stopping || self.failed {
             return;
         }
-        if (self.unknown || !self.fits_epoch(common)) && self.is_shipping() {
-            self.unknown = true;
-            return self.give_up_epochs(common);
-        }
-        let ready = self.seed_is_ready(common);
-        let waits = self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest);
-        match self.replicator.phase() {
-            Phase::Lost { .. } | Phase::Over => {}
-            Phase::Alone => self.number_alone(common),
-            Phase::Seeding { .. } if ready => self.send_rest_or_join(common),
-            Phase::Seeding { .. } if waits => {}
-            Phase::Seeding { .. } => self.number_alone(common),
-            _ if !self.replicator.is_linked() || !self.has_room(common) => {}
-            _ => self.ship(false, common),
+        let seed = SeedState {
+            is_idle: self.seed_is_ready(common),
+            waits_for_rest: self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest),
+        };
+        let sound = !self.unknown && self.fits_epoch(common);
+        match turn(self.replicator.phase(), sound, self.has_room(common), seed) {
+            Turn::Wait => {}
+            Turn::Number => self.number_alone(common),
+            Turn::Complete => self.send_rest_or_join(common),
+            Turn::Ship => self.ship(false, common),
+            Turn::GiveUp => self.give_up_epochs(common),
         }
     }
 
@@ -186,15 +182,14 @@ impl Runner {
     }
 
     fn is_epoch_full(&self, common: &Common) -> bool {
-        self.dirty.len() * PAGE_SIZE as u64 >= self.epoch_limit(common) / 2
+        is_full(self.dirty.len(), self.epoch_limit(common))
     }
 
     pub(crate) fn fits_epoch(&self, common: &Common) -> bool {
         if common.mutations.epochs_too_large && self.is_shipping() {
             return true;
         }
-        let limit = self.epoch_limit(common);
-        self.dirty.len() * (PAGE_SIZE + RUN_LEN) as u64 <= limit - limit / 8
+        fits(self.dirty.len(), self.epoch_limit(common))
     }
 
     /// The primary's own limit is as in its default far above what the secondary takes here.

@@ -6,7 +6,7 @@ use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind};
 use colo_proto::message::SeedMode;
-use colo_secondary::node::judge_epoch;
+use colo_secondary::node::{judge_epoch, judge_seed};
 use colo_secondary::persist::ToStore;
 use colo_secondary::replica::{Action, Copy, Refusal};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
@@ -215,13 +215,17 @@ impl Follower {
     fn begin_seed(&mut self, mode: SeedMode, common: &mut Common) -> bool {
         let Some(link) = &mut self.link else { return false };
         let (node, term) = (link.node.clone(), link.term);
+        if let Err(why) = judge_seed(self.replica.copy(), mode) {
+            common.outside.broken(|| why);
+            return false;
+        }
         if let Err(e) = self.replica.accept_seed(&node, term) {
             self.refuse(&e.to_string(), common);
             return false;
         }
         self.forgets_running = true;
         common.note(self.x, || format!("is seeded ({mode:?}) by {node} in {term}"));
-        let keep = mode == SeedMode::Resync;
+        let keep = mode != SeedMode::Full;
         self.persister.order(Job::Begin(if keep { Base::Stored } else { Base::Empty }));
         // The flush; what the thread tells meanwhile waits in the inbox.
         let mut told = Vec::new();

@@ -1,11 +1,11 @@
 //! Getting protected: `primary::node::joining`, function by function. Its thread is a list of work that is done a bit at
 //! a time, between the guest's steps.
 
-use colo_common::{Gfn, PAGE_SIZE};
+use colo_common::{Gfn, PAGE_SIZE, Point};
 use colo_primary::encode::Encoder;
 use colo_primary::link::Purpose;
 use colo_primary::replicator::{Ack, Offer, Phase};
-use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests};
+use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests, SeedMode};
 use colo_vmm::page_batch::is_zero;
 use colo_vmm::{DirtySet, PageBatch, ProtectedGuest};
 use std::collections::VecDeque;
@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 use crate::common::{Common, name};
 use crate::net::{Msg, Way};
 use crate::plan::{
-    BACKOFF, CHUNK_PAGES, DIGEST_WINDOW, FRAMES, HANDSHAKE_LIMIT, MAX_ROUNDS, REFUSED_BACKOFF, RELINK_LIMIT,
+    BACKOFF, CHUNK_PAGES, DIGEST_WINDOW, FRAMES, HANDSHAKE_LIMIT, KEEP_LIMIT, MAX_ROUNDS, REFUSED_BACKOFF,
+    RELINK_LIMIT,
 };
 use crate::runner::{Linking, Peer, Runner};
 
@@ -64,11 +65,7 @@ impl Runner {
         if self.peer.is_some() || self.parked || self.failed {
             return None;
         }
-        match self.replicator.phase() {
-            Phase::Alone if !self.replicator.is_proposing() => Some(Purpose::Seed),
-            Phase::Paired { replica, .. } => Some(Purpose::Link(*replica)),
-            _ => None,
-        }
+        self.replicator.wanted_link()
     }
 
     pub(crate) fn connect(&mut self, secondary: usize, purpose: Purpose, common: &mut Common) {
@@ -173,25 +170,25 @@ impl Runner {
                 self.send_resting_again();
             }
             Purpose::Seed => {
+                let base = self.replicator.resync_from(offer);
                 self.replicator.seed(node.clone()).map_err(|e| e.to_string())?;
                 self.peer = Some(peer(None));
-                self.begin_seed(link, offer.staged.is_some(), common);
+                self.begin_seed(link, offer, base, common);
             }
         }
         Ok(())
     }
 
-    fn begin_seed(&mut self, link: u64, resync: bool, common: &mut Common) {
-        let tracked = self.guest.unprotect().and_then(|()| self.guest.protect());
-        if let Err(e) = tracked {
-            common.outside.broken(|| format!("the guest cannot be protected: {e}"));
-        }
-        self.dirty = DirtySet::new(FRAMES);
-        self.unknown = false;
-        common.count(if resync { "resyncs" } else { "seeds" });
+    fn begin_seed(&mut self, link: u64, offer: &Offer, base: Option<Point>, common: &mut Common) {
+        let (mode, changed) = self.first_pass(offer, base, common);
+        common.count(match mode {
+            SeedMode::Full => "seeds",
+            SeedMode::Resync => "resyncs",
+            SeedMode::Since(_) => "resyncs of what was written",
+        });
         let history = self.replicator.history().points().to_vec();
         let Some(peer) = &mut self.peer else { return };
-        let begin = peer.encoder.seed(resync, history);
+        let begin = peer.encoder.seed(mode, history);
         common.send(link, Way::Transfers, Msg::Frame(Box::new(begin)));
         let populated = self.guest.memory().populated().expect("guest memory can be read");
         let mut seed = SeedJob {
@@ -200,14 +197,73 @@ impl Runner {
             waits_for_rest: false,
             chunks: VecDeque::new(),
             digests: VecDeque::new(),
-            pass: resync.then_some((0, 0)),
+            pass: (mode == SeedMode::Resync).then_some((0, 0)),
             populated,
         };
-        if !resync {
-            let all = seed.populated.clone();
-            seed.frames(&all);
+        match mode {
+            SeedMode::Full => {
+                let all = seed.populated.clone();
+                seed.frames(&all);
+            }
+            SeedMode::Resync => {}
+            SeedMode::Since(_) => seed.frames(&changed),
         }
         self.seed = Some(seed);
+    }
+
+    fn first_pass(
+        &mut self,
+        offer: &Offer,
+        base: Option<Point>,
+        common: &mut Common,
+    ) -> (SeedMode, Vec<(Gfn, u64)>) {
+        self.kept_since = None;
+        if let Some(base) = base {
+            self.collect(common);
+            if !self.unknown {
+                let runs = self.dirty.runs().collect();
+                self.dirty.clear();
+                return (SeedMode::Since(base), runs);
+            }
+        }
+        let tracked = self.guest.unprotect().and_then(|()| self.guest.protect());
+        if let Err(e) = tracked {
+            common.outside.broken(|| format!("the guest cannot be protected: {e}"));
+        }
+        self.dirty = DirtySet::new(FRAMES);
+        self.unknown = false;
+        let mode = if offer.staged.is_some() { SeedMode::Resync } else { SeedMode::Full };
+        (mode, Vec::new())
+    }
+
+    pub(crate) fn keep_or_forget(&mut self, common: &mut Common) {
+        if !matches!(self.replicator.phase(), Phase::Alone) || self.peer.is_some() {
+            return;
+        }
+        if self.replicator.kept_since().is_some() && !self.unknown {
+            self.kept_since.get_or_insert(common.now);
+            return;
+        }
+        self.forget_copy(common);
+    }
+
+    pub(crate) fn forget_if_late(&mut self, common: &mut Common) {
+        let Some(since) = self.kept_since.filter(|_| self.peer.is_none()) else { return };
+        self.collect(common);
+        if self.unknown || self.dirty.len() > FRAMES * 3 / 4 || common.now - since > KEEP_LIMIT {
+            common.count("copies forgotten");
+            self.forget_copy(common);
+        }
+    }
+
+    fn forget_copy(&mut self, common: &mut Common) {
+        self.kept_since = None;
+        self.replicator.forget_copy();
+        if let Err(e) = self.guest.unprotect() {
+            common.outside.broken(|| format!("the guest's tracking does not stop: {e}"));
+        }
+        self.dirty = DirtySet::new(FRAMES);
+        self.unknown = false;
     }
 
     /// The thread's share of a tick: `Copier::copy`.
@@ -296,17 +352,7 @@ impl Runner {
         self.arbiter.read();
         let actions = self.replicator.link_lost();
         self.act(actions, common);
-        self.stop_tracking_if_alone(common);
-    }
-
-    pub(crate) fn stop_tracking_if_alone(&mut self, common: &mut Common) {
-        if matches!(self.replicator.phase(), Phase::Alone) && self.peer.is_none() {
-            if let Err(e) = self.guest.unprotect() {
-                common.outside.broken(|| format!("the guest's tracking does not stop: {e}"));
-            }
-            self.dirty = DirtySet::new(FRAMES);
-            self.unknown = false;
-        }
+        self.keep_or_forget(common);
     }
 
     pub(crate) fn drop_link(&mut self, common: &mut Common) {

@@ -24,6 +24,7 @@ pub(crate) const REFUSED_BACKOFF: Time = 25;
 pub(crate) const READ_INTERVAL: Time = 20;
 pub(crate) const RETRY: Time = 5;
 pub(crate) const STEADY: Time = 200;
+pub(crate) const KEEP_LIMIT: Time = 150;
 pub(crate) const MAX_ROUNDS: u32 = 3;
 pub(crate) const CHUNK_PAGES: u64 = 4;
 pub(crate) const DIGEST_WINDOW: u64 = 24;

@@ -57,6 +57,7 @@ pub(crate) struct Runner {
     pub(crate) paused_secondary: Option<usize>,
     pub(crate) lost_since: Option<Time>,
     pub(crate) seed: Option<SeedJob>,
+    pub(crate) kept_since: Option<Time>,
     pub(crate) arbiter: ArbiterClient,
     next_read: Time,
     next_offer: Time,
@@ -108,6 +109,7 @@ impl Runner {
             paused_secondary: None,
             lost_since: None,
             seed: None,
+            kept_since: None,
             arbiter: ArbiterClient::default(),
             next_read: now + READ_INTERVAL,
             next_offer: now,
@@ -139,6 +141,7 @@ impl Runner {
         if common.now >= self.next_read {
             self.next_read = common.now + READ_INTERVAL;
             self.arbiter.read();
+            self.forget_if_late(common);
         }
         if self.promotions > 0 && !self.failed && common.now - self.began > STEADY {
             self.promotions = 0;
@@ -228,7 +231,7 @@ impl Runner {
                 }
                 Action::Detach => {
                     self.drop_link(common);
-                    self.stop_tracking_if_alone(common);
+                    self.keep_or_forget(common);
                 }
                 Action::ResetGuest => self.reset_guest(common),
                 Action::Park => {
@@ -252,6 +255,7 @@ impl Runner {
         self.parked = false;
         self.standing = None;
         self.resting = None;
+        self.keep_or_forget(common);
         if self.failed {
             let actions = self.replicator.stop(StopReason::Failed);
             self.act(actions, common);
