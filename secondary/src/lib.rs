@@ -2,9 +2,10 @@
 //! is gone.
 //!
 //! The way of a page through this crate: [`receiver`] -> [`staging`] -> ack; [`apply`] -> [`image`]; [`persist`] ->
-//! [`store`]. [`replica`] decides, [`node`] holds it together.
+//! [`store`]. [`replica`] and [`detector`] decide, [`node`] holds it together.
 
 pub mod apply;
+pub mod detector;
 pub mod image;
 pub mod node;
 pub mod pairing_service;

@@ -53,7 +53,7 @@ const PINNED: [(u64, &str); 5] = [
     (961, "a failed guest that nobody followed any more was left lying"),
 ];
 /// How often that many seeds must have seen each at least: else little was tried.
-const LEAST: [(&str, u64); 42] = [
+const LEAST: [(&str, u64); 43] = [
     ("acks", 80_000),
     ("applied", 60_000),
     ("boots", 60),
@@ -93,6 +93,7 @@ const LEAST: [(&str, u64); 42] = [
     ("relinks", 600),
     ("resets", 250),
     ("resyncs", 800),
+    ("resyncs of what was written", 400),
     ("rests", 60),
     ("ring overruns", 30),
     ("stores read back", 500),

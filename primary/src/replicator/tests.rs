@@ -176,6 +176,42 @@ fn alone_again_only_when_it_is_granted() {
 }
 
 #[test]
+fn a_copy_that_comes_back_is_sent_what_it_lacks() {
+    let mut replicator = paired();
+    replicator.cut(Pages(vec![1]), None, false);
+    replicator.ack(ack(2, point(2, 2))).unwrap();
+    replicator.cut(Pages(vec![2]), None, false);
+    let offer = |staged| Offer { replica: Some(COPY), staged: Some(staged) };
+    assert_eq!(replicator.resync_from(&offer(point(2, 2))), None, "it follows");
+    let alone = proposal(&replicator.go_solo());
+    let granted = grant(&mut replicator, &alone);
+    assert_eq!(granted, vec![Action::MergeBack(Pages(vec![2])), Action::Detach], "it may not have had that");
+    replicator.cut(Pages(vec![]), None, false);
+    assert_eq!(replicator.kept_since(), Some(point(2, 2)));
+    assert_eq!(replicator.resync_from(&offer(point(2, 2))), Some(point(2, 2)));
+    assert_eq!(replicator.resync_from(&offer(point(2, 3))), Some(point(2, 3)), "staged and not acked");
+    assert_eq!(replicator.resync_from(&offer(point(1, 1))), None, "older than what is kept");
+    assert_eq!(replicator.resync_from(&offer(point(2, 9))), None, "not of this history");
+    assert_eq!(replicator.resync_from(&offer(point(0, 0))), None, "a seed that broke off");
+    let mut forgetful = replicator.clone();
+    forgetful.forget_copy();
+    assert_eq!(forgetful.resync_from(&offer(point(2, 2))), None);
+    replicator.seed(node("b")).unwrap();
+    replicator.link_lost();
+    assert_eq!(replicator.resync_from(&offer(point(2, 2))), None, "it was made inconsistent");
+}
+
+#[test]
+fn nothing_is_kept_for_a_copy_over_a_loss_of_the_register() {
+    let mut replicator = paired();
+    replicator.ack(ack(2, point(1, 1))).unwrap();
+    let alone = proposal(&replicator.go_solo());
+    replicator.answer(alone.id, Answer::Refused(Some(entry(3, solo("b", Incarnation(8))))));
+    assert_eq!(replicator.observe(Some(entry(4, solo("a", ME)))), vec![Action::Unpark]);
+    assert_eq!(replicator.resync_from(&Offer { replica: Some(COPY), staged: Some(point(1, 1)) }), None);
+}
+
+#[test]
 fn a_refused_runner_parks_and_takes_back_only_what_nobody_ran() {
     let mut replicator = paired();
     let alone = proposal(&replicator.go_solo());

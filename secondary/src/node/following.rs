@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Follower, Link, Suspicion, Tip};
+use super::{Follower, Link, Tip};
 use crate::apply::{self, Applied};
 use crate::persist::{self, Persisted, ToStore};
 use crate::receiver::{Agreed, Caller, LinkEvent, Say, refused};
@@ -43,7 +43,7 @@ impl Follower {
             asked: None,
             goodbye: false,
         });
-        self.suspicion = None;
+        self.detector.heard();
         self.followed = true;
         if let Purpose::Link { replica } = hello.purpose {
             match self.replica.accept_link(&hello.node, hello.term, replica) {
@@ -128,8 +128,7 @@ impl Follower {
             LinkEvent::Yield(word) => {
                 tracing::warn!(vm = %self.vm, "the runner yields (failed: {})", word.failed);
                 self.yielded += u32::from(word.failed);
-                let now = Instant::now();
-                self.suspicion = Some(Suspicion { since: now, until: now, due: false });
+                self.detector.yielded(Instant::now());
             }
             LinkEvent::Goodbye => link.goodbye = true,
             LinkEvent::Down(why) => self.link_down(&why),
@@ -148,10 +147,7 @@ impl Follower {
     /// Nothing is heard of the runner any more, for whatever reason: it may be dead.
     fn suspect(&mut self) {
         let now = Instant::now();
-        if self.suspicion.is_none() {
-            let until = now + self.settings.promote_delay;
-            self.suspicion = Some(Suspicion { since: now, until, due: false });
-        }
+        self.detector.silent(now, now + self.settings.promote_delay);
         self.next_read = now;
     }
 

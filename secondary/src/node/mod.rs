@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use crate::apply::Applier;
+use crate::detector::Detector;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
@@ -155,8 +156,8 @@ pub struct Follower {
     promotions: u32,
     /// Times that the runner yielded because the guest had failed there.
     yielded: u32,
-    /// When this node will ask to run the guest.
-    suspicion: Option<Suspicion>,
+    /// Whether the runner is taken for dead.
+    detector: Detector<Instant>,
     /// The operator waits for an answer.
     asked: Option<oneshot::Sender<String>>,
     hand_back: Option<HandBack>,
@@ -176,17 +177,6 @@ pub struct Follower {
     directory: Arc<VmDirectory>,
     board: Board,
     end: Option<Outcome>,
-}
-
-/// The runner is taken for dead.
-#[derive(Clone, Copy, Debug)]
-struct Suspicion {
-    /// Since when.
-    since: Instant,
-    /// Until when it is given time.
-    until: Instant,
-    /// That time is over.
-    due: bool,
 }
 
 /// What a follower begins with.
@@ -256,7 +246,7 @@ impl Follower {
             rooms: std::collections::VecDeque::new(),
             promotions: 0,
             yielded: 0,
-            suspicion: None,
+            detector: Detector::new(),
             asked: None,
             hand_back: None,
             reading: false,
@@ -278,8 +268,7 @@ impl Follower {
     pub fn run(mut self) -> Outcome {
         if matches!(self.replica.copy(), Copy::Whole { .. }) {
             let now = Instant::now();
-            let until = now + self.settings.startup_grace;
-            self.suspicion = Some(Suspicion { since: now, until, due: false });
+            self.detector.silent(now, now + self.settings.startup_grace);
         }
         loop {
             match self.inbox.recv_timeout(TICK) {

@@ -14,7 +14,7 @@ use colo_primary::replicator::Replicator;
 use colo_vmm::MachineState;
 use std::time::{Duration, Instant};
 
-use super::{Follower, Outcome, READ_INTERVAL, Suspicion};
+use super::{Follower, Outcome, READ_INTERVAL};
 use crate::persist;
 use crate::replica::{Copy, NotMine, Start};
 
@@ -49,15 +49,16 @@ pub struct HandBack {
 impl Follower {
     /// Asks to run the guest once the runner has had its time.
     pub(super) fn suspect_if_due(&mut self, now: Instant) {
-        let Some(suspicion) = self.suspicion.filter(|suspicion| now >= suspicion.until) else { return };
-        if !self.settings.auto_failover || self.link.as_ref().is_some_and(|link| link.goodbye) {
+        if !self.detector.is_due(now)
+            || !self.settings.auto_failover
+            || self.link.as_ref().is_some_and(|link| link.goodbye)
+        {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run().is_some() {
             return;
         }
-        // Tried again if the register does not allow it now: a dead runner's request may still land.
-        self.suspicion = Some(Suspicion { until: now + READ_INTERVAL, due: true, ..suspicion });
+        self.detector.ask(now + READ_INTERVAL);
         self.read();
     }
 
@@ -113,8 +114,7 @@ impl Follower {
                 Err(e) => tracing::info!(vm = %self.vm, "nothing is handed back to {node}: {e}"),
             }
         }
-        // A register that was read for another reason must not cut the runner's time short.
-        let suspected = self.settings.auto_failover && self.suspicion.is_some_and(|suspicion| suspicion.due);
+        let suspected = self.settings.auto_failover && self.detector.has_asked();
         if self.asked.is_none() && !suspected {
             return;
         }
@@ -144,8 +144,8 @@ impl Follower {
         self.link = None;
         self.asked = None;
         let mut promotion = Promotion::default();
-        if let Some(suspicion) = self.suspicion {
-            promotion.register = granted - suspicion.since;
+        if let Some(since) = self.detector.since() {
+            promotion.register = granted - since;
         }
         let outcome = match start {
             Start::Promote(point) => self.promote_from(point, entry, granted, promotion),

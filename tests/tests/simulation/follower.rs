@@ -3,6 +3,7 @@
 
 use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term};
 use colo_primary::release::Release;
+use colo_secondary::detector::Detector;
 use colo_secondary::image::Image;
 use colo_secondary::persist::{Restored, StoredState};
 use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Stored};
@@ -40,13 +41,6 @@ pub(crate) struct Link {
     pub(crate) over: bool,
 }
 
-/// `node::Suspicion`.
-#[derive(Clone, Copy)]
-pub(crate) struct Suspicion {
-    pub(crate) until: Time,
-    pub(crate) due: bool,
-}
-
 /// How it ends: `node::Outcome`.
 pub(crate) enum Outcome {
     Run(Box<Beginning>),
@@ -71,7 +65,7 @@ pub(crate) struct Follower {
     pub(crate) held: Release,
     pub(crate) promotions: u32,
     pub(crate) yielded: u32,
-    pub(crate) suspicion: Option<Suspicion>,
+    pub(crate) detector: Detector<Time>,
     pub(crate) asked: bool,
     pub(crate) hand_back: Option<(NodeId, Incarnation, Term)>,
     pub(crate) reading: bool,
@@ -132,7 +126,7 @@ impl Follower {
             held: Release::default(),
             promotions: 0,
             yielded: 0,
-            suspicion: None,
+            detector: Detector::new(),
             asked: false,
             hand_back: None,
             reading: false,
@@ -147,7 +141,7 @@ impl Follower {
         }
         if matches!(follower.replica.copy(), Copy::Whole { .. }) {
             common.count("starts with a whole copy");
-            follower.suspicion = Some(Suspicion { until: common.now + STARTUP_GRACE, due: false });
+            follower.detector.silent(common.now, common.now + STARTUP_GRACE);
         }
         Ok(follower)
     }

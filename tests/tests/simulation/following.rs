@@ -15,7 +15,7 @@ use colo_vmm::egress::Output;
 use std::sync::Arc;
 
 use crate::common::Common;
-use crate::follower::{Apply, Follower, Link, Outcome, Suspicion};
+use crate::follower::{Apply, Follower, Link, Outcome};
 use crate::net::{Msg, Way};
 use crate::outside::Known;
 use crate::persister::{Job, Persisted};
@@ -47,7 +47,7 @@ impl Follower {
                 common.count("yields");
                 common.note(self.x, || "is told to take over".to_owned());
                 self.yielded += 1;
-                self.suspicion = Some(Suspicion { until: common.now, due: false });
+                self.detector.yielded(common.now);
             }
             Msg::Goodbye => link.goodbye = true,
             Msg::Down(why) => self.link_down(&why, common),
@@ -101,7 +101,7 @@ impl Follower {
             over: false,
         };
         self.link = Some(link);
-        self.suspicion = None;
+        self.detector.heard();
         if let Purpose::Link(replica) = purpose {
             match self.replica.accept_link(&node, term, replica) {
                 Ok(actions) => self.act(actions, common),
@@ -206,9 +206,7 @@ impl Follower {
     }
 
     fn suspect(&mut self, common: &Common) {
-        if self.suspicion.is_none() {
-            self.suspicion = Some(Suspicion { until: common.now + PROMOTE_DELAY, due: false });
-        }
+        self.detector.silent(common.now, common.now + PROMOTE_DELAY);
         self.next_read = common.now;
     }
 

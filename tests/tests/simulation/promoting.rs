@@ -9,23 +9,23 @@ use colo_secondary::replica::{Copy, NotMine, Start};
 use colo_vmm::{MachineState, ProtectedGuest};
 
 use crate::common::Common;
-use crate::follower::{Follower, Outcome, Suspicion};
+use crate::follower::{Follower, Outcome};
 use crate::persister::Job;
 use crate::plan::SUSPECT_AGAIN;
 use crate::runner::Beginning;
 
 impl Follower {
     pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
-        if self.suspicion.is_none_or(|suspicion| common.now < suspicion.until) {
-            return;
-        }
-        if !common.plan.auto_failover || self.link.as_ref().is_some_and(|link| link.goodbye) {
+        if !self.detector.is_due(common.now)
+            || !common.plan.auto_failover
+            || self.link.as_ref().is_some_and(|link| link.goodbye)
+        {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run() {
             return;
         }
-        self.suspicion = Some(Suspicion { until: common.now + SUSPECT_AGAIN, due: true });
+        self.detector.ask(common.now + SUSPECT_AGAIN);
         self.read();
     }
 
@@ -74,7 +74,7 @@ impl Follower {
             common.count("hand-backs proposed");
             self.act(actions, common);
         }
-        let suspected = common.plan.auto_failover && self.suspicion.is_some_and(|suspicion| suspicion.due);
+        let suspected = common.plan.auto_failover && self.detector.has_asked();
         if !self.asked && !suspected {
             return;
         }
@@ -85,12 +85,7 @@ impl Follower {
         match self.replica.promote(found.as_ref()) {
             Ok(actions) => self.act(actions, common),
             Err(NotMine::Proposing) => {}
-            Err(e) => {
-                self.asked = false;
-                if !matches!(e, NotMine::Absent) {
-                    self.suspicion = None;
-                }
-            }
+            Err(_) => self.asked = false,
         }
     }
 
