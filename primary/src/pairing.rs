@@ -1,24 +1,25 @@
 //! The runner's side of pairing: agrees on the guest with a secondary by gRPC before a link is made, and sends the boot
 //! files that the secondary lacks. And the words between a node that lost its vm and the one that has it.
 
+use colo_proto::convert::MAX_BOOT_FILE_CHUNK;
 use colo_proto::v1::pairing_client::PairingClient as Client;
-use colo_proto::v1::{BootFileChunk, BootFileId, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
+use colo_proto::v1::{BootFileChunk, CpuModel, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
 use colo_proto::version::Versions;
-use colo_vmm::memory::MemoryLayout;
+use colo_vmm::BootFile;
+use colo_vmm::host::processor;
+use colo_vmm::memory::{MemoryLayout, Slot};
 use colo_vmm::state::STATE_VERSION;
-use colo_vmm::{BootFile, GuestKind};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tonic::Code;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::guest_config::tracker;
 use crate::link::{HandBack, Request};
 
 /// How long one call may take, uploads apart.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
-/// Bytes of a boot file in one message.
-const CHUNK: usize = 1 << 20;
 
 /// A secondary that agreed.
 #[derive(Clone, Debug)]
@@ -79,7 +80,7 @@ impl PairingClient {
                 let file = request.boot_files.iter().find(|file| hash(file) == missing.hash);
                 let unknown =
                     || PairingError::Refused("it asks for a boot file that is not this vm's".to_owned());
-                self.upload(&request.address, &mut client, file.ok_or_else(unknown)?, missing.have).await?;
+                self.upload(&request.address, &mut client, file.ok_or_else(unknown)?).await?;
             }
             reply = call(&request.address, client.pair(wanted)).await?;
             if !reply.missing.is_empty() {
@@ -123,8 +124,8 @@ impl PairingClient {
 
     fn request(&self, request: &Request) -> PairRequest {
         let spec = &request.spec;
-        let slots = MemoryLayout::new(spec.memory_bytes()).slots().to_vec();
-        let role = |at: usize| if at == 0 { "kernel" } else { "module" }.to_owned();
+        let layout = MemoryLayout::new(spec.memory_bytes());
+        let slot = |slot: &Slot| MemorySlot { id: slot.id, first_gfn: slot.first.0, frames: slot.frames };
         PairRequest {
             protocol_min: Versions::OURS.min.into(),
             protocol_max: Versions::OURS.max.into(),
@@ -135,24 +136,16 @@ impl PairingClient {
             admin_address: self.own_address.clone(),
             spec: spec.encode(),
             spec_digest: request.spec_digest,
-            boot_files: (request.boot_files.iter().enumerate())
-                .map(|(at, file)| BootFileId {
-                    role: role(at),
-                    name: file.path.display().to_string(),
-                    len: file.bytes.len() as u64,
-                    hash: hash(file),
-                })
-                .collect(),
-            cpu: None,
-            slots: (slots.iter())
-                .map(|slot| MemorySlot { id: slot.id, first_gfn: slot.first.0, frames: slot.frames })
-                .collect(),
-            tracker: None,
-            hypervisor: match spec.kind {
-                GuestKind::Kvm => "kvm",
-                GuestKind::Synthetic(_) => "synthetic",
-            }
-            .to_owned(),
+            cpu: Some(CpuModel {
+                name: spec.cpu_model().name().to_owned(),
+                cpuid: request.cpu.as_ref().map_or_else(Vec::new, |cpu| cpu.cpuid.encode()),
+                tsc_khz: request.cpu.as_ref().map_or(0, |cpu| cpu.tsc_khz),
+                tsc_moves: request.cpu.as_ref().is_some_and(|cpu| cpu.tsc_moves),
+                host: processor(),
+            }),
+            slots: layout.slots().iter().map(slot).collect(),
+            tracker: Some(tracker(spec.tracker())),
+            hypervisor: spec.kind.name().to_owned(),
             state_version: STATE_VERSION,
         }
     }
@@ -162,19 +155,15 @@ impl PairingClient {
         address: &str,
         client: &mut Client<Channel>,
         file: &BootFile,
-        have: u64,
     ) -> Result<(), PairingError> {
         let (hash, bytes) = (hash(file), file.bytes.clone());
-        let start = usize::try_from(have).unwrap_or(0).min(bytes.len());
         // An empty file is told as well: by one empty piece.
-        let chunks = (start..bytes.len().max(start + 1)).step_by(CHUNK).map(move |at| BootFileChunk {
+        let chunks = (0..bytes.len().max(1)).step_by(MAX_BOOT_FILE_CHUNK).map(move |at| BootFileChunk {
             hash: hash.clone(),
             offset: at as u64,
-            bytes: bytes[at..bytes.len().min(at + CHUNK)].to_vec().into(),
+            bytes: bytes[at..bytes.len().min(at + MAX_BOOT_FILE_CHUNK)].to_vec().into(),
         });
-        let done = call(address, client.upload_boot_file(tokio_stream::iter(chunks))).await?;
-        let short = || PairingError::Refused(format!("it did not take all of {}", file.path.display()));
-        if done.complete { Ok(()) } else { Err(short()) }
+        call(address, client.upload_boot_file(tokio_stream::iter(chunks))).await.map(drop)
     }
 }
 

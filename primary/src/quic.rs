@@ -145,6 +145,7 @@ impl QuicConnector {
             incarnation: request.incarnation,
             vm: request.vm.clone(),
             term: request.term,
+            spec_digest: request.spec_digest,
             purpose,
         };
         write_control(&mut say, vm, &hello).await?;

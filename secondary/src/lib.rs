@@ -4,6 +4,7 @@
 //! The way of a page through this crate: [`receiver`] -> [`staging`] -> ack; [`apply`] -> [`image`]; [`persist`] ->
 //! [`store`]. [`replica`] decides, [`node`] holds it together.
 
+pub mod agreement;
 pub mod apply;
 pub mod image;
 pub mod node;

@@ -29,13 +29,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
+use crate::agreement::PairRequest;
 use crate::apply::Applier;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::judge_epoch;
-pub use pairing::{Loaded, PairAnswer, PairError, PairRequest, boot_file_path, load};
+pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load};
 pub use promoting::{HandBack, Promotion};
 use tray::Told;
 pub use tray::Tray;
@@ -136,6 +137,8 @@ pub struct Follower {
     settings: Settings,
     replica: Replica,
     warm: Option<Warm>,
+    /// Processes that agreed on the guest that waits, newest first.
+    agreed: std::collections::VecDeque<Incarnation>,
     applier: Option<Applier>,
     persister: Option<Persister>,
     /// The store takes nothing more; acks under the policy `disk` end with it.
@@ -242,6 +245,7 @@ impl Follower {
             settings,
             replica,
             warm: None,
+            agreed: std::collections::VecDeque::new(),
             applier: None,
             persister: Some(persister),
             store_failed: None,
@@ -309,7 +313,7 @@ impl Follower {
             Event::Arbiter(found) => self.on_arbiter(found),
             Event::Pair(request, reply) => {
                 // Whoever asked may have given up.
-                let _ = reply.send(self.pair(*request));
+                let _ = reply.send(self.pair(&request));
             }
             Event::HandBack(offer) => {
                 self.hand_back = Some(offer);
