@@ -18,8 +18,12 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::guest_config::tracker;
 use crate::link::{HandBack, Request};
 
-/// How long one call may take, uploads apart.
-const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// How long it may take to be connected.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long one call may take; an upload may take as long again for each [`UPLOAD_STEP`] of the file.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// Far below what any link that can carry a guest's epochs does in that time.
+const UPLOAD_STEP: u64 = 10 << 20;
 
 /// A secondary that agreed.
 #[derive(Clone, Debug)]
@@ -74,7 +78,7 @@ impl PairingClient {
     pub async fn pair(&self, request: &Request) -> Result<Paired, PairingError> {
         let (mut client, host) = self.client(&request.address).await?;
         let wanted = self.request(request);
-        let mut reply = call(&request.address, client.pair(wanted.clone())).await?;
+        let mut reply = call(&request.address, CALL_LIMIT, client.pair(wanted.clone())).await?;
         if !reply.missing.is_empty() {
             for missing in reply.missing {
                 let file = request.boot_files.iter().find(|file| hash(file) == missing.hash);
@@ -82,7 +86,7 @@ impl PairingClient {
                     || PairingError::Refused("it asks for a boot file that is not this vm's".to_owned());
                 self.upload(&request.address, &mut client, file.ok_or_else(unknown)?).await?;
             }
-            reply = call(&request.address, client.pair(wanted)).await?;
+            reply = call(&request.address, CALL_LIMIT, client.pair(wanted)).await?;
             if !reply.missing.is_empty() {
                 return Err(PairingError::Refused("it still lacks boot files that it was sent".to_owned()));
             }
@@ -104,7 +108,7 @@ impl PairingClient {
             incarnation: offer.incarnation.0.to_be_bytes().to_vec(),
             lost_to_term: offer.lost_to.0,
         };
-        call(address, client.offer_hand_back(request)).await.map(drop)
+        call(address, CALL_LIMIT, client.offer_hand_back(request)).await.map(drop)
     }
 
     async fn client(&self, address: &str) -> Result<(Client<Channel>, IpAddr), PairingError> {
@@ -117,7 +121,7 @@ impl PairingClient {
         if let Some(tls) = &self.tls {
             endpoint = endpoint.tls_config(tls.clone()).map_err(|e| unreachable(e.to_string()))?;
         }
-        let connecting = endpoint.connect_timeout(CALL_LIMIT).connect().await;
+        let connecting = endpoint.connect_timeout(CONNECT_LIMIT).connect().await;
         let channel = connecting.map_err(|e| unreachable(with_causes(&e)))?;
         Ok((Client::new(channel), host))
     }
@@ -157,14 +161,21 @@ impl PairingClient {
         file: &BootFile,
     ) -> Result<(), PairingError> {
         let (hash, bytes) = (hash(file), file.bytes.clone());
+        let limit = upload_limit(bytes.len() as u64);
         // An empty file is told as well: by one empty piece.
         let chunks = (0..bytes.len().max(1)).step_by(MAX_BOOT_FILE_CHUNK).map(move |at| BootFileChunk {
             hash: hash.clone(),
             offset: at as u64,
             bytes: bytes[at..bytes.len().min(at + MAX_BOOT_FILE_CHUNK)].to_vec().into(),
         });
-        call(address, client.upload_boot_file(tokio_stream::iter(chunks))).await.map(drop)
+        call(address, limit, client.upload_boot_file(tokio_stream::iter(chunks))).await.map(drop)
     }
+}
+
+/// How long a file of so many bytes may be on its way.
+fn upload_limit(bytes: u64) -> Duration {
+    let steps = u32::try_from(bytes / UPLOAD_STEP).unwrap_or(u32::MAX);
+    CALL_LIMIT.saturating_mul(steps.saturating_add(1))
 }
 
 fn hash(file: &BootFile) -> Vec<u8> {
@@ -174,10 +185,11 @@ fn hash(file: &BootFile) -> Vec<u8> {
 /// Waits for an answer, for so long as makes sense.
 async fn call<T>(
     address: &str,
+    limit: Duration,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, PairingError> {
     let unreachable = |reason: String| PairingError::Unreachable { address: address.to_owned(), reason };
-    match tokio::time::timeout(CALL_LIMIT * 6, answer).await {
+    match tokio::time::timeout(limit, answer).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => match status.code() {
             Code::AlreadyExists => Err(PairingError::Runs(status.message().to_owned())),
@@ -199,4 +211,19 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         cause = next.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CALL_LIMIT, upload_limit};
+    use colo_common::limits::MAX_BOOT_MODULE;
+
+    #[test]
+    fn the_largest_file_has_the_time_that_it_takes() {
+        assert_eq!(upload_limit(0), CALL_LIMIT);
+        assert_eq!(upload_limit(100 << 20), CALL_LIMIT * 11);
+        // At 100 Mbit/s, and with room.
+        assert!(upload_limit(MAX_BOOT_MODULE).as_secs() > MAX_BOOT_MODULE / (100_000_000 / 8) * 5);
+        assert!(upload_limit(u64::MAX) > upload_limit(MAX_BOOT_MODULE));
+    }
 }

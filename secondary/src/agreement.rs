@@ -204,3 +204,6 @@ fn slot_words(slot: Option<&v1::MemorySlot>) -> String {
 fn beginning(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect()
 }
+
+#[cfg(test)]
+mod tests;

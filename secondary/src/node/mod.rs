@@ -364,6 +364,10 @@ impl Follower {
             Copy::Inconsistent if self.link.is_some() => (Role::Receiving, None),
             _ => (Role::Waiting, None),
         };
+        let stale = match self.replica.copy() {
+            Copy::Stale { point } => Some(*point),
+            _ => None,
+        };
         let backlog_bytes = self.budget.used();
         self.marks.backlog_bytes = backlog_bytes;
         let (marks, acked) = (self.marks, self.replica.acked());
@@ -372,7 +376,7 @@ impl Follower {
         let input = self.tip.as_ref().map_or(0, |tip| tip.epoch.state.console_input);
         let history = (self.board.status().history != self.history).then(|| self.history.clone());
         self.board.change(|status| {
-            (status.role, status.replica) = (role, replica);
+            (status.role, status.replica, status.stale) = (role, replica, stale);
             (status.marks, status.acked, status.peer) = (marks, acked, peer);
             (status.released, status.input, status.input_done) = (released, input, input);
             status.tip = marks.staged;
