@@ -46,19 +46,20 @@ pub fn describe(name: &str, config: &GuestConfig) -> Result<(GuestSpec, GuestKin
     Ok((spec, kind))
 }
 
-/// The same for the control plane.
-pub fn account(spec: &GuestSpec, kind: &GuestKind) -> v1::Guest {
-    let tracker = match spec.tracker {
+/// A tracker as it travels.
+pub fn tracker(kind: TrackerKind) -> v1::Tracker {
+    let kind = match kind {
         TrackerKind::Ring { entries } => v1::tracker::Kind::RingEntries(entries),
         TrackerKind::Bitmap => v1::tracker::Kind::Bitmap(v1::tracker::Bitmap {}),
     };
+    v1::Tracker { kind: Some(kind) }
+}
+
+/// The same for the control plane.
+pub fn account(spec: &GuestSpec, kind: &GuestKind) -> v1::Guest {
     v1::Guest {
-        hypervisor: match kind {
-            GuestKind::Kvm => "kvm",
-            GuestKind::Synthetic(_) => "synthetic",
-        }
-        .to_owned(),
-        tracker: Some(v1::Tracker { kind: Some(tracker) }),
+        hypervisor: kind.name().to_owned(),
+        tracker: Some(tracker(spec.tracker)),
         memory_bytes: spec.memory_bytes,
         populated_bytes: 0,
         vcpus: spec.vcpus,

@@ -4,6 +4,7 @@
 
 use colo_common::{Incarnation, NodeId, Point, Term, VmId};
 use colo_proto::message::{DigestRequest, RangeDigests};
+use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub struct Request {
     pub spec: WireSpec,
     /// Digest of its spec, as machine states have it.
     pub spec_digest: u64,
+    /// Its processor; nothing for a guest in software.
+    pub cpu: Option<GuestCpu>,
     /// What it boots from.
     pub boot_files: Vec<BootFile>,
     /// What for.

@@ -1,24 +1,29 @@
 //! The runner's side of pairing: agrees on the guest with a secondary by gRPC before a link is made, and sends the boot
 //! files that the secondary lacks. And the words between a node that lost its vm and the one that has it.
 
+use colo_proto::convert::MAX_BOOT_FILE_CHUNK;
 use colo_proto::v1::pairing_client::PairingClient as Client;
-use colo_proto::v1::{BootFileChunk, BootFileId, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
+use colo_proto::v1::{BootFileChunk, CpuModel, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
 use colo_proto::version::Versions;
-use colo_vmm::memory::MemoryLayout;
+use colo_vmm::BootFile;
+use colo_vmm::host::processor;
+use colo_vmm::memory::{MemoryLayout, Slot};
 use colo_vmm::state::STATE_VERSION;
-use colo_vmm::{BootFile, GuestKind};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tonic::Code;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::guest_config::tracker;
 use crate::link::{HandBack, Request};
 
-/// How long one call may take, uploads apart.
-const CALL_LIMIT: Duration = Duration::from_secs(5);
-/// Bytes of a boot file in one message.
-const CHUNK: usize = 1 << 20;
+/// How long it may take to be connected.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long one call may take; an upload may take as long again for each [`UPLOAD_STEP`] of the file.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// Far below what any link that can carry a guest's epochs does in that time.
+const UPLOAD_STEP: u64 = 10 << 20;
 
 /// A secondary that agreed.
 #[derive(Clone, Debug)]
@@ -73,15 +78,15 @@ impl PairingClient {
     pub async fn pair(&self, request: &Request) -> Result<Paired, PairingError> {
         let (mut client, host) = self.client(&request.address).await?;
         let wanted = self.request(request);
-        let mut reply = call(&request.address, client.pair(wanted.clone())).await?;
+        let mut reply = call(&request.address, CALL_LIMIT, client.pair(wanted.clone())).await?;
         if !reply.missing.is_empty() {
             for missing in reply.missing {
                 let file = request.boot_files.iter().find(|file| hash(file) == missing.hash);
                 let unknown =
                     || PairingError::Refused("it asks for a boot file that is not this vm's".to_owned());
-                self.upload(&request.address, &mut client, file.ok_or_else(unknown)?, missing.have).await?;
+                self.upload(&request.address, &mut client, file.ok_or_else(unknown)?).await?;
             }
-            reply = call(&request.address, client.pair(wanted)).await?;
+            reply = call(&request.address, CALL_LIMIT, client.pair(wanted)).await?;
             if !reply.missing.is_empty() {
                 return Err(PairingError::Refused("it still lacks boot files that it was sent".to_owned()));
             }
@@ -103,7 +108,7 @@ impl PairingClient {
             incarnation: offer.incarnation.0.to_be_bytes().to_vec(),
             lost_to_term: offer.lost_to.0,
         };
-        call(address, client.offer_hand_back(request)).await.map(drop)
+        call(address, CALL_LIMIT, client.offer_hand_back(request)).await.map(drop)
     }
 
     async fn client(&self, address: &str) -> Result<(Client<Channel>, IpAddr), PairingError> {
@@ -116,15 +121,15 @@ impl PairingClient {
         if let Some(tls) = &self.tls {
             endpoint = endpoint.tls_config(tls.clone()).map_err(|e| unreachable(e.to_string()))?;
         }
-        let connecting = endpoint.connect_timeout(CALL_LIMIT).connect().await;
+        let connecting = endpoint.connect_timeout(CONNECT_LIMIT).connect().await;
         let channel = connecting.map_err(|e| unreachable(with_causes(&e)))?;
         Ok((Client::new(channel), host))
     }
 
     fn request(&self, request: &Request) -> PairRequest {
         let spec = &request.spec;
-        let slots = MemoryLayout::new(spec.memory_bytes()).slots().to_vec();
-        let role = |at: usize| if at == 0 { "kernel" } else { "module" }.to_owned();
+        let layout = MemoryLayout::new(spec.memory_bytes());
+        let slot = |slot: &Slot| MemorySlot { id: slot.id, first_gfn: slot.first.0, frames: slot.frames };
         PairRequest {
             protocol_min: Versions::OURS.min.into(),
             protocol_max: Versions::OURS.max.into(),
@@ -135,24 +140,16 @@ impl PairingClient {
             admin_address: self.own_address.clone(),
             spec: spec.encode(),
             spec_digest: request.spec_digest,
-            boot_files: (request.boot_files.iter().enumerate())
-                .map(|(at, file)| BootFileId {
-                    role: role(at),
-                    name: file.path.display().to_string(),
-                    len: file.bytes.len() as u64,
-                    hash: hash(file),
-                })
-                .collect(),
-            cpu: None,
-            slots: (slots.iter())
-                .map(|slot| MemorySlot { id: slot.id, first_gfn: slot.first.0, frames: slot.frames })
-                .collect(),
-            tracker: None,
-            hypervisor: match spec.kind {
-                GuestKind::Kvm => "kvm",
-                GuestKind::Synthetic(_) => "synthetic",
-            }
-            .to_owned(),
+            cpu: Some(CpuModel {
+                name: spec.cpu_model().name().to_owned(),
+                cpuid: request.cpu.as_ref().map_or_else(Vec::new, |cpu| cpu.cpuid.encode()),
+                tsc_khz: request.cpu.as_ref().map_or(0, |cpu| cpu.tsc_khz),
+                tsc_moves: request.cpu.as_ref().is_some_and(|cpu| cpu.tsc_moves),
+                host: processor(),
+            }),
+            slots: layout.slots().iter().map(slot).collect(),
+            tracker: Some(tracker(spec.tracker())),
+            hypervisor: spec.kind.name().to_owned(),
             state_version: STATE_VERSION,
         }
     }
@@ -162,20 +159,23 @@ impl PairingClient {
         address: &str,
         client: &mut Client<Channel>,
         file: &BootFile,
-        have: u64,
     ) -> Result<(), PairingError> {
         let (hash, bytes) = (hash(file), file.bytes.clone());
-        let start = usize::try_from(have).unwrap_or(0).min(bytes.len());
+        let limit = upload_limit(bytes.len() as u64);
         // An empty file is told as well: by one empty piece.
-        let chunks = (start..bytes.len().max(start + 1)).step_by(CHUNK).map(move |at| BootFileChunk {
+        let chunks = (0..bytes.len().max(1)).step_by(MAX_BOOT_FILE_CHUNK).map(move |at| BootFileChunk {
             hash: hash.clone(),
             offset: at as u64,
-            bytes: bytes[at..bytes.len().min(at + CHUNK)].to_vec().into(),
+            bytes: bytes[at..bytes.len().min(at + MAX_BOOT_FILE_CHUNK)].to_vec().into(),
         });
-        let done = call(address, client.upload_boot_file(tokio_stream::iter(chunks))).await?;
-        let short = || PairingError::Refused(format!("it did not take all of {}", file.path.display()));
-        if done.complete { Ok(()) } else { Err(short()) }
+        call(address, limit, client.upload_boot_file(tokio_stream::iter(chunks))).await.map(drop)
     }
+}
+
+/// How long a file of so many bytes may be on its way.
+fn upload_limit(bytes: u64) -> Duration {
+    let steps = u32::try_from(bytes / UPLOAD_STEP).unwrap_or(u32::MAX);
+    CALL_LIMIT.saturating_mul(steps.saturating_add(1))
 }
 
 fn hash(file: &BootFile) -> Vec<u8> {
@@ -185,10 +185,11 @@ fn hash(file: &BootFile) -> Vec<u8> {
 /// Waits for an answer, for so long as makes sense.
 async fn call<T>(
     address: &str,
+    limit: Duration,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, PairingError> {
     let unreachable = |reason: String| PairingError::Unreachable { address: address.to_owned(), reason };
-    match tokio::time::timeout(CALL_LIMIT * 6, answer).await {
+    match tokio::time::timeout(limit, answer).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => match status.code() {
             Code::AlreadyExists => Err(PairingError::Runs(status.message().to_owned())),
@@ -210,4 +211,19 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         cause = next.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CALL_LIMIT, upload_limit};
+    use colo_common::limits::MAX_BOOT_MODULE;
+
+    #[test]
+    fn the_largest_file_has_the_time_that_it_takes() {
+        assert_eq!(upload_limit(0), CALL_LIMIT);
+        assert_eq!(upload_limit(100 << 20), CALL_LIMIT * 11);
+        // At 100 Mbit/s, and with room.
+        assert!(upload_limit(MAX_BOOT_MODULE).as_secs() > MAX_BOOT_MODULE / (100_000_000 / 8) * 5);
+        assert!(upload_limit(u64::MAX) > upload_limit(MAX_BOOT_MODULE));
+    }
 }

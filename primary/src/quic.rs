@@ -21,7 +21,7 @@ use crate::link::{
 };
 use crate::node::Event;
 use crate::node::status::Marks;
-use crate::pairing::{Paired, PairingClient, PairingError};
+use crate::pairing::{PairingClient, PairingError};
 use crate::replicator::{Ack, Offer};
 use crate::transfer::Transfer;
 use crate::wire::{WireError, read_control, write_control, write_frame};
@@ -101,7 +101,12 @@ struct Link {
 impl QuicConnector {
     /// Makes a link and serves it; answers why it ended.
     async fn link(&self, request: Request, outbox: &Sender<Event>) -> Result<String, Failed> {
-        let making = self.make(&request);
+        // Has limits of its own: boot files may be large.
+        let paired = self.pairing.pair(&request).await.map_err(|e| match e {
+            PairingError::Refused(why) => Failed::Refused(why),
+            other => Failed::Down(other.to_string()),
+        })?;
+        let making = self.make(&request, paired.address);
         let made = tokio::time::timeout(HANDSHAKE_LIMIT, making).await;
         let late = || Failed::Down(format!("{} does not answer", request.address));
         let (connection, say, hear, welcomed, end) = made.map_err(|_| late())??;
@@ -126,11 +131,8 @@ impl QuicConnector {
     async fn make(
         &self,
         request: &Request,
+        address: SocketAddr,
     ) -> Result<(Connection, SendStream, RecvStream, Welcomed, LinkEnd), Failed> {
-        let Paired { address, .. } = self.pairing.pair(request).await.map_err(|e| match e {
-            PairingError::Refused(why) => Failed::Refused(why),
-            other => Failed::Down(other.to_string()),
-        })?;
         let connection = self.dial(address).await.map_err(Failed::Down)?;
         let lost = |e: quinn::ConnectionError| Failed::Down(format!("the connection is lost: {e}"));
         let (mut say, mut hear) = connection.open_bi().await.map_err(lost)?;
@@ -145,6 +147,7 @@ impl QuicConnector {
             incarnation: request.incarnation,
             vm: request.vm.clone(),
             term: request.term,
+            spec_digest: request.spec_digest,
             purpose,
         };
         write_control(&mut say, vm, &hello).await?;

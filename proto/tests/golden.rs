@@ -115,10 +115,10 @@ fn messages_of_a_transfer() {
 #[test]
 fn messages_of_the_control_stream() {
     let [seed, link] = samples::hellos();
-    message(&seed, "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f0300");
+    message(&seed, "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd1910100");
     message(
         &link,
-        "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f030180a28899c3a895b3f790e6d4ba97f3eeeeff03",
+        "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd191010180a28899c3a895b3f790e6d4ba97f3eeeeff03",
     );
     message(&samples::welcome(), "010162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
     message(&samples::ack(), "03e8070704");

@@ -83,7 +83,7 @@ proptest! {
         let purpose = if linked { Purpose::Link { replica: ReplicaId(id) } } else { Purpose::Seed };
         same(&Hello {
             versions: Versions { min, max }, node: node.parse().unwrap(), incarnation: Incarnation(!id),
-            vm: node.parse().unwrap(), term: Term(term), purpose,
+            vm: node.parse().unwrap(), term: Term(term), spec_digest: !term, purpose,
         })?;
     }
 }

@@ -4,6 +4,7 @@
 //! The way of a page through this crate: [`receiver`] -> [`staging`] -> ack; [`apply`] -> [`image`]; [`persist`] ->
 //! [`store`]. [`replica`] and [`detector`] decide, [`node`] holds it together.
 
+pub mod agreement;
 pub mod apply;
 pub mod detector;
 pub mod image;

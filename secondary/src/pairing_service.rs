@@ -3,15 +3,14 @@
 use colo_common::limits::{MAX_BOOT_MODULE, MAX_KERNEL_IMAGE};
 use colo_common::tls::{self, Role};
 use colo_common::{NodeId, Term, VmId};
-use colo_proto::convert::{id, id_bytes, incarnation, replica_bytes};
+use colo_proto::convert::{MAX_BOOT_FILE_CHUNK, id, id_bytes, incarnation, replica_bytes};
+use colo_proto::message::Detail;
 use colo_proto::v1::pairing_server::Pairing;
 use colo_proto::v1::{
     AckPolicy, BootFileChunk, MissingBootFile, OfferHandBackReply, OfferHandBackRequest, PairReply,
-    PairRequest, SupersededReply, SupersededRequest, UploadBootFileReply,
+    PairRequest, UploadBootFileReply,
 };
 use colo_proto::version::Versions;
-use colo_vmm::WireSpec;
-use colo_vmm::state::STATE_VERSION;
 use crossbeam_channel::{Sender, TrySendError};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,7 +20,9 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::node::{Event, HandBack, PairRequest as Ask, boot_file_path};
+use crate::agreement::{self, Disagreement};
+use crate::node::{Event, HandBack, boot_file_path};
+use crate::replica::AckPolicy as Policy;
 
 /// Bytes of a boot file in all: a kernel or a module.
 const MAX_BOOT_FILE: u64 =
@@ -79,43 +80,43 @@ fn invalid(e: impl std::fmt::Display) -> Status {
     Status::invalid_argument(e.to_string())
 }
 
+fn disagreed(e: Disagreement) -> Status {
+    if e.is_malformed() { invalid(one_line(&e)) } else { Status::failed_precondition(one_line(&e)) }
+}
+
+/// Parts of it may be a peer's words.
+fn one_line(e: &impl std::fmt::Display) -> String {
+    Detail::new(&e.to_string()).to_string()
+}
+
 #[tonic::async_trait]
 impl Pairing for PairingService {
     async fn pair(&self, request: Request<PairRequest>) -> Result<Response<PairReply>, Status> {
         self.check_caller(&request)?;
         let request = request.into_inner();
         self.check_vm(&request.vm)?;
-        let ours = Versions::OURS;
-        if request.protocol_max < u32::from(ours.min) || request.protocol_min > u32::from(ours.max) {
-            return Err(Status::failed_precondition(format!(
-                "the runner speaks protocol {} to {}, this node {} to {}: run the same version of Colo on both",
-                request.protocol_min, request.protocol_max, ours.min, ours.max
-            )));
-        }
-        if request.state_version != STATE_VERSION {
-            return Err(Status::failed_precondition(format!(
-                "the runner's machine states have version {}, this node's {STATE_VERSION}: run the same version of Colo on both",
-                request.state_version
-            )));
-        }
-        let spec = WireSpec::decode(&request.spec).map_err(invalid)?;
+        let theirs = request.protocol_max;
+        let ask = agreement::read(request).map_err(disagreed)?;
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Pair(Box::new(Ask { spec, digest: request.spec_digest }), reply))?;
+        self.send(Event::Pair(Box::new(ask), reply))?;
         let answer = answer.await.map_err(|_| Status::unavailable("the node is ending"))?;
-        let answer = answer.map_err(|e| Status::failed_precondition(e.to_string()))?;
-        let missing =
-            answer.missing.iter().map(|file| MissingBootFile { hash: id_bytes(file.digest), have: 0 });
+        let answer = answer.map_err(|e| Status::failed_precondition(one_line(&e)))?;
+        let missing = answer.missing.iter().map(|file| MissingBootFile { hash: id_bytes(file.digest) });
         Ok(Response::new(PairReply {
             node: self.node.to_string(),
             incarnation: id_bytes(self.incarnation.0),
-            protocol: ours.max.into(),
+            protocol: theirs.min(Versions::OURS.max.into()),
             replica: replica_bytes(answer.replica),
             staged: answer.staged.map(Into::into),
-            stale: None,
+            stale: answer.stale.map(Into::into),
             missing: missing.collect(),
             quic_port: answer.quic_port.into(),
             max_epoch_bytes: answer.max_epoch_bytes,
-            ack_policy: AckPolicy::Unspecified.into(),
+            ack_policy: match answer.policy {
+                Policy::Memory => AckPolicy::Memory,
+                Policy::Disk => AckPolicy::Disk,
+            }
+            .into(),
         }))
     }
 
@@ -135,6 +136,11 @@ impl Pairing for PairingService {
             if chunk.offset != at || (file.is_some() && of != digest) {
                 return Err(Status::invalid_argument("the pieces of a boot file do not follow each other"));
             }
+            if chunk.bytes.len() > MAX_BOOT_FILE_CHUNK {
+                return Err(Status::invalid_argument(format!(
+                    "a piece of a boot file has at most {MAX_BOOT_FILE_CHUNK} bytes"
+                )));
+            }
             at += chunk.bytes.len() as u64;
             if at > MAX_BOOT_FILE {
                 return Err(Status::invalid_argument(format!(
@@ -150,7 +156,9 @@ impl Pairing for PairingService {
             open.write_all(&chunk.bytes).await.map_err(failed)?;
         }
         let Some(mut file) = file else {
-            return Ok(Response::new(UploadBootFileReply { have: 0, complete: true }));
+            return Err(Status::invalid_argument(
+                "a boot file without a piece: send an empty one if it is empty",
+            ));
         };
         file.flush().await.map_err(failed)?;
         file.sync_all().await.map_err(failed)?;
@@ -160,7 +168,7 @@ impl Pairing for PairingService {
             return Err(Status::invalid_argument("a boot file is not what its hash says"));
         }
         tokio::fs::rename(path.with_extension("part"), path).await.map_err(failed)?;
-        Ok(Response::new(UploadBootFileReply { have: at, complete: true }))
+        Ok(Response::new(UploadBootFileReply {}))
     }
 
     async fn offer_hand_back(
@@ -184,14 +192,5 @@ impl Pairing for PairingService {
         }
         // What comes of it is in the register.
         Ok(Response::new(OfferHandBackReply { proposed: true, reason: String::new() }))
-    }
-
-    async fn superseded(
-        &self,
-        request: Request<SupersededRequest>,
-    ) -> Result<Response<SupersededReply>, Status> {
-        self.check_caller(&request)?;
-        self.check_vm(&request.into_inner().vm)?;
-        Ok(Response::new(SupersededReply {}))
     }
 }

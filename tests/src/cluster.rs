@@ -3,6 +3,7 @@
 //! control planes, the register and what was let out.
 
 pub mod admin;
+pub mod between;
 pub mod config;
 pub mod ledger;
 pub mod link;

@@ -239,6 +239,7 @@ fn a_link_of_another_version() {
                 incarnation: Incarnation::draw(),
                 vm: vm.clone(),
                 term: Term(1000),
+                spec_digest: 0,
                 purpose: Purpose::Seed,
             };
             write_control(&mut say, VmTag::of(&vm), &hello).await?;

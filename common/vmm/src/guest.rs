@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::boot::BootError;
 use crate::dirty_set::DirtySet;
 use crate::egress::Output;
@@ -223,6 +224,17 @@ pub trait ProtectedGuest: Send {
 
     /// Its memory; may be read from other threads.
     fn memory(&self) -> &Arc<GuestMemory>;
+
+    /// The processor that the guest has: that of this host, or of the state that was restored. Nothing for a guest in
+    /// software, which needs none.
+    fn cpu(&self) -> Option<GuestCpu>;
+
+    /// Refuses a guest with the processor `cpu` that could not be restored here, by the same rules as
+    /// [`restore`](Self::restore). Nothing is changed.
+    ///
+    /// # Errors
+    /// What does not fit, and the remedy.
+    fn check_cpu(&self, cpu: Option<&GuestCpu>) -> Result<(), CpuMisfit>;
 
     /// Loads the boot images and sets the machine as after power-on. Only guests that were neither booted nor
     /// restored: one that was is [`reset`](Self::reset).

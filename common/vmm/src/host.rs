@@ -238,6 +238,13 @@ fn check_ring(tracker: TrackerKind, most: u32) -> Result<(), HostError> {
     }
 }
 
+/// What this host's processor is called, for messages; empty if it does not say.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    line.and_then(|line| line.split_once(": ")).map_or_else(String::new, |(_, name)| name.trim().to_owned())
+}
+
 /// From the flags of /proc/cpuinfo; a host that does not say is taken for one without.
 fn virtualisation() -> Virtualisation {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

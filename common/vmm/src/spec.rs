@@ -177,6 +177,17 @@ pub enum CpuModel {
     X86_64V3,
 }
 
+impl CpuModel {
+    /// Its name, as configurations have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::X86_64V2 => "x86-64-v2",
+            Self::X86_64V3 => "x86-64-v3",
+        }
+    }
+}
+
 /// The whole description of a guest.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {

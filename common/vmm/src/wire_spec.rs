@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::machine::BuildError;
 use crate::memory::GuestMemory;
-use crate::spec::{BootFile, BootSource, CpuModel, GuestSpec, TrackerKind};
+use crate::spec::{BootFile, BootSource, CpuModel, GuestSpec, SpecError, TrackerKind};
 use crate::synthetic::{SyntheticConfig, SyntheticError};
 use std::sync::Arc;
 
@@ -23,6 +23,26 @@ pub enum GuestKind {
     Kvm,
     /// Software, for where there is no KVM and for tests.
     Synthetic(SyntheticConfig),
+}
+
+impl GuestKind {
+    /// Its name, as nodes and operators say it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Synthetic(_) => "synthetic",
+        }
+    }
+
+    /// Whether a guest of the other kind could run on as this one: both on KVM, or both with the same program. How
+    /// writes are tracked makes no difference.
+    pub fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Kvm, Self::Kvm) => true,
+            (Self::Synthetic(a), Self::Synthetic(b)) => a.program == b.program,
+            _ => false,
+        }
+    }
 }
 
 /// A boot file by its content.
@@ -72,6 +92,9 @@ pub enum WireSpecError {
     /// The bytes are none.
     #[error("the guest's description is malformed: {0}")]
     Malformed(String),
+    /// A number in it is out of its range.
+    #[error("the guest's description cannot be taken: {0}")]
+    Spec(#[from] SpecError),
     /// A boot file was not given.
     #[error("the boot file {} ({len} bytes) of the guest's description is missing", path.display())]
     MissingFile {
@@ -113,6 +136,16 @@ impl WireSpec {
         self.memory_bytes
     }
 
+    /// The CPU model that the guest was started with.
+    pub fn cpu_model(&self) -> CpuModel {
+        self.cpu_model
+    }
+
+    /// How the guest's writes are tracked.
+    pub fn tracker(&self) -> TrackerKind {
+        self.tracker
+    }
+
     /// The boot files that it needs.
     pub fn files(&self) -> &[FileDigest] {
         &self.files
@@ -126,10 +159,10 @@ impl WireSpec {
         postcard::to_stdvec(self).expect("a description has only plain data in it")
     }
 
-    /// Decodes what a peer or a disk has.
+    /// Decodes what a peer or a disk has. Every number of it is in its range.
     ///
     /// # Errors
-    /// The bytes are no description.
+    /// The bytes are no description of a guest that can be.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireSpecError> {
         if bytes.len() > MAX_WIRE_SPEC {
             return Err(WireSpecError::Malformed(format!(
@@ -143,6 +176,7 @@ impl WireSpec {
             let what = format!("{} files and {} bytes left over", spec.files.len(), rest.len());
             return Err(WireSpecError::Malformed(what));
         }
+        spec.complete(|_| Some(Arc::from([])))?.validate()?;
         Ok(spec)
     }
 
@@ -209,5 +243,60 @@ impl GuestKind {
                 Box::new(crate::synthetic::PacedGuest::new(spec, config.clone(), memory)?)
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{GuestKind, WireSpec, WireSpecError};
+    use crate::spec::{BootFile, BootSource, GuestSpec};
+    use crate::synthetic::SyntheticConfig;
+    use proptest::prelude::{any, prop_assert_eq, proptest};
+
+    fn described() -> WireSpec {
+        let image = BootFile { path: "image".into(), bytes: [0xf4].into() };
+        let spec = GuestSpec::new("demo", 16 << 20, BootSource::Flat { image, address: 1 << 20 });
+        WireSpec::new(&spec, GuestKind::Synthetic(SyntheticConfig::default()))
+    }
+
+    #[test]
+    fn numbers_out_of_their_range_are_refused_before_anything_is_made_of_them() {
+        assert_eq!(WireSpec::decode(&described().encode()).unwrap(), described());
+        for memory_bytes in [0, 4095, u64::MAX] {
+            let error = WireSpec::decode(&WireSpec { memory_bytes, ..described() }.encode()).unwrap_err();
+            assert!(matches!(error, WireSpecError::Spec(_)), "{error}");
+            assert!(error.to_string().contains("choose another size"), "{error}");
+        }
+        for vcpus in [0, u32::MAX] {
+            let error = WireSpec::decode(&WireSpec { vcpus, ..described() }.encode()).unwrap_err();
+            assert!(error.to_string().contains("vCPUs"), "{error}");
+        }
+    }
+
+    #[test]
+    fn guests_are_alike_whatever_tracks_them() {
+        let config = SyntheticConfig::default();
+        let (mut tracked, mut other) = (config.clone(), config.clone());
+        tracked.tracking.seed += 1;
+        other.program.seed += 1;
+        let [config, tracked, other] = [config, tracked, other].map(GuestKind::Synthetic);
+        assert!(config.is_like(&tracked) && GuestKind::Kvm.is_like(&GuestKind::Kvm));
+        assert!(!config.is_like(&other) && !config.is_like(&GuestKind::Kvm));
+    }
+
+    proptest! {
+        #[test]
+        fn no_changed_description_panics(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..8),
+        ) {
+            let mut bytes = described().encode();
+            for (at, value) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            if let Ok(spec) = WireSpec::decode(&bytes) {
+                prop_assert_eq!(WireSpec::decode(&spec.encode()).unwrap(), spec);
+            }
+        }
     }
 }

@@ -106,7 +106,7 @@ fn points(status: &Status) -> v1::Points {
         applied: point(status.marks.applied),
         persisted: point(status.marks.persisted),
         released: None,
-        stale: None,
+        stale: point(status.stale),
     }
 }
 

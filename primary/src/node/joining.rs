@@ -63,6 +63,7 @@ impl Node {
             tip: self.replicator.history().tip().unwrap_or_default(),
             spec: self.spec.clone(),
             spec_digest: self.guest.spec().digest(),
+            cpu: self.guest.cpu(),
             boot_files: self.guest.spec().boot_files(),
             purpose,
         };

@@ -116,6 +116,8 @@ pub struct Status {
     pub acked: Option<Point>,
     /// The secondary's marks.
     pub marks: Marks,
+    /// A whole point of a copy that no replica id vouches for.
+    pub stale: Option<Point>,
     /// Its history.
     pub history: History,
     /// The other node, while a link to it is up.

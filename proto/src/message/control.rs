@@ -31,6 +31,8 @@ pub struct Hello {
     pub vm: VmId,
     /// The register's term, as far as it knows.
     pub term: Term,
+    /// Digest of the guest's spec, as agreed on by pairing.
+    pub spec_digest: u64,
     /// What it wants.
     pub purpose: Purpose,
 }
@@ -108,7 +110,7 @@ pub enum Refusal {
     },
     /// This process follows another vm.
     OtherVm,
-    /// The guest's spec was not agreed on by pairing first.
+    /// This guest was not agreed on by this process: pair first.
     NotPaired,
     /// The runner's term is over: it must read the register.
     Fenced {

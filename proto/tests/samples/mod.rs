@@ -58,6 +58,7 @@ pub(crate) fn hellos() -> [Hello; 2] {
         incarnation: Incarnation(ID),
         vm: "demo".parse().unwrap(),
         term: Term(3),
+        spec_digest: 0x0123_4567_89ab_cdef,
         purpose,
     };
     [hello(Purpose::Seed), hello(Purpose::Link { replica: ReplicaId(!ID) })]

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::pairing::offered;
 use super::{Follower, Link, Tip};
 use crate::apply::{self, Applied};
 use crate::persist::{self, Persisted, ToStore};
@@ -63,9 +64,7 @@ impl Follower {
         if !self.observed {
             return Err((WireRefusal::Busy, "this node has not read the register yet: try again".to_owned()));
         }
-        let Some(warm) = &self.warm else {
-            return Err((WireRefusal::NotPaired, "no guest was agreed on: pair first".to_owned()));
-        };
+        let warm = self.agreed_on(hello).map_err(|why| (WireRefusal::NotPaired, why))?;
         if let Some(why) = &self.store_failed {
             return Err((WireRefusal::Failed, format!("the store has failed: {why}")));
         }
@@ -78,13 +77,7 @@ impl Follower {
             let e = Refusal::NotThisReplica { wanted };
             return Err((reason_of(&e), e.to_string()));
         }
-        let (replica, staged, stale) = match self.replica.copy() {
-            Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged), None),
-            Copy::Stale { point } => (None, None, Some(*point)),
-            // Pages of a seed that broke off: a base as good as any.
-            Copy::Inconsistent => (None, None, Some(colo_common::Point::default())),
-            Copy::Nothing => (None, None, None),
-        };
+        let (replica, staged, stale) = offered(self.replica.copy());
         let welcome = Welcome {
             version,
             node: self.me.clone(),

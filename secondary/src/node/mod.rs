@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
+use crate::agreement::PairRequest;
 use crate::apply::Applier;
 use crate::detector::Detector;
 use crate::persist::Persister;
@@ -36,7 +37,7 @@ use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::{judge_epoch, judge_seed};
-pub use pairing::{Loaded, PairAnswer, PairError, PairRequest, boot_file_path, load};
+pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load};
 pub use promoting::{HandBack, Promotion};
 use tray::Told;
 pub use tray::Tray;
@@ -137,6 +138,8 @@ pub struct Follower {
     settings: Settings,
     replica: Replica,
     warm: Option<Warm>,
+    /// Processes that agreed on the guest that waits, newest first.
+    agreed: std::collections::VecDeque<Incarnation>,
     applier: Option<Applier>,
     persister: Option<Persister>,
     /// The store takes nothing more; acks under the policy `disk` end with it.
@@ -232,6 +235,7 @@ impl Follower {
             settings,
             replica,
             warm: None,
+            agreed: std::collections::VecDeque::new(),
             applier: None,
             persister: Some(persister),
             store_failed: None,
@@ -298,7 +302,7 @@ impl Follower {
             Event::Arbiter(found) => self.on_arbiter(found),
             Event::Pair(request, reply) => {
                 // Whoever asked may have given up.
-                let _ = reply.send(self.pair(*request));
+                let _ = reply.send(self.pair(&request));
             }
             Event::HandBack(offer) => {
                 self.hand_back = Some(offer);
@@ -349,6 +353,10 @@ impl Follower {
             Copy::Inconsistent if self.link.is_some() => (Role::Receiving, None),
             _ => (Role::Waiting, None),
         };
+        let stale = match self.replica.copy() {
+            Copy::Stale { point } => Some(*point),
+            _ => None,
+        };
         let backlog_bytes = self.budget.used();
         self.marks.backlog_bytes = backlog_bytes;
         let (marks, acked) = (self.marks, self.replica.acked());
@@ -357,7 +365,7 @@ impl Follower {
         let input = self.tip.as_ref().map_or(0, |tip| tip.epoch.state.console_input);
         let history = (self.board.status().history != self.history).then(|| self.history.clone());
         self.board.change(|status| {
-            (status.role, status.replica) = (role, replica);
+            (status.role, status.replica, status.stale) = (role, replica, stale);
             (status.marks, status.acked, status.peer) = (marks, acked, peer);
             (status.released, status.input, status.input_done) = (released, input, input);
             status.tip = marks.staged;

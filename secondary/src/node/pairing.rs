@@ -1,29 +1,26 @@
 //! Agreeing on a guest with a runner, and finding it again after a restart: the description and the boot files are kept
-//! beside the store.
+//! beside the store. A link is taken only from a process that has agreed on the guest that waits here.
 
-use colo_common::Point;
-use colo_common::ReplicaId;
+use colo_common::{NodeId, Point, ReplicaId};
+use colo_proto::message::Hello;
+use colo_vmm::arch::x86_64::processor::CpuMisfit;
 use colo_vmm::wire_spec::FileDigest;
-use colo_vmm::{GuestMemory, WireSpec, admission};
+use colo_vmm::{GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Follower, Settings, Warm};
+use crate::agreement::PairRequest;
 use crate::apply::Applier;
 use crate::image::Image;
 use crate::persist::{Restored, StoredState};
-use crate::replica::Copy;
+use crate::replica::{AckPolicy, Copy};
 use crate::store::{Store, StoreError, StoredCopy};
 
-/// What a runner has.
-pub struct PairRequest {
-    /// Its guest.
-    pub spec: WireSpec,
-    /// Digest of the spec with its boot files.
-    pub digest: u64,
-}
+/// Processes that are remembered to have agreed: the runner, and those that were it or want to be.
+const MAX_AGREED: usize = 16;
 
 /// This node agrees.
 #[derive(Clone, Debug)]
@@ -34,6 +31,10 @@ pub struct PairAnswer {
     pub replica: Option<ReplicaId>,
     /// Its newest whole staged point.
     pub staged: Option<Point>,
+    /// A point that its copy holds and that no id vouches for.
+    pub stale: Option<Point>,
+    /// What its acks mean.
+    pub policy: AckPolicy,
     /// UDP port of its QUIC endpoint.
     pub quic_port: u16,
     /// Bytes of pages in an epoch at most.
@@ -53,9 +54,38 @@ pub enum PairError {
         /// Where the copy is.
         directory: PathBuf,
     },
+    /// A copy of a guest of another kind is here.
+    #[error("this node holds a copy of this vm as a guest on {held}, and the runner's is one on {offered}: stop the other guest, or remove {} to begin anew", directory.display())]
+    OtherKind {
+        /// Of the copy.
+        held: String,
+        /// Of the runner.
+        offered: String,
+        /// Where the copy is.
+        directory: PathBuf,
+    },
     /// The digest is not that of the description.
-    #[error("the guest's description does not match its digest: do both nodes run the same version of Colo?")]
-    Digest,
+    #[error(
+        "the guest's description has the digest {found:016x} here and {offered:016x} at the runner: run the same version of Colo on both"
+    )]
+    Digest {
+        /// Of the description and the boot files, as this node has them.
+        found: u64,
+        /// Of the runner.
+        offered: u64,
+    },
+    /// The guest has a processor that this host cannot give it.
+    #[error("the guest of {node} (CPU model {model}, on {host:?}) could not run on at this node: {source}")]
+    Processor {
+        /// The runner.
+        node: NodeId,
+        /// The model of the description.
+        model: &'static str,
+        /// What the runner's host calls its processor.
+        host: String,
+        /// What does not fit.
+        source: CpuMisfit,
+    },
     /// The guest cannot be built here.
     #[error("the guest cannot be built on this node: {0}")]
     Build(String),
@@ -70,41 +100,92 @@ pub enum PairError {
 }
 
 impl Follower {
-    pub(super) fn pair(&mut self, request: PairRequest) -> Result<PairAnswer, PairError> {
-        let PairRequest { spec, digest } = request;
-        if let Some(warm) = self.warm.as_ref().filter(|warm| warm.digest != digest) {
+    pub(super) fn pair(&mut self, request: &PairRequest) -> Result<PairAnswer, PairError> {
+        // What was agreed on with it before does not count any more.
+        self.agreed.retain(|agreed| *agreed != request.incarnation);
+        let missing = self.agree(request)?;
+        if missing.is_empty() {
+            let PairRequest { node, spec, .. } = request;
+            tracing::info!(vm = %self.vm, runner = %node, hypervisor = spec.kind.name(),
+                cpu_model = spec.cpu_model().name(), host = request.host, "agreed on the guest");
+            self.agreed.truncate(MAX_AGREED - 1);
+            self.agreed.push_front(request.incarnation);
+        }
+        let (replica, staged, stale) = offered(self.replica.copy());
+        let quic_port = self.settings.quic_port;
+        let max_epoch_bytes = self.settings.max_epoch_bytes;
+        let policy = self.replica.policy();
+        Ok(PairAnswer { missing, replica, staged, stale, policy, quic_port, max_epoch_bytes })
+    }
+
+    /// Has the runner's guest wait here, if it can; answers the boot files that it takes to know.
+    fn agree(&mut self, request: &PairRequest) -> Result<Vec<FileDigest>, PairError> {
+        let PairRequest { spec, digest, .. } = request;
+        let is_other = |warm: &&Warm| warm.digest != *digest || !warm.spec.kind.is_like(&spec.kind);
+        if let Some(warm) = self.warm.as_ref().filter(is_other) {
             if !matches!(self.replica.copy(), Copy::Nothing) {
-                let directory = self.settings.boot_directory.clone();
-                return Err(PairError::OtherSpec { held: warm.digest, offered: digest, directory });
+                return Err(self.other_guest(warm, request));
             }
             (self.warm, self.applier) = (None, None);
+            self.agreed.clear();
+        }
+        if let Some(warm) = &self.warm {
+            fits(warm, request)?;
         }
         let missing: Vec<FileDigest> =
             spec.files().iter().filter(|file| boot_file(&self.settings, file).is_none()).cloned().collect();
         if missing.is_empty() && self.warm.is_none() {
-            self.keep_spec(&spec)?;
-            self.warm_up(spec, digest, None)?;
+            let warm = self.build(spec.clone(), *digest, None)?;
+            fits(&warm.0, request)?;
+            self.keep_spec(spec)?;
+            self.warm_up(warm)?;
         }
-        let (replica, staged) = match self.replica.copy() {
-            Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged)),
-            _ => (None, None),
+        Ok(missing)
+    }
+
+    fn other_guest(&self, warm: &Warm, request: &PairRequest) -> PairError {
+        let directory = self.settings.boot_directory.clone();
+        if warm.digest != request.digest {
+            return PairError::OtherSpec { held: warm.digest, offered: request.digest, directory };
+        }
+        let name = |kind: &GuestKind| match kind {
+            GuestKind::Kvm => kind.name().to_owned(),
+            GuestKind::Synthetic(config) => format!("{} (seed {})", kind.name(), config.program.seed),
         };
-        let quic_port = self.settings.quic_port;
-        let max_epoch_bytes = self.settings.max_epoch_bytes;
-        Ok(PairAnswer { missing, replica, staged, quic_port, max_epoch_bytes })
+        let (held, offered) = (name(&warm.spec.kind), name(&request.spec.kind));
+        PairError::OtherKind { held, offered, directory }
+    }
+
+    /// The guest that `hello` is about, if its process has agreed on it.
+    ///
+    /// # Errors
+    /// Why not, and the remedy.
+    pub(super) fn agreed_on(&self, hello: &Hello) -> Result<&Warm, String> {
+        let warm = self.warm.as_ref().ok_or("no guest was agreed on: pair first")?;
+        if hello.spec_digest != warm.digest {
+            let (found, held) = (hello.spec_digest, warm.digest);
+            return Err(format!(
+                "the link is for a guest with the description {found:016x} and what was agreed on is {held:016x}: pair first"
+            ));
+        }
+        if !self.agreed.contains(&hello.incarnation) {
+            return Err(format!("this process of {} has not agreed on the guest: pair first", hello.node));
+        }
+        Ok(warm)
     }
 
     /// Builds the guest around memory that `image` holds, or around new memory.
-    fn warm_up(
-        &mut self,
+    fn build(
+        &self,
         spec: WireSpec,
         digest: u64,
         image: Option<(Arc<GuestMemory>, Option<Point>)>,
-    ) -> Result<(), PairError> {
+    ) -> Result<(Warm, Image), PairError> {
         let build = |e: &dyn std::fmt::Display| PairError::Build(e.to_string());
         let full = spec.complete(|file| boot_file(&self.settings, file)).map_err(|e| build(&e))?;
-        if full.digest() != digest {
-            return Err(PairError::Digest);
+        let found = full.digest();
+        if found != digest {
+            return Err(PairError::Digest { found, offered: digest });
         }
         admission::check(&full).map_err(|e| build(&e))?;
         let (memory, point) = match image {
@@ -112,11 +193,16 @@ impl Follower {
             None => (Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| build(&e))?), None),
         };
         let guest = spec.kind.build(full, Arc::clone(&memory)).map_err(|e| build(&e))?;
-        let tray = self.tray.clone();
         let image = Image::new(Arc::clone(&memory), point);
+        Ok((Warm { guest, spec, digest, memory }, image))
+    }
+
+    /// Has a guest that was built wait for its state.
+    fn warm_up(&mut self, (warm, image): (Warm, Image)) -> Result<(), PairError> {
+        let tray = self.tray.clone();
         let applier = Applier::start(image, move |applied| tray.applied(applied));
-        self.applier = Some(applier.map_err(|e| build(&e))?);
-        self.warm = Some(Warm { guest, spec, digest, memory });
+        self.applier = Some(applier.map_err(|e| PairError::Build(e.to_string()))?);
+        self.warm = Some(warm);
         Ok(())
     }
 
@@ -129,7 +215,8 @@ impl Follower {
         if let Some((restored, point)) = restored {
             self.take_stored(restored, point);
         }
-        self.warm_up(spec, digest, image)
+        let warm = self.build(spec, digest, image)?;
+        self.warm_up(warm)
     }
 
     fn take_stored(&mut self, restored: Restored, point: Point) {
@@ -152,6 +239,28 @@ impl Follower {
             .and_then(|directory| directory.sync_all())
             .map_err(failed)
     }
+}
+
+/// What a copy can be gone on with from: its id and point, or the point of a base for a resync by digests.
+pub(super) fn offered(copy: &Copy) -> (Option<ReplicaId>, Option<Point>, Option<Point>) {
+    match copy {
+        Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged), None),
+        Copy::Stale { point } => (None, None, Some(*point)),
+        // Pages of a seed that broke off: a base as good as any.
+        Copy::Inconsistent => (None, None, Some(Point::default())),
+        Copy::Nothing => (None, None, None),
+    }
+}
+
+/// Whether the guest that waits here could run on as the runner's: what its restore would refuse is refused now.
+fn fits(warm: &Warm, request: &PairRequest) -> Result<(), PairError> {
+    let PairRequest { node, spec, host, .. } = request;
+    warm.guest.check_cpu(request.cpu.as_ref()).map_err(|source| PairError::Processor {
+        node: node.clone(),
+        model: spec.cpu_model().name(),
+        host: host.clone(),
+        source,
+    })
 }
 
 /// What a store held, read back and checked.

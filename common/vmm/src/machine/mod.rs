@@ -15,6 +15,7 @@ use crate::arch::x86_64::boot_regs;
 use crate::arch::x86_64::chips::{self, ChipState, Pit};
 use crate::arch::x86_64::clock::ClockState;
 use crate::arch::x86_64::cpuid::{CpuidError, CpuidTable};
+use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::arch::x86_64::vcpu_state::VcpuState;
 use crate::boot;
 use crate::devices::DeviceState;
@@ -122,6 +123,15 @@ impl KvmState {
     /// vCPUs whose local timer was counting at the cut.
     pub fn timers_armed(&self) -> usize {
         self.vcpus.iter().filter(|vcpu| vcpu.has_armed_timer()).count()
+    }
+
+    /// The guest's processor. All its vCPUs carry their TSC in one way.
+    fn cpu(&self) -> Result<GuestCpu, StateError> {
+        let tsc_moves = self.vcpus.first().is_some_and(|vcpu| vcpu.tsc_offset().is_some());
+        if self.vcpus.iter().any(|vcpu| vcpu.tsc_offset().is_some() != tsc_moves) {
+            return Err(StateError::Malformed("vCPUs whose TSC is carried in two ways".to_owned()));
+        }
+        Ok(GuestCpu { cpuid: self.cpuid.clone(), tsc_khz: self.clock.tsc_khz, tsc_moves })
     }
 
     fn tsc_offsets(&self) -> Vec<Option<u64>> {
@@ -255,7 +265,7 @@ impl KvmGuest {
     /// Whether the guest's TSC stops at a cut and moves with the guest; some hosts cannot do that, and there
     /// kvmclock alone carries guest time.
     pub fn tsc_moves(&self) -> bool {
-        self.vm.as_ref().is_some_and(Vm::tsc_moves)
+        self.vm.as_ref().is_some_and(|vm| vm.cpu().tsc_moves)
     }
 
     /// Port and MMIO accesses that stops of this guest found half done, and completed.
@@ -412,6 +422,15 @@ impl ProtectedGuest for KvmGuest {
 
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    fn cpu(&self) -> Option<GuestCpu> {
+        self.vm.as_ref().map(|vm| vm.cpu().clone())
+    }
+
+    fn check_cpu(&self, cpu: Option<&GuestCpu>) -> Result<(), CpuMisfit> {
+        let cpu = cpu.ok_or(CpuMisfit::Kind { found: "synthetic", expected: "kvm" })?;
+        self.vm.as_ref().ok_or(CpuMisfit::NoVm)?.check_cpu(cpu)
     }
 
     fn boot(&mut self) -> Result<(), GuestError> {

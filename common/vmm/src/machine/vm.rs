@@ -14,6 +14,7 @@ use crate::arch::x86_64::chips::{self, ChipState, Pit};
 use crate::arch::x86_64::clock::{ClockState, host_tsc, probe_tsc_offset};
 use crate::arch::x86_64::cpuid::CpuidTable;
 use crate::arch::x86_64::msrs;
+use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu, HostCpu};
 use crate::arch::x86_64::vcpu_state::{SaveAbility, VcpuState};
 use crate::devices::{Devices, InterruptLines};
 use crate::dirty_set::DirtySet;
@@ -38,10 +39,9 @@ pub(super) struct Vm {
     shared: Arc<Shared>,
     fd: Arc<VmFd>,
     ability: SaveAbility,
-    tsc_khz: u32,
-    /// What the guest sees; a restored guest brings its own.
-    cpuid: CpuidTable,
-    supported: CpuidTable,
+    /// What the guest has; a restored guest brings its own.
+    cpu: GuestCpu,
+    offers: HostCpu,
     /// Read once the VM is whole.
     power_on: Option<KvmState>,
 }
@@ -80,7 +80,8 @@ impl Vm {
         let tsc_offset = host.has_vcpu_attributes() && probe_tsc_offset(&vcpu_fds[0]);
         let cpuid = CpuidTable::resolve(host.kvm(), spec.cpu_model, host.virtualisation(), tsc_offset)?;
         let supported = CpuidTable::supported(host.kvm())?;
-        cpuid.check_reaches(memory.layout().frame_limit())?;
+        let frames = memory.layout().frame_limit();
+        cpuid.check_reaches(frames)?;
         for (id, vcpu) in (0..).zip(&vcpu_fds) {
             set_cpuid(vcpu, &cpuid, id, spec.vcpus).map_err(step("set the CPUID"))?;
             enforce_pv_features(host, vcpu).map_err(step("hold the guest to its CPUID"))?;
@@ -90,12 +91,14 @@ impl Vm {
         let xsave2 = (host.has_xsave2() && xsave2 >= 4096).then_some(xsave2);
         let ability = SaveAbility { msrs, xsave2, sregs2: host.has_sregs2(), tsc_offset };
         let tsc_khz = vcpu_fds[0].get_tsc_khz().map_err(|e| step("tell the TSC's rate")(e.into()))?;
+        let offers = HostCpu { supported, tsc_khz, tsc_moves: tsc_offset, frames };
+        let cpu = GuestCpu { cpuid, tsc_khz, tsc_moves: tsc_offset };
         let lines: Arc<dyn InterruptLines> = fd.clone();
         let devices = Devices::new(&lines, around.egress, spec.virtio_slots);
         let shared = Arc::new(around.share(tracker, devices));
         // Threads that were started end with it, whatever fails from here on.
         let vcpus = Vec::new();
-        let mut vm = Self { vcpus, shared, fd, ability, tsc_khz, cpuid, supported, power_on: None };
+        let mut vm = Self { vcpus, shared, fd, ability, cpu, offers, power_on: None };
         for (vcpu, fd) in (0..).zip(vcpu_fds) {
             let started = Vcpu::spawn(vcpu, &spec.name, fd, &vm.shared).map_err(|e| match e {
                 StartError::Thread(source) => BuildError::Kvm { what: "start a vCPU's thread", source },
@@ -114,12 +117,18 @@ impl Vm {
     /// The state of power-on.
     pub(super) fn power_on(&self) -> KvmState {
         let power_on = self.power_on.clone().expect("read when the VM was built");
-        KvmState { cpuid: self.cpuid.clone(), ..power_on }
+        let clock = ClockState { tsc_khz: self.cpu.tsc_khz, ..power_on.clock };
+        KvmState { cpuid: self.cpu.cpuid.clone(), clock, ..power_on }
     }
 
-    /// Whether the guest's TSC stops and moves with the guest. Where it cannot, the guest sees the host's.
-    pub(super) fn tsc_moves(&self) -> bool {
-        self.ability.tsc_offset
+    /// The processor that the guest has. A TSC that does not move is the host's.
+    pub(super) fn cpu(&self) -> &GuestCpu {
+        &self.cpu
+    }
+
+    /// Refuses a guest with a processor that this VM cannot give it: the same answer as that of [`Self::restore`].
+    pub(super) fn check_cpu(&self, cpu: &GuestCpu) -> Result<(), CpuMisfit> {
+        self.offers.check(cpu)
     }
 
     /// Turns logging of guest writes on or off for all memory. vCPUs are stopped.
@@ -148,11 +157,12 @@ impl Vm {
 
     /// Guest time first, it stops here; devices last, they do not run without vCPUs.
     fn read(&self) -> io::Result<KvmState> {
-        let clock = ClockState::save(&self.fd, self.tsc_khz)?;
+        let clock = ClockState::save(&self.fd, self.cpu.tsc_khz)?;
         let save = |vcpu: &Vcpu| VcpuState::save(&vcpu.fd(), &self.ability);
         let vcpus = self.vcpus.iter().map(save).collect::<io::Result<_>>()?;
         let chips = ChipState::save(&self.fd)?;
-        Ok(KvmState { cpuid: self.cpuid.clone(), vcpus, chips, clock, devices: self.shared.devices.save() })
+        let cpuid = self.cpu.cpuid.clone();
+        Ok(KvmState { cpuid, vcpus, chips, clock, devices: self.shared.devices.save() })
     }
 
     /// Closes the dirty set; vCPUs are stopped and saved.
@@ -179,11 +189,9 @@ impl Vm {
                 self.vcpus.len()
             )));
         }
-        state.clock.check_rate(self.tsc_khz)?;
-        for vcpu in &state.vcpus {
-            ClockState::check_carried(vcpu.tsc_offset(), self.ability.tsc_offset)?;
-        }
-        self.adopt_cpuid(&state.cpuid)?;
+        let cpu = state.cpu()?;
+        self.check_cpu(&cpu)?;
+        self.adopt(cpu)?;
         self.shared.devices.restore(&state.devices)?;
         let shift = state.clock.tsc_shift(host_tsc());
         for (vcpu, saved) in self.vcpus.iter().zip(&state.vcpus) {
@@ -202,20 +210,16 @@ impl Vm {
         Ok(())
     }
 
-    /// A guest keeps the CPUID that it was started with, wherever it runs on.
-    fn adopt_cpuid(&mut self, table: &CpuidTable) -> Result<(), StateError> {
-        if *table == self.cpuid {
-            return Ok(());
-        }
-        let refused = |reason: String| StateError::Refused { part: "CPU model".to_owned(), reason };
-        table.check_runs_on(&self.supported).map_err(|e| refused(e.to_string()))?;
-        let frames = self.shared.memory.layout().frame_limit();
-        table.check_reaches(frames).map_err(|e| refused(e.to_string()))?;
+    /// A guest keeps the processor that it was started with, wherever it runs on.
+    fn adopt(&mut self, cpu: GuestCpu) -> Result<(), StateError> {
         let count = self.vcpus.len() as u32;
-        for vcpu in &self.vcpus {
-            set_cpuid(&vcpu.fd(), table, vcpu.id(), count).map_err(|e| refused(e.to_string()))?;
+        for vcpu in self.vcpus.iter().filter(|_| cpu.cpuid != self.cpu.cpuid) {
+            set_cpuid(&vcpu.fd(), &cpu.cpuid, vcpu.id(), count).map_err(|e| StateError::Refused {
+                part: "CPU model".to_owned(),
+                reason: format!("{e}; choose a lower CPU model"),
+            })?;
         }
-        self.cpuid = table.clone();
+        self.cpu = cpu;
         Ok(())
     }
 

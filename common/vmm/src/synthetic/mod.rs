@@ -35,6 +35,7 @@ use colo_common::limits::{MAX_CONSOLE_INPUT, MAX_VCPUS};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::dirty_set::DirtySet;
 use crate::egress::{Egress, Output};
 use crate::guest::{
@@ -247,6 +248,17 @@ impl ProtectedGuest for SyntheticGuest {
 
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    fn cpu(&self) -> Option<GuestCpu> {
+        None
+    }
+
+    fn check_cpu(&self, cpu: Option<&GuestCpu>) -> Result<(), CpuMisfit> {
+        match cpu {
+            None => Ok(()),
+            Some(_) => Err(CpuMisfit::Kind { found: "kvm", expected: "synthetic" }),
+        }
     }
 
     fn boot(&mut self) -> Result<(), GuestError> {

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::{Pace, SyntheticConfig, SyntheticError, SyntheticGuest};
+use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::dirty_set::DirtySet;
 use crate::egress::Output;
 use crate::guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked, Wake};
@@ -89,6 +90,14 @@ impl ProtectedGuest for PacedGuest {
 
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    fn cpu(&self) -> Option<GuestCpu> {
+        self.shared.guest().cpu()
+    }
+
+    fn check_cpu(&self, cpu: Option<&GuestCpu>) -> Result<(), CpuMisfit> {
+        self.shared.guest().check_cpu(cpu)
     }
 
     fn boot(&mut self) -> Result<(), GuestError> {

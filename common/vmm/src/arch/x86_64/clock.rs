@@ -12,7 +12,6 @@ use std::arch::x86_64::_rdtsc;
 use std::io;
 
 use crate::ioctl;
-use crate::state::StateError;
 
 /// Guest time at a cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,36 +46,6 @@ impl ClockState {
     pub(crate) fn tsc_shift(&self, now: u64) -> u64 {
         self.host_tsc.wrapping_sub(now)
     }
-
-    /// Refuses a state whose TSC was carried another way than this host carries it: taken all the same, the guest's
-    /// TSC would jump.
-    pub(crate) fn check_carried(saved: Option<u64>, moves: bool) -> Result<(), StateError> {
-        let how = |moves| if moves { "moves with the guest" } else { "is the host's own" };
-        if saved.is_some() == moves {
-            return Ok(());
-        }
-        let reason = format!(
-            "on the host that saved it the guest's TSC {}, and on this host it {}; use hosts whose KVM is alike in \
-             this (KVM_CAP_VCPU_ATTRIBUTES)",
-            how(saved.is_some()),
-            how(moves)
-        );
-        Err(StateError::Refused { part: "TSC".to_owned(), reason })
-    }
-
-    /// Refuses a state from a host with another TSC rate: the guest's time would run wrong. (Where the processor
-    /// could scale it, Colo does not yet ask it to.)
-    /// Readings of one rate differ by a little from boot to boot, so up to 250 ppm is the same rate.
-    pub(crate) fn check_rate(&self, khz: u32) -> Result<(), StateError> {
-        if self.tsc_khz.abs_diff(khz) <= khz / 4000 {
-            return Ok(());
-        }
-        let reason = format!(
-            "it ran at {} kHz and this host's runs at {khz} kHz; use hosts of one rate",
-            self.tsc_khz
-        );
-        Err(StateError::Refused { part: "TSC".to_owned(), reason })
-    }
 }
 
 /// The host's time-stamp counter.
@@ -96,27 +65,4 @@ pub(crate) fn probe_tsc_offset(vcpu: &VcpuFd) -> bool {
         Ok(taken)
     };
     probe().unwrap_or(false)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::ClockState;
-
-    #[test]
-    fn another_tsc_rate_is_refused_and_a_reading_of_the_same_is_not() {
-        let clock = ClockState { kvmclock_ns: 0, host_tsc: 0, tsc_khz: 2_445_430 };
-        clock.check_rate(2_445_430).unwrap();
-        clock.check_rate(2_445_500).unwrap();
-        assert!(clock.check_rate(2_600_000).unwrap_err().to_string().contains("2445430 kHz"));
-    }
-
-    #[test]
-    fn a_tsc_that_was_carried_another_way_is_refused() {
-        ClockState::check_carried(Some(0), true).unwrap();
-        ClockState::check_carried(None, false).unwrap();
-        for (saved, moves) in [(Some(7), false), (None, true)] {
-            let error = ClockState::check_carried(saved, moves).unwrap_err().to_string();
-            assert!(error.contains("saved TSC") && error.contains("use hosts"), "{error}");
-        }
-    }
 }

@@ -8,4 +8,5 @@ pub mod cpuid;
 pub mod layout;
 pub mod mptable;
 pub mod msrs;
+pub mod processor;
 pub mod vcpu_state;
