@@ -39,6 +39,10 @@ pub const MAX_EPOCH_FRAMES: usize = 8192;
 /// Bytes of one frame: the largest segment that offloads hand over (64 KiB) and its headers.
 pub const MAX_FRAME: usize = (64 << 10) + 256;
 
+/// Bytes of output, over epochs, that a runner holds before its guest has to wait: with one epoch more and a machine
+/// state they are stored as one value.
+pub const MAX_HELD_OUTPUT: usize = 16 << 20;
+
 /// Console input bytes waiting for the guest to read them.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 
@@ -60,3 +64,6 @@ pub const MAX_HISTORY: usize = 4096;
 const _: () = assert!(MAX_SLOT_BYTES.is_multiple_of(PAGE_SIZE as u64));
 const _: () = assert!(MAX_GUEST_MEMORY / MAX_SLOT_BYTES < 32_000);
 const _: () = assert!(MAX_MACHINE_STATE > MAX_VCPUS as usize * (MAX_XSAVE + MAX_MSRS * 16));
+const _: () = assert!(
+    MAX_HELD_OUTPUT + MAX_EPOCH_CONSOLE + MAX_EPOCH_FRAMES * 2048 + MAX_FRAME <= MAX_MACHINE_STATE * 3 / 4
+);

@@ -1,6 +1,7 @@
 //! When to cut, and what becomes of a guest that was cut: pure decisions, time is an argument.
 
 use colo_common::PAGE_SIZE;
+use colo_common::limits::MAX_HELD_OUTPUT;
 use colo_proto::pages::RUN_LEN;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,12 @@ pub fn fits(pages: u64, limit: u64) -> bool {
     pages * (PAGE_SIZE + RUN_LEN) as u64 <= limit - limit / 8
 }
 
+/// Whether an epoch more may be in flight, with so many bytes of output held and epochs of at most `limit` bytes: all
+/// that is held must fit one of them, for a secondary that comes back.
+pub fn has_room(in_flight: usize, window: usize, held: usize, limit: u64) -> bool {
+    in_flight < window && (held as u64) < (limit / 2).min(MAX_HELD_OUTPUT as u64)
+}
+
 /// What becomes of a guest that was cut and stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
@@ -90,7 +97,7 @@ pub fn turn(phase: &Phase, sound: bool, room: bool, seed: SeedState) -> Turn {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pacer, SeedState, Turn, fits, is_full, turn};
+    use super::{Pacer, SeedState, Turn, fits, has_room, is_full, turn};
     use crate::replicator::Phase;
     use colo_common::ReplicaId;
     use std::time::{Duration, Instant};
@@ -102,6 +109,13 @@ mod tests {
         let limit = 64 * 4096;
         assert!(!is_full(31, limit) && is_full(32, limit));
         assert!(fits(55, limit) && !fits(56, limit));
+    }
+
+    #[test]
+    fn a_guest_waits_for_acks_and_for_output_to_go_out() {
+        assert!(has_room(7, 8, 0, 1 << 28) && !has_room(8, 8, 0, 1 << 28));
+        assert!(has_room(0, 8, (16 << 20) - 1, 1 << 28) && !has_room(0, 8, 16 << 20, 1 << 28));
+        assert!(!has_room(0, 8, 8 << 20, 16 << 20), "it could not be told again in one epoch");
     }
 
     #[test]

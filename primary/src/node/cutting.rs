@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::status::SentEpoch;
 use super::{Node, NodeError};
 use crate::checkpoint::{Standing, Timing, copy_out};
-use crate::epoch::{SeedState, Turn, fits, is_full, turn};
+use crate::epoch::{SeedState, Turn, fits, has_room, is_full, turn};
 use crate::replicator::Request;
 use crate::transfer::{Epoch, Transfer};
 
@@ -161,7 +161,8 @@ impl Node {
     }
 
     fn has_room(&self) -> bool {
-        self.replicator.is_linked() && self.replicator.in_flight() < self.settings.window
+        let (in_flight, held) = (self.replicator.in_flight(), self.release.bytes());
+        self.replicator.is_linked() && has_room(in_flight, self.settings.window, held, self.epoch_limit())
     }
 
     fn is_epoch_full(&self) -> bool {

@@ -1,7 +1,7 @@
 //! Cuts of a simulated runner: `primary::node::cutting`, function by function.
 
 use colo_primary::checkpoint::copy_out;
-use colo_primary::epoch::{SeedState, Turn, fits, is_full, turn};
+use colo_primary::epoch::{SeedState, Turn, fits, has_room, is_full, turn};
 use colo_primary::replicator::Request;
 use colo_primary::transfer::Epoch;
 use colo_vmm::guest::Lifecycle;
@@ -178,7 +178,8 @@ impl Runner {
     }
 
     pub(crate) fn has_room(&self, common: &Common) -> bool {
-        self.replicator.is_linked() && self.replicator.in_flight() < common.plan.window
+        let (in_flight, held) = (self.replicator.in_flight(), self.release.bytes());
+        self.replicator.is_linked() && has_room(in_flight, common.plan.window, held, self.epoch_limit(common))
     }
 
     fn is_epoch_full(&self, common: &Common) -> bool {
