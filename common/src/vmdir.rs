@@ -82,7 +82,7 @@ pub enum VmDirError {
 }
 
 /// What a node must know after a crash, beside what a store says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Runner {
     /// The newest term that this node has seen of the vm. Whoever has seen one never creates the register.
     pub seen: Term,
