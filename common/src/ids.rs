@@ -187,7 +187,8 @@ drawn! {
     ProposalId
 }
 drawn! {
-    /// One process of a node, from its start to its end.
+    /// One process of a node, from its start to its end. A start that was cut off before its guest ran is gone on with
+    /// under the same one.
     Incarnation
 }
 

@@ -7,6 +7,7 @@ pub mod config;
 mod durable;
 pub mod history;
 pub mod ids;
+pub mod life;
 pub mod limits;
 pub mod register;
 pub mod telemetry;

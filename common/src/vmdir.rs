@@ -4,7 +4,7 @@
 //! DIRECTORY/lock          held for the life of the process
 //!           store/        the copy of the guest (RocksDB), on nodes that follow or followed
 //!           boot/         kernel and initramfs as the runner sent them
-//!           runner.toml   terms, on a node that runs the guest without a store
+//!           runner.toml   terms, on a node that runs the guest without a store; a start that is under way
 //! ```
 
 use serde::Deserialize;
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::durable::{self, Lock};
-use crate::ids::{Term, VmId};
+use crate::ids::{Incarnation, Term, VmId};
 
 /// How long a start waits for the lock: a process that is being ended gives it up in that time.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -81,13 +81,16 @@ pub enum VmDirError {
     },
 }
 
-/// What a node that runs a guest without a store must know after a crash.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a node must know after a crash, beside what a store says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Runner {
     /// The newest term that this node has seen of the vm. Whoever has seen one never creates the register.
     pub seen: Term,
     /// The term in which this node ran the guest, unless a copy has replaced what it has since.
     pub active: Option<Term>,
+    /// The process that is about to ask for the register, to start the guest from its boot files. Written before it
+    /// asks, gone before the first vCPU runs: while it is here, nothing ran under this incarnation.
+    pub starting: Option<Incarnation>,
 }
 
 /// A vm's directory, which is this process' own until it is dropped.
@@ -105,6 +108,7 @@ struct Lines {
     vm: VmId,
     seen: u64,
     active: Option<u64>,
+    starting: Option<String>,
 }
 
 impl VmDirectory {
@@ -178,7 +182,8 @@ impl VmDirectory {
         if lines.seen > MAX_TERM || lines.active.is_some_and(|active| active > lines.seen) {
             return Err(damaged("its terms are out of range".to_owned()));
         }
-        Ok(Some(Runner { seen: Term(lines.seen), active: lines.active.map(Term) }))
+        let starting = lines.starting.map(|text| incarnation(&text)).transpose().map_err(damaged)?;
+        Ok(Some(Runner { seen: Term(lines.seen), active: lines.active.map(Term), starting }))
     }
 
     /// Keeps `runner` through any crash from here on.
@@ -193,14 +198,23 @@ impl VmDirectory {
         assert!(before <= runner.seen && runner.seen.0 <= MAX_TERM, "{} after {before}", runner.seen);
         assert!(runner.active <= Some(runner.seen), "{runner:?}");
         let active = runner.active.map(|term| format!("active = {}\n", term.0)).unwrap_or_default();
+        let starting = runner.starting.map(|process| format!("starting = \"{:032x}\"\n", process.0));
+        let starting = starting.unwrap_or_default();
         let text = format!(
             "# What this node knows of the vm, kept by Colo. Do not edit it.\n\
-             format = {FORMAT}\nvm = \"{}\"\nseen = {}\n{active}",
+             format = {FORMAT}\nvm = \"{}\"\nseen = {}\n{active}{starting}",
             self.vm, runner.seen.0
         );
         let path = self.runner_path();
         durable::replace(&path, durable::seal(&text).as_bytes()).map_err(|e| failed("write", &path, e))
     }
+}
+
+/// An incarnation as it is kept: 32 hexadecimal digits.
+fn incarnation(text: &str) -> Result<Incarnation, String> {
+    let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let parsed = digits.then(|| u128::from_str_radix(text, 16).ok()).flatten();
+    parsed.map(Incarnation).ok_or_else(|| "the process that was starting is no process".to_owned())
 }
 
 fn holder(lock: &Path) -> Option<u32> {
@@ -222,7 +236,7 @@ fn failed(what: &'static str, path: &Path, source: io::Error) -> VmDirError {
 #[cfg(test)]
 mod tests {
     use super::{Runner, VmDirError, VmDirectory};
-    use crate::ids::{Term, VmId};
+    use crate::ids::{Incarnation, Term, VmId};
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
@@ -269,15 +283,15 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let directory = open(place.path());
         assert_eq!(directory.runner().unwrap(), None);
-        let first = Runner { seen: Term(3), active: Some(Term(2)) };
+        let first = Runner { seen: Term(3), active: Some(Term(2)), starting: Some(Incarnation(0xbeef)) };
         directory.set_runner(first).unwrap();
         drop(directory);
         let directory = open(place.path());
         assert_eq!(directory.runner().unwrap(), Some(first));
-        let second = Runner { seen: Term(3), active: None };
+        let second = Runner { seen: Term(3), ..Runner::default() };
         directory.set_runner(second).unwrap();
         assert_eq!(directory.runner().unwrap(), Some(second));
-        let back = Runner { seen: Term(2), active: None };
+        let back = Runner { seen: Term(2), ..Runner::default() };
         let set = std::panic::AssertUnwindSafe(|| directory.set_runner(back));
         assert!(std::panic::catch_unwind(set).is_err());
         assert_eq!(directory.runner().unwrap(), Some(second));
@@ -287,13 +301,13 @@ mod tests {
     fn a_crash_in_the_middle_leaves_the_old_or_the_new() {
         let place = tempfile::tempdir().unwrap();
         let directory = open(place.path());
-        let old = Runner { seen: Term(3), active: Some(Term(3)) };
+        let old = Runner { seen: Term(3), active: Some(Term(3)), starting: None };
         directory.set_runner(old).unwrap();
         fs::write(place.path().join("runner.toml.new"), "format = 1\nvm = \"we").unwrap();
         drop(directory);
         let directory = open(place.path());
         assert_eq!(directory.runner().unwrap(), Some(old));
-        let new = Runner { seen: Term(4), active: None };
+        let new = Runner { seen: Term(4), ..Runner::default() };
         directory.set_runner(new).unwrap();
         assert_eq!(directory.runner().unwrap(), Some(new));
     }
@@ -305,7 +319,7 @@ mod tests {
         let directory = open(Path::new(&path));
         loop {
             let seen = directory.runner().unwrap().map_or(Term(0), |runner| runner.seen).next();
-            directory.set_runner(Runner { seen, active: Some(seen) }).unwrap();
+            directory.set_runner(Runner { seen, active: Some(seen), starting: None }).unwrap();
         }
     }
 
@@ -334,7 +348,7 @@ mod tests {
     fn damage_and_another_vm_are_told() {
         let place = tempfile::tempdir().unwrap();
         let directory = open(place.path());
-        directory.set_runner(Runner { seen: Term(9), active: None }).unwrap();
+        directory.set_runner(Runner { seen: Term(9), starting: Some(Incarnation(7)), active: None }).unwrap();
         let path = place.path().join("runner.toml");
         let good = fs::read(&path).unwrap();
         for bit in 0..good.len() * 8 {

@@ -49,6 +49,11 @@ impl Default for Console {
 }
 
 impl Console {
+    /// Nothing is known before `offset`, where the guest begins.
+    pub fn begin_at(&self, offset: u64) {
+        self.push(offset, b"");
+    }
+
     /// Takes bytes that begin at `offset`. What is known already is dropped; beyond a gap everything begins anew there.
     pub fn push(&self, offset: u64, bytes: &[u8]) {
         let mut kept = self.kept();
@@ -121,6 +126,16 @@ mod tests {
         assert_eq!((console.read(11), console.read(99)), (None, None));
         console.push(2, b"llo");
         assert_eq!(console.end(), 11);
+    }
+
+    #[test]
+    fn a_reader_of_the_guest_before_goes_on_at_the_first_byte_of_the_next() {
+        let console = Console::default();
+        console.begin_at(1 << 40);
+        assert_eq!((console.start(), console.end()), (1 << 40, 1 << 40));
+        assert_eq!(console.read(500), None);
+        console.push(1 << 40, b"booting");
+        assert_eq!(console.read(500), Some(Chunk { offset: 1 << 40, bytes: b"booting".to_vec() }));
     }
 
     #[test]

@@ -5,7 +5,8 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{History, Incarnation, VmId};
+use colo_common::{History, Incarnation, Term, VmId};
+use colo_vmm::egress::OutputPosition;
 use colo_vmm::{GuestMemory, WireSpec, admission};
 use std::path::Path;
 use std::process::ExitCode;
@@ -50,7 +51,9 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let wire = WireSpec::new(&spec, kind.clone());
     let mut guest = kind.build(spec.clone(), memory)?;
     guest.boot()?;
-    let incarnation = Incarnation::draw();
+    let known = directory.runner()?;
+    // A start that was cut off is gone on with as the same process.
+    let incarnation = known.and_then(|known| known.starting).unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
     plane.set_guest(account(&spec, &kind));
@@ -61,10 +64,26 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
     let found = read(&*arbiter, &config.vm)?;
-    let proposal = decide(&config.node, incarnation, found.as_ref(), directory.runner()?, allowed)?;
-    let entry = propose(&*arbiter, &config.vm, &proposal)?;
+    let proposal = decide(&config.node, incarnation, found.as_ref(), known, allowed)?;
+    let known = known.unwrap_or_default();
+    let seen = known.seen.max(found.map_or(Term(0), |entry| entry.term));
+    // Before it is asked for: a crash from here on finds that this start ran nothing.
+    directory.set_runner(Known { seen, starting: Some(incarnation), ..known })?;
+    let entry = match propose(&*arbiter, &config.vm, &proposal) {
+        Ok(entry) => entry,
+        Err(found) => {
+            directory.set_runner(Known { seen, starting: None, ..known })?;
+            match found {
+                Some(entry) => bail!("nothing is started: the register has changed and says: {entry}"),
+                None => bail!("the register has vanished; is it the right arbiter?"),
+            }
+        }
+    };
+    let begins = OutputPosition::at_start(entry.term);
+    guest.count_from(begins)?;
+    console.begin_at(begins.console);
     // Before a vCPU runs: a crash from here on finds that this node ran the guest.
-    directory.set_runner(Known { seen: entry.term, active: Some(entry.term) })?;
+    directory.set_runner(Known { seen: entry.term, active: Some(entry.term), starting: None })?;
     tracing::info!(vm = %config.vm, node = %config.node, "the guest runs: {entry}");
     let replicator = Replicator::new(config.node.clone(), incarnation, entry, History::default());
     let beginning = Beginning {
@@ -74,7 +93,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         guest,
         spec: wire,
         replicator,
-        release: Release::default(),
+        release: Release::new(begins),
         console,
         promotions: 0,
     };
@@ -123,13 +142,13 @@ fn read(arbiter: &dyn Arbiter, vm: &VmId) -> anyhow::Result<Option<Entry>> {
     arbiter.read(vm).context("nothing is started without the arbiter's word")
 }
 
-/// Repeats the proposal until it is answered: an outcome that is not known may still come true.
-fn propose(arbiter: &dyn Arbiter, vm: &VmId, proposal: &Proposal) -> anyhow::Result<Entry> {
+/// Repeats the proposal until it is answered: an outcome that is not known may still come true. If it is refused,
+/// answers what is there instead.
+fn propose(arbiter: &dyn Arbiter, vm: &VmId, proposal: &Proposal) -> Result<Entry, Option<Entry>> {
     loop {
         match arbiter.propose(vm, proposal) {
             Ok(Answer::Applied(entry)) => return Ok(entry),
-            Ok(Answer::Refused(Some(entry))) => bail!("another node was quicker; the register says: {entry}"),
-            Ok(Answer::Refused(None)) => bail!("the register has vanished; is it the right arbiter?"),
+            Ok(Answer::Refused(found)) => return Err(found),
             Err(e) => {
                 tracing::warn!(%vm, "the arbiter does not answer, trying again: {e}");
                 std::thread::sleep(RETRY);

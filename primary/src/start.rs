@@ -1,4 +1,14 @@
 //! What a primary's start may do: the part of the register's rule that decides before anything runs. Pure.
+//!
+//! ```text
+//!   noted: starting (synced)     granted: Solo(this)     noted: active, not starting (synced)     first vCPU
+//!   ------------|------------------------|----------------------------|---------------------------|------->
+//!               +-- a crash in here: nothing ran, and the next start goes on as the same process -+
+//! ```
+//!
+//! So a crash at any instant leaves a vm that can be started: what was allowed once needs no second word, and what ran
+//! does. The next start takes the incarnation of the one that was cut off: what that one still has on its way to the
+//! arbiter is then this one's own proposal, whichever of the two lands.
 
 use colo_common::register::{Entry, Proposal, Value};
 use colo_common::vmdir::Runner;
@@ -55,11 +65,14 @@ pub fn decide(
     known: Option<Runner>,
     allowed: Allowed,
 ) -> Result<Proposal, NotStarted> {
-    let active = known.is_some_and(|known| known.active.is_some());
-    match (found, known) {
-        (None, Some(known)) => return Err(NotStarted::RegisterGone { seen: known.seen }),
-        (None, None) => {}
-        (Some(entry), _) => match &entry.value {
+    let known = known.unwrap_or_default();
+    let active = known.active.is_some();
+    match found {
+        None if known.seen > Term(0) => return Err(NotStarted::RegisterGone { seen: known.seen }),
+        None => {}
+        Some(entry) => match &entry.value {
+            // A start that had its grant and was cut off before a vCPU ran.
+            Value::Solo { node, incarnation } if node == me && known.starting == Some(*incarnation) => {}
             Value::Solo { node, .. } if node == me && !active => {
                 return Err(NotStarted::NothingToRun(entry.clone()));
             }
@@ -99,7 +112,15 @@ mod tests {
     }
 
     fn ran(active: bool) -> Option<Runner> {
-        Some(Runner { seen: Term(5), active: active.then_some(Term(4)) })
+        Some(Runner { seen: Term(5), active: active.then_some(Term(4)), starting: None })
+    }
+
+    fn noted(runner: Option<Runner>, process: Incarnation) -> Option<Runner> {
+        Some(Runner { starting: Some(process), ..runner.unwrap_or_default() })
+    }
+
+    fn solo(name: &str, incarnation: Incarnation) -> Entry {
+        entry(Value::Solo { node: node(name), incarnation })
     }
 
     fn start(found: Option<&Entry>, known: Option<Runner>, allowed: Allowed) -> Result<Term, NotStarted> {
@@ -118,13 +139,32 @@ mod tests {
 
     #[test]
     fn a_crashed_guest_is_booted_only_by_who_ran_it_and_only_if_allowed() {
-        let solo = |name| entry(Value::Solo { node: node(name), incarnation: Incarnation(1) });
-        let (ours, theirs) = (solo("a"), solo("b"));
+        let (ours, theirs) = (solo("a", Incarnation(1)), solo("b", Incarnation(1)));
         assert_eq!(start(Some(&ours), ran(true), ALL), Ok(Term(6)));
         assert!(matches!(start(Some(&ours), ran(true), NONE), Err(NotStarted::Crashed(_))));
         assert!(matches!(start(Some(&ours), ran(false), ALL), Err(NotStarted::NothingToRun(_))));
         assert!(matches!(start(Some(&ours), None, ALL), Err(NotStarted::NothingToRun(_))));
         assert!(matches!(start(Some(&theirs), ran(true), ALL), Err(NotStarted::NotOurs(_))));
+    }
+
+    /// Nothing ran under the incarnation that is noted: neither the creation of a vm, nor a boot after a crash, nor a
+    /// start after a stop, each granted once, is in need of another word.
+    #[test]
+    fn a_start_that_was_cut_off_before_its_guest_ran_is_gone_on_with() {
+        assert_eq!(start(None, noted(None, ME), NONE), Ok(Term(1)));
+        let granted = solo("a", ME);
+        for known in [None, ran(true), ran(false)] {
+            assert_eq!(start(Some(&granted), noted(known, ME), NONE), Ok(Term(6)));
+        }
+        let other = solo("a", Incarnation(1));
+        assert!(matches!(start(Some(&other), noted(ran(true), ME), NONE), Err(NotStarted::Crashed(_))));
+        assert!(matches!(start(Some(&other), noted(None, ME), ALL), Err(NotStarted::NothingToRun(_))));
+        let theirs = solo("b", ME);
+        assert!(matches!(start(Some(&theirs), noted(ran(true), ME), ALL), Err(NotStarted::NotOurs(_))));
+        // The word to start it again was not granted then: it counts for that start alone.
+        let stopped = entry(Value::Stopped { node: node("a"), reason: StopReason::Operator });
+        assert!(matches!(start(Some(&stopped), noted(ran(true), ME), NONE), Err(NotStarted::Stopped(_))));
+        assert_eq!(start(None, noted(ran(true), ME), NONE), Err(NotStarted::RegisterGone { seen: Term(5) }));
     }
 
     #[test]

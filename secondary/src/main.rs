@@ -22,6 +22,9 @@ enum Command {
         /// Configuration file (TOML).
         #[arg(long)]
         config: PathBuf,
+        /// Start a vm again that was stopped while this node ran it.
+        #[arg(long)]
+        again: bool,
     },
     /// Reads and checks everything in the store of a secondary that does not run.
     Scrub {
@@ -38,7 +41,7 @@ fn main() -> ExitCode {
     colo_common::telemetry::init();
     colo_common::telemetry::end_on_panic();
     let done = match Args::parse().command {
-        Command::Start { config } => colo_secondary::secondary::start(&config),
+        Command::Start { config, again } => colo_secondary::secondary::start(&config, again),
         Command::Scrub { config, rate } => colo_secondary::secondary::scrub(&config, rate << 20),
     };
     done.unwrap_or_else(|e| {

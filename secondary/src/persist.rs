@@ -113,6 +113,8 @@ pub enum Job {
     EraseId(ReplicaId),
     /// A term was seen.
     Term(Term),
+    /// A guest was agreed on, with this digest of its spec: what is stored from here on is of it.
+    Spec(u64),
     /// This node runs the guest from this term on; told when that is synced.
     Activate(Term, Sender<Result<(), String>>),
     /// The room of dropped pages is to be given back, however long that takes.
@@ -231,6 +233,7 @@ impl<T: Fn(Persisted)> Worker<T> {
                 (self.tell)(Persisted::IdErased(id));
             }
             Job::Term(term) => self.store.see_term(term)?,
+            Job::Spec(digest) => self.store.see_spec(digest)?,
             Job::Activate(term, reply) => {
                 let done = self.store.activate(term, []);
                 // Whoever asked has left only if this process is ending.

@@ -57,6 +57,8 @@ pub struct Replica {
     silent: Term,
     copy: Copy,
     active: bool,
+    /// The operator has had the guest started again under this incarnation, and nothing has run since.
+    starting: bool,
     source: Option<Source>,
     pending: Option<Pending>,
     /// A policy that is being changed to.
@@ -90,6 +92,7 @@ impl Replica {
             silent: Term(0),
             copy,
             active: stored.active,
+            starting: false,
             source: None,
             pending: None,
             changing,
@@ -149,6 +152,10 @@ impl Replica {
             Value::Solo { node, incarnation } if *node == self.me && *incarnation != self.incarnation => {
                 self.take_over(entry)
             }
+            // Granted to the start that this one goes on with.
+            Value::Solo { node, .. } if *node == self.me && self.starting && self.active => {
+                vec![self.propose(Kind::Boot, entry)]
+            }
             Value::Solo { .. } if self.mutation.boot_for_another && self.active => {
                 vec![self.propose(Kind::Boot, entry)]
             }
@@ -169,7 +176,9 @@ impl Replica {
         }
     }
 
-    /// The operator starts a stopped vm again; only the node that ran it last can.
+    /// The operator starts a stopped vm again; only the node that ran it last can. Before the proposal is sent, the
+    /// vm's directory must say, synced, that this incarnation is starting. The word counts until the register refuses:
+    /// it is not said again to another value.
     ///
     /// # Errors
     /// It is not this node's to start.
@@ -181,7 +190,21 @@ impl Replica {
         let any = self.mutation.start_for_another;
         let mine =
             matches!(&entry.value, Value::Stopped { node, .. } if any || *node == self.me) && self.active;
-        if mine { Ok(vec![self.propose(Kind::Boot, entry)]) } else { Err(NotMine::Register(entry.clone())) }
+        if !mine {
+            return Err(NotMine::Register(entry.clone()));
+        }
+        self.starting = true;
+        Ok(vec![self.propose(Kind::Boot, entry)])
+    }
+
+    /// A start again under this very incarnation was cut off before anything ran: if it was granted, it goes on.
+    pub fn go_on_starting(&mut self, goes_on: bool) {
+        self.starting = goes_on;
+    }
+
+    /// Whether a start again goes on.
+    pub fn is_starting(&self) -> bool {
+        self.starting
     }
 
     /// A runner begins to seed or resync: from here on the copy cannot be promoted. The store must be marked so, and
@@ -193,6 +216,7 @@ impl Replica {
         self.check_runner(term)?;
         self.copy = Copy::Inconsistent;
         self.active &= self.mutation.seed_keeps_active;
+        self.starting = false;
         self.acked = None;
         self.ordered = false;
         // No copy, no acks: any policy will do.
@@ -367,7 +391,10 @@ impl Replica {
                 Vec::new()
             }
             // Obey what stands there; a request of this node's dead process may have made it.
-            (Answer::Refused(found), _) => self.observe(found.as_ref()),
+            (Answer::Refused(found), _) => {
+                self.starting = false;
+                self.observe(found.as_ref())
+            }
         }
     }
 

@@ -42,11 +42,11 @@ const EPOCH_SHARE: u64 = 4;
 /// How long a node that starts with a copy waits for its runner, beside the usual suspicion.
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
-/// Runs a secondary by its configuration.
+/// Runs a secondary by its configuration; `again` starts a vm that was stopped on this node.
 ///
 /// # Errors
 /// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
-pub fn start(path: &Path) -> anyhow::Result<ExitCode> {
+pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = SecondaryConfig::load(path)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
@@ -54,13 +54,24 @@ pub fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let arbiter = serve::arbiter(&config.arbiter)?;
     let store = Store::open(&directory.store(), &config.vm)?;
     let directory = Arc::new(directory);
-    let incarnation = Incarnation::draw();
+    // A start again that was cut off is gone on with as the same process.
+    let starting = directory.runner()?.and_then(|known| known.starting);
+    let incarnation = starting.unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
-    let secondary =
-        Secondary { config, directory, security, arbiter, plane, outbox, budget, runs: Arc::default() };
+    let secondary = Secondary {
+        config,
+        again,
+        directory,
+        security,
+        arbiter,
+        plane,
+        outbox,
+        budget,
+        runs: Arc::default(),
+    };
     let endpoint = secondary.open_network(&runtime)?;
     let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
     runtime.spawn(secondary.receiver().serve(endpoint.clone()));
@@ -81,6 +92,8 @@ pub fn start(path: &Path) -> anyhow::Result<ExitCode> {
 /// A secondary's process.
 struct Secondary {
     config: SecondaryConfig,
+    /// The operator's word to start a stopped vm.
+    again: bool,
     directory: Arc<VmDirectory>,
     security: Security,
     arbiter: Arc<dyn Arbiter>,
@@ -143,7 +156,8 @@ impl Secondary {
             StoredCopy::Whole(whole) => whole.history,
             _ => History::default(),
         };
-        let replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
+        let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
+        replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
         let settings = settings(config, quic_port, self.directory.boot());
         let loaded = crate::node::load(&mut store, &settings).map_err(|why| {
             let path = self.directory.path().display();
@@ -157,6 +171,7 @@ impl Secondary {
             me: config.node.clone(),
             incarnation: self.plane.incarnation,
             replica,
+            again: self.again,
             history,
             persister: persister.context("no thread for the store")?,
             console: self.plane.console.clone(),

@@ -195,16 +195,11 @@ fn of_another_vm_another_version_or_in_use() {
 }
 
 #[test]
-fn a_used_store_begins_no_new_guest_and_a_mark_goes_forward() {
+fn a_mark_goes_forward() {
     let dir = tempfile::tempdir().unwrap();
     let mut store = Store::open(dir.path(), &vm()).unwrap();
     assert_eq!((store.summary().term, store.summary().copy), (None, StoredCopy::None));
     fill(&mut store, 2);
-    one_line(
-        &store.begin_new_guest(Term(1)).unwrap_err(),
-        dir.path(),
-        &["has seen term 1", "second history"],
-    );
     let at = point(1, 1);
     let error = store.persist([], mark_at(at, &history_to(at))).unwrap_err();
     one_line(&error, dir.path(), &["at point 1.1", "go on to 1.1"]);

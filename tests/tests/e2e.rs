@@ -14,6 +14,8 @@ mod linux;
 mod network;
 #[path = "e2e/operator.rs"]
 mod operator;
+#[path = "e2e/starts.rs"]
+mod starts;
 
 use anyhow::{Context, bail, ensure};
 use colo_common::register::{StopReason, Value};

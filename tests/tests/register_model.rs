@@ -13,7 +13,7 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use steps::{Step, steps, take};
-use world::{Broken, Came, Config, Mutation, Role, World, index};
+use world::{Broken, Came, Config, Mutation, Role, World, incarnation, index, name};
 
 /// Cores of a small test machine.
 const THREADS: usize = 2;
@@ -79,6 +79,12 @@ impl Model for Protocol {
             Property::always("no epoch on a copy that is not its ancestor", |_, world: &World| {
                 world.broken != Some(Broken::NotAnAncestor)
             }),
+            Property::always("no boot without a word", |_, world: &World| {
+                world.broken != Some(Broken::UntoldBoot)
+            }),
+            Property::always("a start that was granted goes on", |protocol: &Self, world: &World| {
+                (0..world.nodes.len()).all(|x| goes_on(&protocol.0, world, x))
+            }),
             Property::always("no lost page", |_, world: &World| world.broken != Some(Broken::LostPage)),
             Property::always("memory: acked survives the primary", |_, world| survives_the_primary(world)),
             Property::always("disk: acked survives both", |protocol: &Self, world: &World| {
@@ -116,6 +122,18 @@ fn runs_alone(world: &World, x: usize) -> bool {
 
 fn came(world: &World, how: Came) -> bool {
     (0..world.nodes.len()).filter_map(|x| world.runner(x)).any(|runner| runner.came == how)
+}
+
+/// The operator's word was granted and cut off before anything ran: the next process needs no other.
+fn goes_on(config: &Config, world: &World, x: usize) -> bool {
+    let node = &world.nodes[x];
+    let granted =
+        node.told.is_some_and(|born| world.register.value.is_solo_of(&name(x), incarnation(x, born)));
+    if node.role != Role::Down || !granted {
+        return true;
+    }
+    let next = take(world, config, Step::Restart(x)).expect("a node that is down can be started");
+    next.follower(x).is_some_and(|follower| follower.asked.is_some())
 }
 
 /// Also of what will be: who may let everything out, and whom the register names, has all that is out.
@@ -191,12 +209,14 @@ fn broken_rule(name: &str, config: Config, sometimes: &[&'static str]) -> (Strin
 fn every_rule_holds() {
     let (mem, disk) = (memory(), disk());
     let three = Config { nodes: 3, boot: false, paired: true, terms: 6, queue: 1, ..mem };
-    let checks: [(&str, Config, &[&'static str]); 10] = [
+    let no_boot = Config { boot: false, stops: 1, terms: 6, ..mem };
+    let checks: [(&str, Config, &[&'static str]); 11] = [
         ("memory", Config { cuts: 3, crashes: 2, ..mem }, &["promotion", "boot", "hand-back"]),
         ("disk", Config { cuts: 3, crashes: 2, ..disk }, &["promotion", "boot"]),
         ("memory, no boot", Config { boot: false, cuts: 3, crashes: 2, ..mem }, &["promotion", "hand-back"]),
         ("disk, no boot", Config { boot: false, crashes: 2, ..disk }, &["promotion"]),
         ("memory, stops", Config { stops: 1, terms: 6, ..mem }, &["stop", "promotion", "boot"]),
+        ("memory, stops, no boot", Config { crashes: 2, ..no_boot }, &["stop", "promotion", "boot"]),
         ("disk, stops", Config { stops: 2, terms: 6, ..disk }, &["stop", "promotion", "boot"]),
         ("memory to disk", Config { paired: true, switches: 2, ..mem }, &["switch of policy", "promotion"]),
         ("disk to memory", Config { paired: true, switches: 2, ..disk }, &["switch of policy", "promotion"]),
@@ -232,11 +252,16 @@ fn every_rule_is_needed() {
     let promotion = Mutation { promotion_leaves_store: true, ..leaves };
     let seed = Mutation { seed_leaves_store: true, ..leaves };
     let to_memory = Config { policy: AckPolicy::Disk, switches: 1, ..paired };
+    let unnoted = Mutation { start_is_not_noted: true, ..leaves };
+    let noted = Mutation { run_leaves_note: true, ..leaves };
+    let again = Config { boot: false, crashes: 2, stops: 1, ..mem };
     let runners = runners.map(|(name, config, runner)| (name, Config { runner, ..config }));
     let followers = followers().map(|(name, config, follower)| (name, Config { follower, ..config }));
     let stores = [
         ("promotion_leaves_store", Config { surroundings: promotion, ..mem }),
         ("seed_leaves_store", Config { surroundings: seed, ..to_memory }),
+        ("start_is_not_noted", Config { surroundings: unnoted, ..again }),
+        ("run_leaves_note", Config { surroundings: noted, ..again }),
     ];
     for (name, config) in runners.into_iter().chain(followers).chain(stores) {
         let (line, broken) = broken_rule(name, config, &[]);

@@ -1,21 +1,30 @@
 //! What the guest said in the open epoch, held until the epoch loop may let it out.
 //!
 //! Console bytes and frames are kept in the one order in which the guest made them, each with an absolute
-//! position (bytes since the guest's first power-on, frames likewise), so that after a promotion the same
-//! output can be offered again and be recognised. The hold is bounded: when it is full, whoever makes output
-//! waits for the cut that takes it; nothing is ever dropped.
+//! position (counted from the guest's start, which has offsets of its own: [`colo_common::life`]), so that after
+//! a promotion the same output can be offered again and be recognised. The hold is bounded: when it is full,
+//! whoever makes output waits for the cut that takes it; nothing is ever dropped.
 
 use colo_common::limits::{MAX_EPOCH_CONSOLE, MAX_EPOCH_FRAMES, MAX_FRAME};
+use colo_common::{Term, life};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
 
-/// How much output a guest has made since its first power-on.
+/// Where a guest is in its output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutputPosition {
     /// Console bytes.
     pub console: u64,
     /// Frames, over all network devices.
     pub frames: u64,
+}
+
+impl OutputPosition {
+    /// Where a guest begins that is started from its boot files in `term`.
+    pub fn at_start(term: Term) -> Self {
+        let first = life::first_offset(term);
+        Self { console: first, frames: first }
+    }
 }
 
 /// One piece of output.

@@ -22,7 +22,7 @@ use std::time::Duration;
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::boot::BootError;
 use crate::dirty_set::DirtySet;
-use crate::egress::Output;
+use crate::egress::{Output, OutputPosition};
 use crate::host::remedy;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::spec::GuestSpec;
@@ -243,6 +243,13 @@ pub trait ProtectedGuest: Send {
     /// The guest was booted or restored before, or its boot images do not fit.
     fn boot(&mut self) -> Result<(), GuestError>;
 
+    /// Has a guest that was just booted count its output from `start` on, and its console input from
+    /// `start.console` on: see [`colo_common::life`]. Without it, both begin at 0.
+    ///
+    /// # Errors
+    /// The guest is not stopped, or has said or taken something already.
+    fn count_from(&mut self, start: OutputPosition) -> Result<(), GuestError>;
+
     /// Sets the machine to `state`; its memory must already hold the same point. Any guest that does not run.
     /// Setting a machine can write guest memory (KVM renews kvmclock's wall clock), so a guest that shall be
     /// protected without a new full copy is protected before it is restored.
@@ -305,7 +312,7 @@ pub trait ProtectedGuest: Send {
     /// the guest reads them. The rest may be offered again later.
     fn console_input(&mut self, bytes: &[u8]) -> usize;
 
-    /// Console input bytes taken since the guest's first power-on: the offset of the next one offered.
+    /// Offset of the next byte of console input that is offered.
     fn console_input_offset(&self) -> u64;
 
     /// Presses the power button.

@@ -105,7 +105,7 @@ pub(crate) struct Console {
     /// Only shows: nothing is typed.
     #[arg(long)]
     pub(crate) follow: bool,
-    /// Begins at this offset, in bytes since the guest's first power-on; default: at the end.
+    /// Begins at this offset, in bytes; default: at the end.
     #[arg(long, value_name = "OFFSET", conflicts_with = "tail")]
     pub(crate) from: Option<u64>,
     /// Begins so many bytes before the end.

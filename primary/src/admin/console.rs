@@ -31,7 +31,7 @@ pub(super) async fn attach(
     let end = plane.console.end();
     let offset = match attach.start {
         Some(console_attach::Start::From(offset)) => offset,
-        Some(console_attach::Start::Tail(bytes)) => end.saturating_sub(bytes),
+        Some(console_attach::Start::Tail(bytes)) => end.saturating_sub(bytes).max(plane.console.start()),
         None => end,
     };
     let (out, answers) = mpsc::channel(16);

@@ -53,7 +53,7 @@ impl Message for SeedBegin {
     const KIND: Kind = Kind::SeedBegin;
 }
 
-/// A place in what the guest has said since its first power-on.
+/// A place in what the guest has said, by offsets that grow over the whole life of the vm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Console bytes.

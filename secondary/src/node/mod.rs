@@ -12,6 +12,7 @@
 mod following;
 mod pairing;
 mod promoting;
+mod starting;
 mod tray;
 
 use colo_common::register::Entry;
@@ -39,6 +40,7 @@ use crate::staging::StagedEpoch;
 pub use following::{judge_epoch, judge_seed};
 pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load};
 pub use promoting::{HandBack, Promotion};
+pub use starting::{FirstLook, Known, first_look};
 use tray::Told;
 pub use tray::Tray;
 
@@ -168,6 +170,8 @@ pub struct Follower {
     reading: bool,
     /// The register was read since the start: no runner is taken before.
     observed: bool,
+    /// The operator starts a stopped vm again; counts for the first look at the register alone.
+    again: bool,
     /// A runner was followed by this process.
     followed: bool,
     arbiter: ArbiterWorker,
@@ -192,6 +196,8 @@ pub struct Parts {
     pub incarnation: Incarnation,
     /// The protocol's state, with what the store held.
     pub replica: Replica,
+    /// The operator starts a vm again that was stopped.
+    pub again: bool,
     /// The history that the store held.
     pub history: colo_common::History,
     /// The persist thread.
@@ -218,6 +224,7 @@ impl Follower {
             me,
             incarnation,
             replica,
+            again,
             history,
             persister,
             console,
@@ -255,6 +262,7 @@ impl Follower {
             hand_back: None,
             reading: false,
             observed: false,
+            again,
             followed: false,
             arbiter,
             next_read: now,
@@ -387,8 +395,9 @@ impl Follower {
 
     fn forget_running(&self) -> Result<(), String> {
         match self.directory.runner().map_err(|e| e.to_string())? {
-            Some(Runner { seen, active: Some(_) }) => {
-                self.directory.set_runner(Runner { seen, active: None }).map_err(|e| e.to_string())
+            Some(Runner { seen, active, starting }) if active.is_some() || starting.is_some() => {
+                let fresh = Runner { seen, ..Runner::default() };
+                self.directory.set_runner(fresh).map_err(|e| e.to_string())
             }
             _ => Ok(()),
         }

@@ -140,6 +140,10 @@ impl Follower {
             self.keep_spec(spec)?;
             self.warm_up(warm)?;
         }
+        if let (Some(_), Some(persister)) = (&self.warm, &self.persister) {
+            // Also if it was built at the start: the last process may have died before the store knew.
+            persister.order(crate::persist::Job::Spec(*digest));
+        }
         Ok(missing)
     }
 
@@ -275,18 +279,29 @@ pub struct Loaded {
 /// After a restart: what the store holds, loaded and checked; nothing if no guest was ever agreed on.
 ///
 /// # Errors
-/// The store or a file beside it is damaged: the copy is of no use.
+/// The store or a file beside it is damaged, or the two are of different guests: the copy is of no use.
 pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, String> {
     let path = spec_file(settings);
+    let summary = store.summary();
     let spec = match fs::read(&path) {
         Ok(bytes) => WireSpec::decode(&bytes).map_err(|e| e.to_string())?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => match summary.copy {
+            // Without it nobody knows what the pages are of.
+            StoredCopy::Whole(_) => return Err(format!("{} is gone", path.display())),
+            StoredCopy::Inconsistent | StoredCopy::None => return Ok(None),
+        },
         Err(e) => return Err(format!("{}: {e}", path.display())),
     };
     let full = spec.complete(|file| boot_file(settings, file)).map_err(|e| e.to_string())?;
     let digest = full.digest();
     let memory = Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| e.to_string())?);
-    let (image, restored) = match store.summary().copy {
+    let other = |found: u64| {
+        format!(
+            "it is of a guest with another description ({found:016x}, {} is {digest:016x})",
+            path.display()
+        )
+    };
+    let (image, restored) = match summary.copy {
         StoredCopy::None => (None, None),
         StoredCopy::Inconsistent => {
             // A base for a resync by digests.
@@ -294,8 +309,14 @@ pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, St
             (Some((memory, None)), None)
         }
         StoredCopy::Whole(whole) => {
+            if let Some(found) = summary.spec.filter(|&found| found != digest) {
+                return Err(other(found));
+            }
             fill(&memory, |each| store.load(each))?;
             let restored = StoredState::restore(&store.state().map_err(|e| e.to_string())?)?;
+            if restored.state.spec != digest {
+                return Err(other(restored.state.spec));
+            }
             (Some((memory, Some(whole.point))), Some((restored, whole.point)))
         }
     };

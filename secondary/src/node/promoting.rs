@@ -1,4 +1,4 @@
-//! Taking the guest over: from a suspicion to a running vCPU.
+//! Taking the guest over: from a suspicion, or from nothing (a boot), to a running vCPU.
 //!
 //! 1. Suspicion: the link is down; wait `promote_delay`, so that a live primary wins.
 //! 2. Read the register; if it names this copy, stop acking for good and propose.
@@ -12,6 +12,7 @@ use colo_primary::node::status::{Promoted, Role};
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
 use colo_vmm::MachineState;
+use colo_vmm::egress::OutputPosition;
 use std::time::{Duration, Instant};
 
 use super::{Follower, Outcome, READ_INTERVAL};
@@ -82,7 +83,11 @@ impl Follower {
                     Answer::Refused(found) => found.clone(),
                 };
                 self.remember(entry.as_ref());
+                let started_again = self.replica.is_starting() && matches!(answer, Answer::Refused(_));
                 let actions = self.replica.answer(id, answer);
+                if started_again {
+                    self.start_refused(entry.as_ref(), actions.is_empty());
+                }
                 self.act(actions);
             }
             Found::Entry(entry) => self.on_register(entry),
@@ -96,7 +101,9 @@ impl Follower {
         if !std::mem::take(&mut self.reading) {
             return;
         }
-        self.observed = true;
+        if !std::mem::replace(&mut self.observed, true) && !self.on_first_look(found.as_ref()) {
+            return;
+        }
         if let Some(entry) = &found
             && matches!(entry.value, Value::Stopped { .. })
             && self.followed
@@ -192,14 +199,16 @@ impl Follower {
         self.begin(entry, promotion)
     }
 
-    /// A power cut's worth of loss, by the operator's choice: the guest starts anew.
+    /// A power cut's worth of loss, by the operator's choice: the guest starts anew, with offsets of its own.
     fn boot(&mut self, entry: Entry, granted: Instant, mut promotion: Promotion) -> Result<Outcome, String> {
-        self.activate(entry.term, &mut promotion)?;
+        let begins = OutputPosition::at_start(entry.term);
         let warm = self.warm.as_mut().ok_or("the guest's description is not known here")?;
-        warm.guest.boot().map_err(|e| e.to_string())?;
+        warm.guest.boot().and_then(|()| warm.guest.count_from(begins)).map_err(|e| e.to_string())?;
+        self.held = Release::new(begins);
+        self.console.begin_at(begins.console);
+        self.activate(entry.term, &mut promotion)?;
+        self.end_start()?;
         promotion.total = granted.elapsed();
-        // A new life of the guest: what it says is counted from its power-on.
-        self.held = Release::default();
         self.begin(entry, promotion)
     }
 

@@ -191,6 +191,30 @@ fn a_stopped_vm_is_started_by_the_node_that_ran_it() {
     assert!(never_ran.start_again(Some(&stopped(4, "b"))).is_err());
 }
 
+/// It was granted, and cut off before anything ran: that word stands. One that was refused does not.
+#[test]
+fn a_start_again_that_was_cut_off_goes_on_and_a_refused_one_does_not() {
+    let ran = || restarted(AckPolicy::Memory, false, Stored { active: true, whole: None });
+    let granted = solo(5, "b", ME);
+    let mut replica = ran();
+    assert_eq!(replica.observe(Some(&granted)), vec![], "nobody told it to");
+    replica.go_on_starting(true);
+    assert_eq!(replica.observe(Some(&stopped(4, "b"))), vec![], "not granted: the word was for that start");
+    let boot = proposal(&replica.observe(Some(&granted)));
+    assert_eq!(boot.expected, Some(granted.clone()));
+    let run = Action::Run(Start::Boot, boot.entry());
+    assert_eq!(replica.answer(boot.id, Answer::Applied(boot.entry())), vec![run]);
+
+    let mut replica = ran();
+    let start = proposal(&replica.start_again(Some(&stopped(4, "b"))).unwrap());
+    assert_eq!(replica.answer(start.id, Answer::Refused(Some(solo(5, "b", DEAD)))), vec![]);
+    assert_eq!(replica.observe(Some(&granted)), vec![], "the word is used up");
+    let mut seeded = ran();
+    seeded.go_on_starting(true);
+    seeded.accept_seed(&node("a"), Term(5)).unwrap();
+    assert_eq!(seeded.observe(Some(&granted)), vec![], "what it would start is replaced");
+}
+
 #[test]
 fn the_register_is_handed_back_by_who_has_nothing_to_run_from() {
     let dead = solo(3, "b", DEAD);

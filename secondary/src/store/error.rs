@@ -1,7 +1,7 @@
 //! Why the store cannot do what it is asked. Every message names the directory and what an operator can do.
 
 use colo_common::limits::MAX_MACHINE_STATE;
-use colo_common::{Gfn, Point, Term, VmId};
+use colo_common::{Gfn, Point, VmId};
 use std::io;
 use std::path::PathBuf;
 
@@ -106,14 +106,6 @@ pub enum StoreError {
     Broken {
         /// Where the store is.
         dir: PathBuf,
-    },
-    /// A new guest is to start where the vm has been seen before.
-    #[error("the store in {} has seen {term} of this vm: a new guest would begin a second history; start it as what the register says", dir.display())]
-    NotNew {
-        /// Where the store is.
-        dir: PathBuf,
-        /// The newest term seen.
-        term: Term,
     },
     /// Asked for what the copy's state does not allow.
     #[error("the store in {} cannot {wanted}: its copy is {copy}", dir.display())]

@@ -7,7 +7,7 @@
 //!    |  ^                  |  ^  ^                |  |
 //!    |  |                  |  |  +-- begin_copy --+  |
 //!    +--+- activate -------+--+----------------------+
-//!         (active; also by begin_new_guest of an unused store)
+//!         (active)
 //! ```
 //!
 //! Every arrow is one synced batch of the [`PageStore`] below, so a crash at any instant leaves one end of it or the
@@ -140,7 +140,7 @@ impl Store {
         self.change_meta(|meta| meta.term = Some(term))
     }
 
-    /// Remembers the guest's spec.
+    /// Remembers the digest of the guest's spec: a copy is of it from its seed on, and of no other.
     ///
     /// # Errors
     /// The write fails.
@@ -149,20 +149,6 @@ impl Store {
             return Ok(());
         }
         self.change_meta(|meta| meta.spec = Some(digest))
-    }
-
-    /// This node starts a new guest in `term`: nobody has ever run this vm, as far as this store knows.
-    ///
-    /// # Errors
-    /// It knows better, or the write fails.
-    pub fn begin_new_guest(&mut self, term: Term) -> Result<(), StoreError> {
-        if let Some(term) = self.meta.term {
-            return Err(StoreError::NotNew { dir: self.dir.clone(), term });
-        }
-        self.change_meta(|meta| {
-            meta.term = Some(term);
-            meta.active = Some(term);
-        })
     }
 
     /// Stores the id of the whole copy: from here on this node may be promoted after a restart.

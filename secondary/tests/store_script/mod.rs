@@ -22,6 +22,7 @@ pub(crate) type Tags = BTreeMap<u64, u64>;
 /// What a store must hold after a step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct State {
+    pub(crate) spec: Option<u64>,
     pub(crate) term: Option<Term>,
     pub(crate) active: Option<Term>,
     pub(crate) copy: Copy,
@@ -47,8 +48,8 @@ pub(crate) enum Copy {
 /// One call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
+    SeeSpec(u64),
     SeeTerm(Term),
-    NewGuest(Term),
     BeginCopy { base_stored: bool },
     WritePages(Tags),
     Complete { point: Point, replica: Option<ReplicaId>, state: u64, blocks: Tags },
@@ -106,7 +107,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
     let replica = (rng.below(2) == 0).then_some(id);
     match &state.copy {
         Copy::None => match rng.below(4) {
-            0 if state.term.is_none() => Step::NewGuest(term.next()),
+            0 if state.spec.is_none() => Step::SeeSpec(rng.next()),
             0 => Step::Reclaim,
             1 => Step::SeeTerm(term.next()),
             _ => Step::BeginCopy { base_stored: rng.below(3) == 0 },
@@ -146,8 +147,8 @@ impl State {
     pub(crate) fn after(&self, step: &Step) -> Self {
         let mut state = self.clone();
         match step {
+            Step::SeeSpec(digest) => state.spec = Some(*digest),
             Step::SeeTerm(term) => state.term = state.term.max(Some(*term)),
-            Step::NewGuest(term) => (state.term, state.active) = (Some(*term), Some(*term)),
             Step::BeginCopy { base_stored } => {
                 (state.copy, state.active) = (Copy::Inconsistent, None);
                 if !base_stored {
@@ -180,7 +181,8 @@ impl State {
 
     /// Whether a store that shows `found` may be in this state.
     pub(crate) fn allows(&self, found: &Self) -> bool {
-        let told = (&self.term, &self.active, &self.copy) == (&found.term, &found.active, &found.copy);
+        let known = |state: &Self| (state.spec, state.term, state.active);
+        let told = known(self) == known(found) && self.copy == found.copy;
         let whole = self.copy != Copy::Inconsistent;
         told && (!whole || (&self.pages, &self.blocks) == (&found.pages, &found.blocks))
     }
@@ -210,8 +212,8 @@ pub(crate) fn run(store: &mut Store, before: &State, step: &Step) -> Result<(), 
         then(Mark { point, history, state: &state, blocks: &as_blocks(&bytes), now: SystemTime::UNIX_EPOCH })
     };
     match step {
+        Step::SeeSpec(digest) => store.see_spec(*digest),
         Step::SeeTerm(term) => store.see_term(*term),
-        Step::NewGuest(term) => store.begin_new_guest(*term),
         Step::BeginCopy { base_stored } => {
             store.begin_copy(if *base_stored { Base::Stored } else { Base::Empty })
         }
@@ -263,7 +265,7 @@ pub(crate) fn observe(store: &mut Store) -> Result<State, StoreError> {
             blocks.insert(number, tag);
         }
     }
-    Ok(State { term: summary.term, active: summary.active, copy, pages, blocks })
+    Ok(State { spec: summary.spec, term: summary.term, active: summary.active, copy, pages, blocks })
 }
 
 fn merge(into: &mut Tags, newer: &Tags) {

@@ -188,6 +188,9 @@ impl Surroundings<'_> {
             Step::StartAgain(x) => {
                 let register = self.world.register.clone();
                 let actions = self.world.follower_mut(x).replica.start_again(Some(&register)).ok()?;
+                let this = self.world.node(x);
+                this.store.starting = !self.config.surroundings.start_is_not_noted;
+                this.told = Some(this.born);
                 self.act_follower(x, actions);
                 Some(())
             }
@@ -206,7 +209,8 @@ impl Surroundings<'_> {
                 Some(())
             }
             Step::Restart(x) => {
-                self.world.node(x).born += 1;
+                let this = self.world.node(x);
+                this.born += u8::from(!this.store.starting);
                 self.world.start(x, self.config);
                 let register = self.world.register.clone();
                 let actions = self.world.follower_mut(x).replica.observe(Some(&register));
@@ -364,6 +368,10 @@ impl Surroundings<'_> {
             let asked = follower.asked.take_if(|asked| asked.expected.as_ref() != Some(&register))?;
             let answer = asked.judge(Some(&register));
             let actions = follower.replica.answer(asked.id, answer);
+            if !follower.replica.is_starting() {
+                let this = self.world.node(x);
+                (this.store.starting, this.told) = (false, None);
+            }
             self.act_follower(x, actions);
             return Some(());
         }

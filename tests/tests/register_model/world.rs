@@ -4,6 +4,7 @@
 use colo_common::register::{Entry, Proposal, Value};
 use colo_common::{Epoch, History, Incarnation, NodeId, Point, ProposalId, ReplicaId, Term};
 use colo_primary::replicator::{self, Ack, Carried, Replicator};
+use colo_secondary::node::{FirstLook, Known, first_look};
 use colo_secondary::replica::{self, AckPolicy, Replica, Rules, Stored};
 use std::fmt;
 use std::sync::{Arc, LazyLock};
@@ -44,6 +45,10 @@ pub(crate) struct Mutation {
     pub(crate) promotion_leaves_store: bool,
     /// The start of a seed leaves the stored copy and its replica id.
     pub(crate) seed_leaves_store: bool,
+    /// A start again is not noted before it is proposed.
+    pub(crate) start_is_not_noted: bool,
+    /// A guest that runs leaves the note that it is about to be started.
+    pub(crate) run_leaves_note: bool,
 }
 
 /// A state of the guest, as the set of cuts that it contains: of two states one is the other's ancestor if and only if
@@ -115,6 +120,8 @@ pub(crate) struct Store {
     pub(crate) image: Option<(Point, Ghost)>,
     pub(crate) id: Option<ReplicaId>,
     pub(crate) active: bool,
+    /// In the vm's directory: the last process of this node was starting the vm again, and ran nothing.
+    pub(crate) starting: bool,
 }
 
 /// How a runner came to run.
@@ -183,6 +190,8 @@ pub(crate) struct Node {
     /// As configured.
     pub(crate) policy: AckPolicy,
     pub(crate) store: Store,
+    /// The process that the operator told to start the vm again, until the guest runs or the register has refused.
+    pub(crate) told: Option<u8>,
     pub(crate) role: Role,
 }
 
@@ -192,6 +201,8 @@ pub(crate) enum Broken {
     TwoHistories,
     NotAnAncestor,
     LostPage,
+    /// A guest was booted, and neither the configuration nor the operator had said so.
+    UntoldBoot,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -237,7 +248,8 @@ impl World {
         let value = Value::Solo { node: name(0), incarnation: incarnation(0, 0) };
         let proposal = ProposalId::of(incarnation(0, 0), Term(0));
         let register = Entry { term: Term(1), proposal, value };
-        let node = Node { born: 0, policy: config.policy, store: Store::default(), role: Role::Down };
+        let (store, role) = (Store::default(), Role::Down);
+        let node = Node { born: 0, policy: config.policy, store, told: None, role };
         let nodes = (0..config.nodes).map(|_| Arc::new(node.clone())).collect();
         let spent = Spent::default();
         let seen = Ghost::default();
@@ -283,9 +295,12 @@ impl World {
     pub(crate) fn begin(&mut self, node: usize, from: Ghost, came: Came, config: &Config) {
         let register = self.register.clone();
         let this = self.node(node);
+        let untold = came == Came::Booted && !config.boot && this.told.is_none();
+        this.told = None;
         this.store.disk = Some(from);
         if came != Came::Promoted || !config.surroundings.promotion_leaves_store {
-            this.store = Store { disk: Some(from), active: true, ..Store::default() };
+            let starting = this.store.starting && config.surroundings.run_leaves_note;
+            this.store = Store { disk: Some(from), active: true, starting, ..Store::default() };
         }
         let process = incarnation(node, this.born);
         let mut replicator = Replicator::new(name(node), process, register, from.history());
@@ -301,16 +316,30 @@ impl World {
             halted: false,
             came,
         });
+        if untold {
+            self.broken = Some(Broken::UntoldBoot);
+        }
     }
 
-    /// A new process of `node` begins with what the store holds.
+    /// A new process of `node` begins with what the store holds; the one after a start again that was cut off is the same
+    /// to all others.
     pub(crate) fn start(&mut self, node: usize, config: &Config) {
+        let register = self.register.clone();
         let this = self.node(node);
-        let Store { image, id, active, .. } = &this.store;
-        let stored = Stored { active: *active, whole: image.map(|(point, _)| (point, *id)) };
+        let Store { image, id, active, starting, .. } = this.store;
+        let stored = Stored { active, whole: image.map(|(point, _)| (point, id)) };
         let rules = Rules { policy: this.policy, boot_after_crash: config.boot };
         let mut replica = Replica::new(name(node), incarnation(node, this.born), rules, stored);
         replica.mutate(config.follower);
+        let (me, process) = (name(node), incarnation(node, this.born));
+        let known = Known { me: &me, incarnation: process, active, starting, again: false };
+        this.store.starting = match first_look(known, Some(&register)) {
+            FirstLook::GoOn => true,
+            // It ends, and leaves all as it is.
+            FirstLook::End(_) => starting,
+            FirstLook::Follow | FirstLook::Again => false,
+        };
+        replica.go_on_starting(this.store.starting);
         let held = image.map_or(Ghost::default(), |(_, held)| held);
         let (inbox, orders) = (Vec::new(), Vec::new());
         this.role = Role::Follower(Follower { replica, held, inbox, orders, asked: None });

@@ -306,7 +306,7 @@ impl World {
 
     fn run_primary(&mut self, x: usize, incarnation: Incarnation, entry: Entry) {
         let Self { nodes, common, .. } = self;
-        nodes[x].durable.runner = Some(Known { seen: entry.term, active: Some(entry.term) });
+        nodes[x].durable.runner = Some(Known { seen: entry.term, active: Some(entry.term), starting: None });
         common.count("primaries started");
         common.note(x, || format!("boots the guest: {entry}"));
         let mut guest = common.guest(common.memory());

@@ -169,6 +169,10 @@ impl Devices {
         self.inner().serial.input_offset()
     }
 
+    pub(crate) fn count_input_from(&self, offset: u64) {
+        self.inner().serial.count_input_from(offset);
+    }
+
     pub(crate) fn power_button(&self) -> io::Result<()> {
         self.inner().acpi_pm.press()
     }

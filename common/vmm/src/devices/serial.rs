@@ -111,7 +111,7 @@ pub(super) struct SerialConsole {
     egress: Arc<Egress>,
     /// Taken from outside, waiting for room in the device.
     input: VecDeque<u8>,
-    /// Bytes taken since the first power-on.
+    /// Offset of the next byte that is taken.
     input_offset: u64,
 }
 
@@ -148,6 +148,10 @@ impl SerialConsole {
 
     pub(super) fn input_offset(&self) -> u64 {
         self.input_offset
+    }
+
+    pub(super) fn count_input_from(&mut self, offset: u64) {
+        self.input_offset = offset;
     }
 
     pub(super) fn save(&self) -> (SerialConsoleState, Vec<u8>, u64) {

@@ -20,7 +20,7 @@ use crate::arch::x86_64::vcpu_state::VcpuState;
 use crate::boot;
 use crate::devices::DeviceState;
 use crate::dirty_set::DirtySet;
-use crate::egress::{Egress, Output};
+use crate::egress::{Egress, Output, OutputPosition};
 use crate::events::Events;
 use crate::guest::{
     Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
@@ -439,6 +439,16 @@ impl ProtectedGuest for KvmGuest {
         }
         let state = self.power_on()?;
         self.set_machine(&state, Holds::default())
+    }
+
+    fn count_from(&mut self, start: OutputPosition) -> Result<(), GuestError> {
+        let silent = self.egress.position() == OutputPosition::default() && self.console_input_offset() == 0;
+        if !matches!(self.state, RunState::Stopped(_)) || !silent {
+            return Err(self.wrong_state("set the first offsets of"));
+        }
+        self.egress.restore(start);
+        self.vm("set the first offsets of")?.shared().devices.count_input_from(start.console);
+        Ok(())
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), GuestError> {

@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::dirty_set::DirtySet;
-use crate::egress::{Egress, Output};
+use crate::egress::{Egress, Output, OutputPosition};
 use crate::guest::{
     Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
 };
@@ -78,7 +78,7 @@ pub struct SyntheticGuest {
     egress: Egress,
     state: SyntheticState,
     pending: Option<Lifecycle>,
-    /// Console input bytes taken since the first power-on.
+    /// Offset of the next byte of console input.
     input_offset: u64,
     run: Run,
     /// Raised since the last cut, in order, and how many of them were told.
@@ -266,6 +266,16 @@ impl ProtectedGuest for SyntheticGuest {
             return Err(self.wrong_state("boot"));
         }
         self.power_on(1);
+        Ok(())
+    }
+
+    fn count_from(&mut self, start: OutputPosition) -> Result<(), GuestError> {
+        let silent = self.egress.position() == OutputPosition::default() && self.input_offset == 0;
+        if self.run != Run::Stopped || !silent {
+            return Err(self.wrong_state("set the first offsets of"));
+        }
+        self.egress.restore(start);
+        self.input_offset = start.console;
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::{Pace, SyntheticConfig, SyntheticError, SyntheticGuest};
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::dirty_set::DirtySet;
-use crate::egress::Output;
+use crate::egress::{Output, OutputPosition};
 use crate::guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked, Wake};
 use crate::memory::GuestMemory;
 use crate::spec::GuestSpec;
@@ -102,6 +102,10 @@ impl ProtectedGuest for PacedGuest {
 
     fn boot(&mut self) -> Result<(), GuestError> {
         self.shared.guest().boot()
+    }
+
+    fn count_from(&mut self, start: OutputPosition) -> Result<(), GuestError> {
+        self.shared.guest().count_from(start)
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), GuestError> {

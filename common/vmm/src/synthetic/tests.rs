@@ -18,7 +18,7 @@ use crate::memory::GuestMemory;
 use crate::spec::{BootFile, BootSource, GuestSpec, TrackerKind};
 use crate::state::{Body, MachineState, StateError};
 use colo_common::limits::{MAX_CONSOLE_INPUT, MAX_EPOCH_FRAMES};
-use colo_common::{Gfn, PAGE_SIZE};
+use colo_common::{Gfn, PAGE_SIZE, Term};
 use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
@@ -654,6 +654,30 @@ fn a_guest_is_booted_once_and_reset_after_that() {
     let mut other = guest_of(&Program::default());
     other.restore(&state).unwrap();
     assert!(matches!(other.boot(), Err(GuestError::WrongState { wanted: "boot", .. })));
+}
+
+/// A guest that is started anew says nothing at the offsets of the one before it, and takes no input of its.
+#[test]
+fn a_start_has_offsets_of_its_own() {
+    let start = OutputPosition::at_start(Term(3));
+    let mut guest = guest_of(&Program::default());
+    let early = guest.count_from(start);
+    assert!(matches!(early, Err(GuestError::WrongState { state: "neither booted nor restored", .. })));
+    guest.boot().unwrap();
+    guest.count_from(start).unwrap();
+    assert!(matches!(guest.count_from(start), Err(GuestError::WrongState { state: "stopped", .. })));
+    assert_eq!(guest.console_input(b"ls\n"), 3);
+    guest.resume().unwrap();
+    guest.advance(500);
+    let crate::guest::Cut { state, output, .. } = cut(&mut guest);
+    assert_eq!((output.start, state.console_input), (start, start.console + 3));
+    assert_eq!(state.output.console, start.console + output.console().len() as u64);
+    let mut other = guest_of(&Program::default());
+    other.restore(&MachineState::decode(&state.encode()).unwrap()).unwrap();
+    assert_eq!(other.console_input_offset(), start.console + 3);
+    guest.reset().unwrap();
+    guest.resume().unwrap();
+    assert_eq!(cut(&mut guest).output.start, state.output);
 }
 
 #[test]

@@ -163,6 +163,14 @@ impl Console {
                 let count = to - from;
                 note(&format!("output from {from} to {to} ({count} bytes) is not kept any more"));
             }
+            Event::StartedAnew { missing: 0, to } => {
+                note(&format!("the guest was started anew: its console begins at {to}"));
+            }
+            Event::StartedAnew { missing, to } => {
+                note(&format!(
+                    "the guest was started anew: its console from {to} on; {missing} bytes before that are not kept"
+                ));
+            }
             Event::Attached { output } => self.greet(output),
             Event::InputGone(count) => {
                 note(&format!("{count} typed bytes are not in the guest any more; type them again"));

@@ -8,13 +8,15 @@
 //! ```
 //!
 //! Output is shown once: what lies before `next` was shown, by this node or by the one before it. Input is kept until
-//! `input_done` says that it is safe, since a failover takes the guest back to a state that may not have read it:
+//! `input_done` says that it is safe, since a failover takes the guest back to a state that may not have read it. What
+//! was sent to a guest is not typed into another that was started after it.
 //!
 //! ```text
 //!   start          start + sent      start + tried        start + kept.len()
 //!     | sent here, not safe | sent to the node before | not sent yet |
 //! ```
 
+use colo_common::life::{self, LIFE};
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use colo_proto::v1::console_attach::Start as Place;
 use colo_proto::v1::console_output::Message;
@@ -45,12 +47,19 @@ pub(crate) enum Event {
         /// The first that is there.
         to: u64,
     },
+    /// Another guest was started: what comes is its output.
+    StartedAnew {
+        /// Bytes from its beginning that are not kept any more.
+        missing: u64,
+        /// The first that is there.
+        to: u64,
+    },
     /// Output and input go on here.
     Attached {
         /// Offset of the next output.
         output: u64,
     },
-    /// So many typed bytes that were called safe are not in the guest, and are gone.
+    /// So many typed bytes that were sent are not in the guest, and are gone.
     InputGone(u64),
 }
 
@@ -192,7 +201,11 @@ impl Session {
     fn skip_to(&mut self, next: u64, to: u64) -> Option<Event> {
         (to > next).then(|| {
             self.next = Some(to);
-            Event::Gap { from: next, to }
+            if life::is_same(next, to) {
+                Event::Gap { from: next, to }
+            } else {
+                Event::StartedAnew { missing: to % LIFE, to }
+            }
         })
     }
 }
@@ -209,6 +222,11 @@ impl Input {
             None => {
                 self.start = Some(offset);
                 start - offset
+            }
+            Some(_) if !life::is_same(start, offset) => {
+                let gone = self.tried as u64;
+                self.go_on_at(offset);
+                gone
             }
             Some(ahead) => {
                 self.taken(offset, ahead);

@@ -1,6 +1,7 @@
 //! Scripted attachments and losses, and any sequence of them.
 
 use super::{Event, MAX_INPUT, Session, SessionError, Start};
+use colo_common::life::LIFE;
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use colo_proto::v1::console_attach::Start as Place;
 use colo_proto::v1::console_output::Message;
@@ -102,6 +103,24 @@ fn another_console_that_types_moves_what_was_not_sent() {
     session.attach();
     session.receive(attached(100, 50)).unwrap();
     assert_eq!(input(&mut session), Some((50, b"cd".to_vec())));
+}
+
+#[test]
+fn a_guest_that_is_started_anew_is_told_from_and_gets_no_old_input() {
+    let mut session = fresh();
+    session.typed(b"old");
+    assert_eq!(input(&mut session), Some((10, b"old".to_vec())));
+    session.lost();
+    session.typed(b"new");
+    assert_eq!(session.attach().start, Some(Place::From(100)));
+    let first = [Event::Attached { output: 100 }, Event::InputGone(3)];
+    assert_eq!(session.receive(attached(100, 3 * LIFE)), Ok(first.to_vec()));
+    assert_eq!(input(&mut session), Some((3 * LIFE, b"new".to_vec())));
+    let anew = Event::StartedAnew { missing: 0, to: 3 * LIFE };
+    assert_eq!(session.receive(gap(100, 3 * LIFE)), Ok(vec![anew]));
+    assert_eq!(session.receive(output(3 * LIFE, b"boot")), Ok(vec![Event::Show(b"boot".to_vec())]));
+    let later = Event::StartedAnew { missing: 7, to: 4 * LIFE + 7 };
+    assert_eq!(session.receive(gap(3 * LIFE + 4, 4 * LIFE + 7)), Ok(vec![later]));
 }
 
 #[test]
