@@ -10,6 +10,7 @@ use colo_proto::message::{
     Ack, Control, DigestRequest, Goodbye, Hello, Progress, RangeDigests, Refusal, Refused, SeedMode, Welcome,
     Yield,
 };
+use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{GuestMemory, PagePool};
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
@@ -84,6 +85,8 @@ pub struct Agreed {
     pub memory: Arc<GuestMemory>,
     /// Digest of its spec.
     pub spec_digest: u64,
+    /// Its processor; nothing for a guest in software.
+    pub cpu: Option<GuestCpu>,
 }
 
 /// What a link tells.
@@ -232,7 +235,8 @@ impl Receiver {
         };
         let memory = &*agreed.memory;
         let limit = memory.layout().frame_limit();
-        let mut staging = Staging::new(limit, agreed.welcome.max_epoch_bytes, agreed.spec_digest);
+        let staging = Staging::new(limit, agreed.welcome.max_epoch_bytes, agreed.spec_digest);
+        let mut staging = staging.with_cpu(agreed.cpu.clone());
         let pool = PagePool::default();
         loop {
             let frame = match read_frame(&mut stream, vm, &pool).await {

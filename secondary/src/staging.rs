@@ -18,6 +18,7 @@ use colo_proto::message::{
 };
 use colo_proto::pages::{Content, PagesError, Run, RunTable};
 use colo_vmm::MachineState;
+use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::memory::{GuestMemory, MemoryError, Page};
 use colo_vmm::state::StateError;
@@ -235,6 +236,7 @@ pub struct Staging {
     frame_limit: u64,
     max_epoch_bytes: u64,
     spec_digest: u64,
+    cpu: Option<GuestCpu>,
     digest: TransferDigest,
     data_pages: u64,
     zero_pages: u64,
@@ -244,19 +246,26 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// For a guest whose frames lie below `frame_limit`, in epochs of at most `max_epoch_bytes` of pages.
+    /// For a guest in software whose frames lie below `frame_limit`, in epochs of at most `max_epoch_bytes` of pages.
     pub fn new(frame_limit: u64, max_epoch_bytes: u64, spec_digest: u64) -> Self {
         Self {
             stage: Stage::Idle,
             frame_limit,
             max_epoch_bytes,
             spec_digest,
+            cpu: None,
             digest: TransferDigest::new(),
             data_pages: 0,
             zero_pages: 0,
             output_bytes: 0,
             page_bytes: 0,
         }
+    }
+
+    /// For a guest with the processor that was agreed on: a state with another is refused before it is acked.
+    #[must_use]
+    pub fn with_cpu(self, cpu: Option<GuestCpu>) -> Self {
+        Self { cpu, ..self }
     }
 
     /// Takes the next frame.
@@ -383,6 +392,7 @@ impl Staging {
         (self.data_pages, self.zero_pages, self.output_bytes, self.page_bytes) = (0, 0, 0, 0);
         let state = MachineState::decode(&state)?;
         state.check_spec(self.spec_digest)?;
+        state.check_cpu(self.cpu.as_ref())?;
         let output = Output { start: position(begin.output_start), items: output };
         if end_of(&output) != state.output || begin.base.is_some_and(|base| !begin.history.contains(base)) {
             return Err(StagingError::Contradicts(point));

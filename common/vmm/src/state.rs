@@ -10,6 +10,7 @@ use colo_common::limits::MAX_MACHINE_STATE;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::arch::x86_64::processor::GuestCpu;
 use crate::egress::OutputPosition;
 use crate::guest::Lifecycle;
 use crate::machine::KvmState;
@@ -75,6 +76,11 @@ pub enum StateError {
         /// Kind of the guest it was offered to.
         expected: &'static str,
     },
+    /// Of a guest with another processor than was agreed on.
+    #[error(
+        "the machine state has another processor than the nodes agreed on; start the node that runs the guest again, with the same version of Colo on both"
+    )]
+    OtherCpu,
     /// KVM did not take a part of it.
     #[error("KVM does not take the saved {part}: {reason}")]
     Refused {
@@ -174,6 +180,21 @@ impl MachineState {
         let found = self.spec;
         if found == expected { Ok(()) } else { Err(StateError::OtherSpec { found, expected }) }
     }
+
+    /// Refuses a state whose guest has not the processor that was agreed on; none is a guest in software.
+    ///
+    /// # Errors
+    /// It has another, or is of the other kind.
+    pub fn check_cpu(&self, agreed: Option<&GuestCpu>) -> Result<(), StateError> {
+        let (kvm, synthetic) = ("kvm", "synthetic");
+        match (&self.body, agreed) {
+            (Body::Synthetic(_), None) => Ok(()),
+            (Body::Synthetic(_), Some(_)) => Err(StateError::OtherKind { found: synthetic, expected: kvm }),
+            (Body::Kvm(_), None) => Err(StateError::OtherKind { found: kvm, expected: synthetic }),
+            (Body::Kvm(kvm), Some(agreed)) if kvm.cpu()? == *agreed => Ok(()),
+            (Body::Kvm(_), Some(_)) => Err(StateError::OtherCpu),
+        }
+    }
 }
 
 /// Fills in the header before a body.
@@ -199,6 +220,8 @@ fn checksum(bytes: &[u8]) -> u64 {
 mod tests {
     use super::{HEADER, MAX_MACHINE_STATE, MachineState, STATE_VERSION, StateError, seal};
     use crate::DirtySet;
+    use crate::arch::x86_64::cpuid::{CpuidTable, ENTRY_BYTES};
+    use crate::arch::x86_64::processor::GuestCpu;
     use crate::guest::ProtectedGuest;
     use crate::spec::{BootFile, BootSource, GuestSpec};
     use crate::synthetic::{SyntheticConfig, SyntheticGuest};
@@ -225,6 +248,15 @@ mod tests {
     fn what_is_encoded_is_decoded() {
         let bytes = saved();
         assert_eq!(MachineState::decode(&bytes).unwrap().encode(), bytes);
+    }
+
+    #[test]
+    fn a_guest_in_software_has_no_processor() {
+        let state = MachineState::decode(&saved()).unwrap();
+        state.check_cpu(None).unwrap();
+        let cpuid = CpuidTable::decode(&[0; ENTRY_BYTES]).unwrap();
+        let error = state.check_cpu(Some(&GuestCpu { cpuid, tsc_khz: 1, tsc_moves: false })).unwrap_err();
+        assert_eq!(error, StateError::OtherKind { found: "synthetic", expected: "kvm" });
     }
 
     #[test]

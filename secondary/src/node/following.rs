@@ -64,7 +64,7 @@ impl Follower {
         if !self.observed {
             return Err((WireRefusal::Busy, "this node has not read the register yet: try again".to_owned()));
         }
-        let warm = self.agreed_on(hello).map_err(|why| (WireRefusal::NotPaired, why))?;
+        let (warm, cpu) = self.agreed_on(hello).map_err(|why| (WireRefusal::NotPaired, why))?;
         if let Some(why) = &self.store_failed {
             return Err((WireRefusal::Failed, format!("the store has failed: {why}")));
         }
@@ -88,7 +88,7 @@ impl Follower {
             max_epoch_bytes: self.settings.max_epoch_bytes,
             window: self.settings.window,
         };
-        Ok(Agreed { welcome, memory: Arc::clone(&warm.memory), spec_digest: warm.digest })
+        Ok(Agreed { welcome, memory: Arc::clone(&warm.memory), spec_digest: warm.digest, cpu })
     }
 
     pub(super) fn on_link(&mut self, number: u64, event: LinkEvent) {

@@ -141,7 +141,7 @@ pub struct Follower {
     replica: Replica,
     warm: Option<Warm>,
     /// Processes that agreed on the guest that waits, newest first.
-    agreed: std::collections::VecDeque<Incarnation>,
+    agreed: std::collections::VecDeque<pairing::Agreement>,
     applier: Option<Applier>,
     persister: Option<Persister>,
     /// The store takes nothing more; acks under the policy `disk` end with it.

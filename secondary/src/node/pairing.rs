@@ -1,9 +1,9 @@
 //! Agreeing on a guest with a runner, and finding it again after a restart: the description and the boot files are kept
 //! beside the store. A link is taken only from a process that has agreed on the guest that waits here.
 
-use colo_common::{NodeId, Point, ReplicaId};
+use colo_common::{Incarnation, NodeId, Point, ReplicaId};
 use colo_proto::message::Hello;
-use colo_vmm::arch::x86_64::processor::CpuMisfit;
+use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use colo_vmm::wire_spec::FileDigest;
 use colo_vmm::{GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
@@ -39,6 +39,12 @@ pub struct PairAnswer {
     pub quic_port: u16,
     /// Bytes of pages in an epoch at most.
     pub max_epoch_bytes: u64,
+}
+
+/// What was agreed on with a process, beside the description.
+pub(super) struct Agreement {
+    incarnation: Incarnation,
+    cpu: Option<GuestCpu>,
 }
 
 /// Why a guest is not taken.
@@ -102,14 +108,15 @@ pub enum PairError {
 impl Follower {
     pub(super) fn pair(&mut self, request: &PairRequest) -> Result<PairAnswer, PairError> {
         // What was agreed on with it before does not count any more.
-        self.agreed.retain(|agreed| *agreed != request.incarnation);
+        self.agreed.retain(|agreed| agreed.incarnation != request.incarnation);
         let missing = self.agree(request)?;
         if missing.is_empty() {
             let PairRequest { node, spec, .. } = request;
             tracing::info!(vm = %self.vm, runner = %node, hypervisor = spec.kind.name(),
                 cpu_model = spec.cpu_model().name(), host = request.host, "agreed on the guest");
             self.agreed.truncate(MAX_AGREED - 1);
-            self.agreed.push_front(request.incarnation);
+            let (incarnation, cpu) = (request.incarnation, request.cpu.clone());
+            self.agreed.push_front(Agreement { incarnation, cpu });
         }
         let (replica, staged, stale) = offered(self.replica.copy());
         let quic_port = self.settings.quic_port;
@@ -160,11 +167,11 @@ impl Follower {
         PairError::OtherKind { held, offered, directory }
     }
 
-    /// The guest that `hello` is about, if its process has agreed on it.
+    /// The guest that `hello` is about and the processor that it has there, if its process has agreed on them.
     ///
     /// # Errors
     /// Why not, and the remedy.
-    pub(super) fn agreed_on(&self, hello: &Hello) -> Result<&Warm, String> {
+    pub(super) fn agreed_on(&self, hello: &Hello) -> Result<(&Warm, Option<GuestCpu>), String> {
         let warm = self.warm.as_ref().ok_or("no guest was agreed on: pair first")?;
         if hello.spec_digest != warm.digest {
             let (found, held) = (hello.spec_digest, warm.digest);
@@ -172,10 +179,9 @@ impl Follower {
                 "the link is for a guest with the description {found:016x} and what was agreed on is {held:016x}: pair first"
             ));
         }
-        if !self.agreed.contains(&hello.incarnation) {
-            return Err(format!("this process of {} has not agreed on the guest: pair first", hello.node));
-        }
-        Ok(warm)
+        let agreed = self.agreed.iter().find(|agreed| agreed.incarnation == hello.incarnation);
+        let none = || format!("this process of {} has not agreed on the guest: pair first", hello.node);
+        Ok((warm, agreed.ok_or_else(none)?.cpu.clone()))
     }
 
     /// Builds the guest around memory that `image` holds, or around new memory.

@@ -126,7 +126,7 @@ impl KvmState {
     }
 
     /// The guest's processor. All its vCPUs carry their TSC in one way.
-    fn cpu(&self) -> Result<GuestCpu, StateError> {
+    pub(crate) fn cpu(&self) -> Result<GuestCpu, StateError> {
         let tsc_moves = self.vcpus.first().is_some_and(|vcpu| vcpu.tsc_offset().is_some());
         if self.vcpus.iter().any(|vcpu| vcpu.tsc_offset().is_some() != tsc_moves) {
             return Err(StateError::Malformed("vCPUs whose TSC is carried in two ways".to_owned()));

@@ -140,7 +140,9 @@ impl CpuidTable {
     pub fn supported(kvm: &Kvm) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let supported = supported.map_err(|e| CpuidError::Unreadable(e.into()))?;
-        Ok(Self { entries: supported.as_slice().to_vec() })
+        // A table is compared as a whole, and padding does not travel.
+        let plain = |entry: &kvm_cpuid_entry2| kvm_cpuid_entry2 { padding: [0; 3], ..*entry };
+        Ok(Self { entries: supported.as_slice().iter().map(plain).collect() })
     }
 
     pub(crate) fn check_limits(&self) -> Result<(), StateError> {
