@@ -2,11 +2,12 @@
 //! that follows, and carried out in place while protection goes on. And guests that cannot run on, or never
 //! leave the processor by themselves, which can be cut all the same.
 
-use colo_common::Gfn;
+use colo_common::{Gfn, Term};
 use colo_tests::chain::Checker;
 use colo_tests::images::{Images, Kernel, kvm_usable};
 use colo_tests::rig::{Rig, Taken};
 use colo_tests::session::{PATIENCE, Session};
+use colo_vmm::egress::OutputPosition;
 use colo_vmm::guest::{GuestEvent, GuestFailure, Lifecycle, ResetCause};
 use colo_vmm::host::{Host, Virtualisation};
 use colo_vmm::{BootFile, BootSource, DirtySet, GuestError, GuestSpec, KvmGuest, ProtectedGuest};
@@ -133,6 +134,10 @@ fn an_owner_is_woken_for_what_the_guest_asks() {
     assert!(matches!(guest.reset(), Err(GuestError::WrongState { wanted: "reset", .. })));
     guest.boot().unwrap();
     assert!(matches!(guest.boot(), Err(GuestError::WrongState { wanted: "boot", state: "stopped" })));
+    let start = OutputPosition::at_start(Term(2));
+    guest.count_from(start).unwrap();
+    assert!(matches!(guest.count_from(start), Err(GuestError::WrongState { state: "stopped", .. })));
+    assert_eq!((guest.console_input(b"x"), guest.console_input_offset()), (1, start.console + 1));
     let mut unused = DirtySet::new(guest.memory().layout().frame_limit());
     let asked = GuestEvent::Lifecycle(Lifecycle::Reset(ResetCause::Keyboard));
     for _ in 0..3 {
@@ -140,7 +145,12 @@ fn an_owner_is_woken_for_what_the_guest_asks() {
         woken.recv_timeout(PATIENCE).unwrap();
         assert_eq!(guest.next_event(Duration::ZERO), Some(asked.clone()));
         assert_eq!(guest.next_event(Duration::ZERO), None);
-        guest.cut(&mut unused).unwrap();
+        let cut = guest.cut(&mut unused).unwrap();
+        assert!(
+            cut.output.start.console >= start.console && cut.state.console_input == start.console + 1,
+            "{:?}",
+            cut.output
+        );
     }
     assert!(woken.try_recv().is_err(), "woken for nothing");
     guest.reset().unwrap();

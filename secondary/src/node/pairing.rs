@@ -356,3 +356,81 @@ fn fill(memory: &GuestMemory, load: impl FnOnce(Each<'_>) -> Result<(), StoreErr
     .map_err(|e| e.to_string())?;
     failed.map_or(Ok(()), |e| Err(format!("the store holds a page that the guest does not have: {e}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Settings, boot_file_path, load, spec_file};
+    use crate::store::{Base, Mark, MemoryDisk, Store};
+    use colo_common::history::point;
+    use colo_common::{History, VmId};
+    use colo_vmm::egress::OutputPosition;
+    use colo_vmm::synthetic::{SyntheticConfig, SyntheticGuest};
+    use colo_vmm::{BootFile, BootSource, DirtySet, GuestKind, GuestSpec, ProtectedGuest, WireSpec};
+    use std::fs;
+    use std::path::Path;
+    use std::time::{Duration, SystemTime};
+
+    fn vm() -> VmId {
+        "web".parse().unwrap()
+    }
+
+    fn settings(boot_directory: &Path) -> Settings {
+        Settings {
+            auto_failover: true,
+            promote_delay: Duration::ZERO,
+            startup_grace: Duration::ZERO,
+            max_epoch_bytes: 1 << 20,
+            window: 8,
+            quic_port: 1,
+            boot_directory: boot_directory.to_owned(),
+        }
+    }
+
+    fn spec(memory_mib: u64) -> GuestSpec {
+        let image = BootFile { path: "image".into(), bytes: vec![0x90].into() };
+        GuestSpec::new("web", memory_mib << 20, BootSource::Flat { image, address: 1 << 16 })
+    }
+
+    /// The machine of such a guest, as the store has it beside the output that it holds.
+    fn stored(spec: &GuestSpec) -> Vec<u8> {
+        let mut guest = SyntheticGuest::new(spec.clone(), SyntheticConfig::default()).unwrap();
+        guest.boot().unwrap();
+        guest.resume().unwrap();
+        let mut dirty = DirtySet::new(guest.memory().layout().frame_limit());
+        let state = guest.cut(&mut dirty).unwrap().state;
+        let held: Vec<(Option<u32>, Vec<u8>)> = Vec::new();
+        postcard::to_stdvec(&(state.encode(), OutputPosition::default(), held, 0_u32)).unwrap()
+    }
+
+    /// A store with a whole copy whose state is `state`, of the spec with this digest.
+    fn whole(state: &[u8], digest: Option<u64>) -> Store {
+        let mut store = Store::open_in_memory(&MemoryDisk::default(), &vm()).unwrap();
+        digest.into_iter().for_each(|digest| store.see_spec(digest).unwrap());
+        store.begin_copy(Base::Empty).unwrap();
+        let mut history = History::default();
+        history.extend(point(1, 1));
+        let now = SystemTime::UNIX_EPOCH;
+        let mark = Mark { point: point(1, 1), history: &history, state, blocks: &[], now };
+        store.complete(mark, None).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_copy_of_a_guest_with_another_description_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let settings = settings(place.path());
+        let (ours, other) = (spec(4), spec(8));
+        let wire = WireSpec::new(&ours, GuestKind::Synthetic(SyntheticConfig::default()));
+        assert!(load(&mut whole(&stored(&ours), None), &settings).is_err_and(|why| why.contains("is gone")));
+        fs::write(spec_file(&settings), wire.encode()).unwrap();
+        for file in wire.files() {
+            fs::write(boot_file_path(place.path(), file.digest), [0x90]).unwrap();
+        }
+        let known = Some(ours.digest());
+        assert!(load(&mut whole(&stored(&ours), known), &settings).is_ok_and(|loaded| loaded.is_some()));
+        for mut store in [whole(&stored(&ours), Some(other.digest())), whole(&stored(&other), known)] {
+            let Err(why) = load(&mut store, &settings) else { panic!("it was loaded") };
+            assert!(why.contains("another description"), "{why}");
+        }
+    }
+}
