@@ -3,6 +3,7 @@
 
 use colo_common::Point;
 use colo_common::ReplicaId;
+use colo_primary::guest_config::account;
 use colo_vmm::wire_spec::FileDigest;
 use colo_vmm::{GuestMemory, WireSpec, admission};
 use std::fs;
@@ -112,6 +113,7 @@ impl Follower {
             None => (Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| build(&e))?), None),
         };
         let guest = spec.kind.build(full, Arc::clone(&memory)).map_err(|e| build(&e))?;
+        self.board.describe(account(guest.spec(), &spec.kind), Arc::clone(&memory));
         let tray = self.tray.clone();
         let image = Image::new(Arc::clone(&memory), point);
         let applier = Applier::start(image, move |applied| tray.applied(applied));
