@@ -288,10 +288,12 @@ impl Input {
         while let Some((len, end)) = self.taken.front_mut() {
             let begin = *end - *len as u64;
             let safe = usize::try_from(self.done.saturating_sub(begin)).unwrap_or(usize::MAX).min(*len);
-            self.kept.drain(..safe);
-            (self.sent, self.tried) = (self.sent - safe, self.tried - safe);
-            self.safe = self.safe.max(begin + safe as u64);
-            *len -= safe;
+            if safe > 0 {
+                self.kept.drain(..safe);
+                (self.sent, self.tried) = (self.sent - safe, self.tried - safe);
+                self.safe = self.safe.max(begin + safe as u64);
+                *len -= safe;
+            }
             if *len > 0 {
                 return;
             }
