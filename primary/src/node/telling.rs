@@ -86,6 +86,8 @@ impl Node {
             Phase::Paired { replica, .. } => Some(*replica),
             _ => None,
         };
+        // Wanted once, for the copy that is whole now.
+        self.send_all &= role != Role::Paired;
         let input = self.guest.console_input_offset();
         let entitled = self.replicator.entitled();
         let out = released(entitled, phase, self.replicator.history().tip(), self.replicator.acked());
