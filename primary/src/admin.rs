@@ -3,8 +3,9 @@
 
 mod console;
 mod convert;
+mod health;
+mod plane;
 
-use colo_common::{Incarnation, NodeId, VmId};
 use colo_proto::v1::admin_server::Admin;
 use colo_proto::v1::{
     self, ConsoleInput, EpochReport, HealthReply, HealthRequest, PauseReplicationReply,
@@ -12,143 +13,23 @@ use colo_proto::v1::{
     ResumeReplicationReply, ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, StatusReply,
     StatusRequest, StopReply, StopRequest, WatchRequest,
 };
-use crossbeam_channel::Sender;
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::console::Console;
-use crate::node::status::{Board, Role};
+use crate::node::status::Role;
 use crate::node::{Command, Event};
-
-/// How often a long call looks whether it is done.
-const POLL: Duration = Duration::from_millis(20);
-/// How long a promotion or a stop may take before the caller is told to look at the status.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub use plane::{FollowerControl, Part, Plane};
+use plane::{PATIENCE, POLL};
 
 /// How long a guest may take to power itself off.
 const MAX_GRACE: Duration = Duration::from_secs(3600);
-
-/// What a follower can be asked.
-pub trait FollowerControl: Send + Sync {
-    /// To run the guest; told why not.
-    fn promote(&self, reply: oneshot::Sender<String>);
-    /// That acks shall mean disk (true) or memory.
-    fn set_disk_policy(&self, disk: bool);
-    /// Whether acks mean disk.
-    fn is_disk_policy(&self) -> bool;
-    /// To end.
-    fn leave(&self);
-}
-
-/// What the process is at the moment.
-#[derive(Clone)]
-pub enum Part {
-    /// It runs the guest.
-    Runner(Sender<Event>),
-    /// It follows.
-    Follower(Arc<dyn FollowerControl>),
-    /// Neither yet, or not any more.
-    None,
-}
-
-/// What a control plane answers from.
-pub struct Plane {
-    /// The vm.
-    pub vm: VmId,
-    /// The node.
-    pub node: NodeId,
-    /// The process.
-    pub incarnation: Incarnation,
-    /// The account.
-    pub board: Board,
-    /// The console.
-    pub console: Console,
-    /// The guest, once it is known.
-    pub guest: RwLock<Option<v1::Guest>>,
-    part: RwLock<Part>,
-    started: Instant,
-}
-
-impl Plane {
-    /// A control plane with no part yet.
-    pub fn new(
-        vm: VmId,
-        node: NodeId,
-        incarnation: Incarnation,
-        board: Board,
-        console: Console,
-    ) -> Arc<Self> {
-        let (part, guest, started) = (RwLock::new(Part::None), RwLock::new(None), Instant::now());
-        Arc::new(Self { vm, node, incarnation, board, console, guest, part, started })
-    }
-
-    /// The process has this part from now on.
-    pub fn set_part(&self, part: Part) {
-        *self.part.write().unwrap_or_else(PoisonError::into_inner) = part;
-    }
-
-    /// Describes the guest.
-    pub fn set_guest(&self, guest: v1::Guest) {
-        *self.guest.write().unwrap_or_else(PoisonError::into_inner) = Some(guest);
-    }
-
-    fn part(&self) -> Part {
-        self.part.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Where to send what only a runner can do.
-    fn runner(&self) -> Result<Sender<Event>, Status> {
-        match self.part() {
-            Part::Runner(outbox) => Ok(outbox),
-            _ => Err(self.not_here("runs the guest")),
-        }
-    }
-
-    fn not_here(&self, what: &str) -> Status {
-        let status = self.board.status();
-        let where_ = status.register.map_or_else(
-            || "the register is not known".to_owned(),
-            |entry| format!("the register says: {}", entry.value),
-        );
-        Status::failed_precondition(format!("this node ({}) is not the one that {what}; {where_}", self.node))
-    }
-
-    async fn command(
-        &self,
-        make: impl FnOnce(oneshot::Sender<Result<(), crate::node::CommandError>>) -> Command,
-    ) -> Result<(), Status> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || Status::unavailable("the node is ending; look at the other node");
-        self.runner()?.send(Event::Command(make(reply))).map_err(|_| gone())?;
-        match tokio::time::timeout(PATIENCE, answer).await {
-            Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(e))) => Err(Status::failed_precondition(e.to_string())),
-            Ok(Err(_)) => Err(gone()),
-            Err(_) => Err(Status::deadline_exceeded("the node takes long; look at its status")),
-        }
-    }
-
-    /// Waits until the account says so.
-    async fn until(&self, done: impl Fn(&crate::node::status::Status) -> bool) -> Result<(), Status> {
-        let started = Instant::now();
-        while !done(&self.board.status()) {
-            if started.elapsed() > PATIENCE {
-                return Err(Status::deadline_exceeded("it takes long; look at the node's status"));
-            }
-            tokio::time::sleep(POLL).await;
-        }
-        Ok(())
-    }
-
-    fn register(&self) -> Option<v1::RegisterEntry> {
-        self.board.status().register.as_ref().map(v1::RegisterEntry::from)
-    }
-}
+/// How long the answer to a change of policy waits for it to take effect.
+const POLICY_PATIENCE: Duration = Duration::from_millis(200);
 
 /// The service.
 #[derive(Clone)]
@@ -163,24 +44,18 @@ impl Admin for AdminService {
     type ProtectStream = Answers<ProtectProgress>;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
-        let mut reply = convert::status(&self.0, self.0.started.elapsed());
-        if let Part::Follower(control) = self.0.part() {
-            let policy = if control.is_disk_policy() { v1::AckPolicy::Disk } else { v1::AckPolicy::Memory };
-            reply.ack_policy = policy.into();
-        }
-        Ok(Response::new(reply))
+        Ok(Response::new(convert::status(&self.0)))
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let (mut reports, plane) = (self.0.board.watch(), Arc::clone(&self.0));
+        let mut reports = self.0.board.watch();
         let (out, answers) = mpsc::channel(16);
         tokio::spawn(async move {
             let mut missed = 0;
             loop {
                 match reports.recv().await {
                     Ok(report) => {
-                        let role = plane.board.status().role;
-                        let report = convert::report(&report, role, std::mem::take(&mut missed));
+                        let report = convert::report(&report, std::mem::take(&mut missed));
                         if out.send(Ok(report)).await.is_err() {
                             return;
                         }
@@ -205,27 +80,15 @@ impl Admin for AdminService {
         &self,
         request: Request<ProtectRequest>,
     ) -> Result<Response<Self::ProtectStream>, Status> {
-        let address = request.into_inner().address;
+        let ProtectRequest { address, full } = request.into_inner();
+        // Refused at once where no secondary is wanted; what the secondary says comes later.
+        self.0.runner()?;
         let plane = Arc::clone(&self.0);
-        let started = Instant::now();
-        let asked = address.clone();
-        plane.command(|reply| Command::Protect { address: asked, reply }).await?;
         let (out, answers) = mpsc::channel(16);
         tokio::spawn(async move {
-            loop {
-                let status = plane.board.status();
-                let progress = convert::progress(&status, started.elapsed());
-                let (role, done) = (status.role, status.role == Role::Paired);
-                if out.send(Ok(progress)).await.is_err() || done {
-                    return;
-                }
-                if matches!(role, Role::Alone | Role::Lost | Role::Stopped) {
-                    let why = status.error.map_or_else(|| "it was given up".to_owned(), |(why, _)| why);
-                    let _ =
-                        out.send(Err(Status::aborted(format!("no protection by {address}: {why}")))).await;
-                    return;
-                }
-                tokio::time::sleep(POLL * 5).await;
+            if let Err(status) = protect(&plane, address, full, &out).await {
+                // Whoever asked may have left.
+                let _ = out.send(Err(status)).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
@@ -236,7 +99,7 @@ impl Admin for AdminService {
         _: Request<PauseReplicationRequest>,
     ) -> Result<Response<PauseReplicationReply>, Status> {
         self.0.command(|reply| Command::Pause { reply }).await?;
-        self.0.until(|status| status.role == Role::Alone).await?;
+        self.0.until(Role::Alone).await?;
         Ok(Response::new(PauseReplicationReply { register: self.0.register() }))
     }
 
@@ -256,7 +119,6 @@ impl Admin for AdminService {
             return Err(self.0.not_here("follows"));
         };
         let started = Instant::now();
-        let point = self.0.board.status().marks.staged;
         let (reply, mut why_not) = oneshot::channel();
         control.promote(reply);
         let runs = |role: Role| {
@@ -274,10 +136,16 @@ impl Admin for AdminService {
             }
             tokio::time::sleep(POLL).await;
         }
-        let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let reply =
-            PromoteReply { register: self.0.register(), point: point.map(v1::Point::from), elapsed_ms };
-        Ok(Response::new(reply))
+        let status = self.0.board.status();
+        let promotion = status.promotion.filter(|_| status.role.runs());
+        let Some((promoted, ran)) = promotion.and_then(|promoted| Some((promoted, promoted.ran?))) else {
+            return Err(Status::aborted(self.0.not_here("runs the guest").message()));
+        };
+        Ok(Response::new(PromoteReply {
+            register: self.0.register(),
+            point: promoted.point.map(v1::Point::from),
+            elapsed_ms: convert::ms(ran.saturating_duration_since(started)),
+        }))
     }
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
@@ -293,7 +161,7 @@ impl Admin for AdminService {
                 }
                 if self.0.board.status().role != Role::Stopped {
                     self.0.command(|reply| Command::Stop { reply }).await?;
-                    self.0.until(|status| status.role == Role::Stopped).await?;
+                    self.0.until(Role::Stopped).await?;
                 }
             }
             Ok(v1::stop_request::Scope::Node) => match self.0.part() {
@@ -307,12 +175,7 @@ impl Admin for AdminService {
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthReply>, Status> {
-        let status = self.0.board.status();
-        let protected = matches!(status.role, Role::Paired | Role::Following);
-        let recent = status.error.filter(|(_, at)| at.elapsed() < Duration::from_secs(60));
-        let problems: Vec<String> = recent.into_iter().map(|(what, _)| what).collect();
-        let healthy = !matches!(status.role, Role::Lost | Role::Stopped);
-        Ok(Response::new(HealthReply { healthy, protected, problems }))
+        Ok(Response::new(health::of(&self.0.board.status(), &self.0.node, Instant::now())))
     }
 
     async fn set_ack_policy(
@@ -326,10 +189,51 @@ impl Admin for AdminService {
             Ok(v1::AckPolicy::Memory) => false,
             _ => return Err(Status::invalid_argument("say what an ack shall mean: memory or disk")),
         };
-        control.set_disk_policy(disk);
-        tokio::time::sleep(POLL * 10).await;
-        let now = control.is_disk_policy();
-        let policy = if now { v1::AckPolicy::Disk } else { v1::AckPolicy::Memory };
-        Ok(Response::new(SetAckPolicyReply { policy: policy.into(), pending: now != disk }))
+        let (reply, answer) = oneshot::channel();
+        control.set_disk_policy(disk, reply);
+        let gone = |_| Status::unavailable("the node is ending; look at the other node");
+        let mut now = answer.await.map_err(gone)?;
+        let until = Instant::now() + POLICY_PATIENCE;
+        while now.pending && Instant::now() < until {
+            tokio::time::sleep(POLL).await;
+            now = self.0.board.status().policy.unwrap_or(now);
+        }
+        Ok(Response::new(SetAckPolicyReply { policy: convert::policy(now).into(), pending: now.pending }))
+    }
+}
+
+/// Asks for protection and tells how far it is, until the vm is paired.
+async fn protect(
+    plane: &Plane,
+    address: String,
+    full: bool,
+    out: &mpsc::Sender<Result<ProtectProgress, Status>>,
+) -> Result<(), Status> {
+    let started = Instant::now();
+    let asked = address.clone();
+    let agreed = plane.command(|reply| Command::Protect { address: asked, full, reply });
+    tokio::pin!(agreed);
+    loop {
+        tokio::select! {
+            agreed = &mut agreed => break agreed?,
+            () = tokio::time::sleep(POLL * 5) => {
+                let progress = convert::agreeing(started.elapsed());
+                if out.send(Ok(progress)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    loop {
+        let status = plane.board.status();
+        if !status.role.runs() || status.role == Role::Alone {
+            let why = status.error.map_or_else(|| "it was given up".to_owned(), |(why, _)| why);
+            return Err(Status::aborted(format!("no protection by {address}: {why}")));
+        }
+        let progress = convert::progress(&status, started.elapsed());
+        if out.send(Ok(progress)).await.is_err() || status.role == Role::Paired {
+            return Ok(());
+        }
+        tokio::time::sleep(POLL * 5).await;
     }
 }

@@ -15,6 +15,15 @@ use colo_vmm::page_batch::{PageBuffer, is_zero};
 
 use crate::transfer::Epoch;
 
+/// Pages of an epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCount {
+    /// With bytes.
+    pub data: u64,
+    /// Zero.
+    pub zero: u64,
+}
+
 /// Numbers and sums up the frames of one transfer: a seed with the epoch that completes it, or an epoch.
 pub struct Encoder {
     vm: VmTag,
@@ -70,9 +79,11 @@ impl Encoder {
         }
     }
 
-    /// An epoch, which completes the transfer.
-    pub fn epoch(&mut self, epoch: Epoch, mut send: impl FnMut(Frame)) {
+    /// An epoch, which completes the transfer; answers the pages in it.
+    pub fn epoch(&mut self, epoch: Epoch, mut send: impl FnMut(Frame)) -> PageCount {
         self.point = epoch.point;
+        // Those of a seed that it completes are not its own.
+        let before = (self.data_pages, self.zero_pages);
         let begin = EpochBegin {
             base: epoch.base,
             history: checked(epoch.history),
@@ -109,6 +120,7 @@ impl Encoder {
             digest: self.digest.finish(),
         };
         send(Frame::transfer(self.vm, self.point, self.next(), &end));
+        PageCount { data: self.data_pages - before.0, zero: self.zero_pages - before.1 }
     }
 
     fn next(&self) -> u32 {

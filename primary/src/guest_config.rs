@@ -64,6 +64,11 @@ pub fn account(spec: &GuestSpec, kind: &GuestKind) -> v1::Guest {
         populated_bytes: 0,
         vcpus: spec.vcpus,
         running: false,
-        cpu_model: format!("{:?}", spec.cpu_model),
+        cpu_model: match spec.cpu_model {
+            CpuModel::Host => "host",
+            CpuModel::X86_64V2 => "x86-64-v2",
+            CpuModel::X86_64V3 => "x86-64-v3",
+        }
+        .to_owned(),
     }
 }

@@ -5,31 +5,72 @@ use bytes::Bytes;
 use colo_common::Term;
 use colo_proto::frame::VmTag;
 use colo_proto::heartbeat::Heartbeat;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// When the peer was last heard.
+/// What a link's heartbeats have found. Written by the link's tasks, read by the control plane.
 #[derive(Debug)]
 pub struct Pulse {
-    heard: Mutex<Instant>,
+    times: Mutex<Times>,
+    rtt_us: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    /// When the peer was heard last.
+    heard: Instant,
+    /// Silence before this is not the peer's fault.
+    excused: Instant,
+}
+
+impl Pulse {
+    /// A peer that is heard now, over this connection.
+    pub fn new(connection: &quinn::Connection) -> Self {
+        let pulse = Self::default();
+        pulse.measure(connection.rtt());
+        pulse
+    }
+
+    /// Something came from the peer.
+    pub fn hear(&self) {
+        self.times().heard = Instant::now();
+    }
+
+    /// This process could not listen: what silence there was does not count.
+    pub fn excuse(&self) {
+        self.times().excused = Instant::now();
+    }
+
+    /// How long nothing has come.
+    pub fn unheard(&self) -> Duration {
+        self.times().heard.elapsed()
+    }
+
+    /// How long nothing has come that should have.
+    pub fn silence(&self) -> Duration {
+        let Times { heard, excused } = *self.times();
+        heard.max(excused).elapsed()
+    }
+
+    /// The round trip, as it was measured last.
+    pub fn rtt(&self) -> Duration {
+        Duration::from_micros(self.rtt_us.load(Ordering::Relaxed))
+    }
+
+    fn measure(&self, rtt: Duration) {
+        self.rtt_us.store(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Default for Pulse {
     fn default() -> Self {
-        Self { heard: Mutex::new(Instant::now()) }
-    }
-}
-
-impl Pulse {
-    /// Something came from the peer.
-    pub fn hear(&self) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    /// How long nothing has come.
-    pub fn silence(&self) -> Duration {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        let now = Instant::now();
+        Self { times: Mutex::new(Times { heard: now, excused: now }), rtt_us: AtomicU64::new(0) }
     }
 }
 
@@ -67,8 +108,9 @@ pub async fn beat(
                 // A tick that comes late means that this host was busy or stopped, and the peer's beats wait unread.
                 let late = last_tick.elapsed() > rhythm.suspect_after / 2;
                 last_tick = Instant::now();
+                pulse.measure(connection.rtt());
                 if late {
-                    pulse.hear();
+                    pulse.excuse();
                 }
                 if pulse.silence() > rhythm.suspect_after {
                     return format!("silent for {} ms", pulse.silence().as_millis());
@@ -83,5 +125,21 @@ pub async fn beat(
                 Err(e) => return format!("the connection is lost: {e}"),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pulse;
+    use std::time::Duration;
+
+    #[test]
+    fn an_excuse_ends_the_silence_and_not_the_time_unheard() {
+        let pulse = Pulse::default();
+        pulse.measure(Duration::from_micros(310));
+        std::thread::sleep(Duration::from_millis(2));
+        pulse.excuse();
+        assert!(pulse.silence() < pulse.unheard());
+        assert_eq!(pulse.rtt(), Duration::from_micros(310));
     }
 }

@@ -7,9 +7,12 @@ use colo_proto::message::{DigestRequest, RangeDigests};
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
+use crate::encode::PageCount;
+use crate::heartbeat::Pulse;
 use crate::node::Event;
 use crate::node::status::Marks;
 pub use crate::replicator::Purpose;
@@ -72,6 +75,10 @@ pub struct Welcomed {
     pub offer: Offer,
     /// Bytes of pages in an epoch that it takes.
     pub max_epoch_bytes: u64,
+    /// The other end of the connection.
+    pub address: SocketAddr,
+    /// What heartbeats find.
+    pub pulse: Arc<Pulse>,
 }
 
 /// What a link tells.
@@ -95,6 +102,8 @@ pub enum LinkEvent {
         point: Point,
         /// Bytes of its frames.
         bytes: u64,
+        /// Pages in it.
+        pages: PageCount,
     },
 }
 

@@ -49,14 +49,14 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     admission::check(&spec)?;
     let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
     let wire = WireSpec::new(&spec, kind.clone());
-    let mut guest = kind.build(spec.clone(), memory)?;
+    let mut guest = kind.build(spec.clone(), Arc::clone(&memory))?;
     guest.boot()?;
     let known = directory.runner()?;
     // A start that was cut off is gone on with as the same process.
     let incarnation = known.and_then(|known| known.starting).unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
-    plane.set_guest(account(&spec, &kind));
+    plane.board.describe(account(&spec, &kind), memory);
     // The sockets first: a port in use must not cost a term.
     runtime.block_on(async {
         serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;

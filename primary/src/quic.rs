@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use crate::encode::Encoder;
+use crate::encode::{Encoder, PageCount};
 use crate::heartbeat::{Pulse, Rhythm, beat};
 use crate::link::{
     Connector, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent, Welcomed,
@@ -112,7 +112,7 @@ impl QuicConnector {
         let (connection, say, hear, welcomed, end) = made.map_err(|_| late())??;
         let vm = VmTag::of(&request.vm);
         let link = Link { number: request.number, vm, outbox: outbox.clone(), pool: PagePool::default() };
-        let pulse = Pulse::default();
+        let pulse = Arc::clone(&welcomed.pulse);
         tell(outbox, request.number, LinkEvent::Up(Box::new(welcomed)));
         let LinkEnd { outgoing, urgent, mut closed } = end;
         let (digests_out, digests_in) = mpsc::channel(4);
@@ -134,6 +134,7 @@ impl QuicConnector {
         address: SocketAddr,
     ) -> Result<(Connection, SendStream, RecvStream, Welcomed, LinkEnd), Failed> {
         let connection = self.dial(address).await.map_err(Failed::Down)?;
+        let pulse = Arc::new(Pulse::new(&connection));
         let lost = |e: quinn::ConnectionError| Failed::Down(format!("the connection is lost: {e}"));
         let (mut say, mut hear) = connection.open_bi().await.map_err(lost)?;
         let vm = VmTag::of(&request.vm);
@@ -159,7 +160,9 @@ impl QuicConnector {
         let (link, end) = LinkHandle::new();
         let offer = Offer { replica: welcome.replica, staged: welcome.staged.or(welcome.stale) };
         let max_epoch_bytes = welcome.max_epoch_bytes;
-        let welcomed = Welcomed { link, node: welcome.node, offer, max_epoch_bytes };
+        pulse.hear();
+        let address = connection.remote_address();
+        let welcomed = Welcomed { link, node: welcome.node, offer, max_epoch_bytes, address, pulse };
         Ok((connection, say, hear, welcomed, end))
     }
 
@@ -258,7 +261,7 @@ impl Link {
                 _ => None,
             };
             // Encoding sums up every page: not on a thread that others wait for.
-            let encoded = tokio::task::block_in_place(|| encode(&mut encoder, transfer));
+            let (encoded, pages) = tokio::task::block_in_place(|| encode(&mut encoder, transfer));
             let mut bytes = 0;
             for frame in &encoded {
                 match write_frame(&mut stream, frame).await {
@@ -268,7 +271,7 @@ impl Link {
             }
             if let Some(point) = point {
                 encoder = Encoder::new(self.vm, point);
-                self.tell(LinkEvent::Sent { point, bytes });
+                self.tell(LinkEvent::Sent { point, bytes, pages });
             }
         }
         // Whoever drops the link says so on the control stream; the transfers end with the connection.
@@ -276,15 +279,16 @@ impl Link {
     }
 }
 
-fn encode(encoder: &mut Encoder, transfer: Transfer) -> Vec<Frame> {
-    let mut frames = Vec::new();
+/// The frames of a transfer, and the pages in it if it is an epoch.
+fn encode(encoder: &mut Encoder, transfer: Transfer) -> (Vec<Frame>, PageCount) {
+    let (mut frames, mut pages) = (Vec::new(), PageCount::default());
     match transfer {
         Transfer::SeedBegin { mode, history } => frames.push(encoder.seed(mode, history)),
         Transfer::SeedPages(batch) => encoder.pages(batch, |frame| frames.push(frame)),
         Transfer::SeedZeros(runs) => encoder.zeros(&runs, |frame| frames.push(frame)),
-        Transfer::Epoch(epoch) => encoder.epoch(*epoch, |frame| frames.push(frame)),
+        Transfer::Epoch(epoch) => pages = encoder.epoch(*epoch, |frame| frames.push(frame)),
     }
-    frames
+    (frames, pages)
 }
 
 /// The settings of a QUIC endpoint that is good for epochs: large windows, datagrams, and no patience with a dead path

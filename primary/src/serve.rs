@@ -21,6 +21,7 @@ use crate::admin::{AdminService, Part, Plane};
 use crate::arbiter_worker::ArbiterWorker;
 use crate::console::Console;
 use crate::heartbeat::Rhythm;
+use crate::node::status::Role;
 use crate::node::{Beginning, Command, Event, Node, NodeError, Settings};
 use crate::pairing::PairingClient;
 use crate::quic::{QuicConnector, client_endpoint};
@@ -214,10 +215,14 @@ impl Runner {
         };
         runtime.spawn(on_signal(self.on_stop, outbox.clone()));
         let board = self.plane.board.clone();
-        let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board);
+        let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board.clone());
         self.plane.set_part(Part::Runner(outbox));
         let end = node.run();
         self.plane.set_part(Part::None);
+        board.change(|status| {
+            (status.role, status.running) = (Role::Stopped, false);
+            status.failure = end.as_ref().err().map(ToString::to_string);
+        });
         // Whoever asked for the end is told by the control plane, which ends with the process.
         std::thread::sleep(LAST_ANSWERS);
         Ok(end?)

@@ -10,6 +10,7 @@ use colo_vmm::page_batch::is_zero;
 use crossbeam_channel::{Receiver, Sender};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::image::{ApplyError, Image};
 use crate::staging::{StagedEpoch, StagedPart};
@@ -37,8 +38,8 @@ pub enum Job {
 /// What the thread tells.
 #[derive(Debug)]
 pub enum Applied {
-    /// The image is at this point.
-    Point(Point),
+    /// The image is at this point, which took so long.
+    Point(Point, Duration),
     /// Digests, in order, for the link with this number: to another they would tell of an image that is no more.
     Digests(u64, RangeDigests),
     /// The image cannot be used any more.
@@ -86,7 +87,10 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
         let done: Result<(), ApplyError> = match job {
             Job::BeginSeed { keep } => image.begin_seed(keep).map_err(ApplyError::from),
             Job::Seed(part) => image.write_seed(&part).map_err(ApplyError::from),
-            Job::Epoch(epoch) => image.apply(&epoch).map(|()| tell(Applied::Point(epoch.point))),
+            Job::Epoch(epoch) => {
+                let began = Instant::now();
+                image.apply(&epoch).map(|()| tell(Applied::Point(epoch.point, began.elapsed())))
+            }
             Job::Digests(link, request) => {
                 digests(image.memory(), request, &mut |digests| tell(Applied::Digests(link, digests)));
                 Ok(())

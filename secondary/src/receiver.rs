@@ -14,8 +14,9 @@ use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{GuestMemory, PagePool};
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::node::Event;
@@ -71,6 +72,10 @@ pub struct Caller {
     pub number: u64,
     /// What it said.
     pub hello: Hello,
+    /// The other end of the connection.
+    pub address: SocketAddr,
+    /// What heartbeats find.
+    pub pulse: Arc<Pulse>,
     /// Where the node's words go; the link ends when it is dropped.
     pub say: mpsc::UnboundedSender<Say>,
     /// The node's answer.
@@ -153,14 +158,15 @@ impl Receiver {
 
     async fn connection(&self, number: u64, connection: &Connection) -> String {
         let vm = VmTag::of(&self.vm);
-        let opening = self.open(number, connection, vm);
+        let pulse = Arc::new(Pulse::new(connection));
+        let opening = self.open(number, connection, vm, &pulse);
         let opened = match tokio::time::timeout(HANDSHAKE_LIMIT, opening).await {
             Ok(Ok(opened)) => opened,
             Ok(Err(why)) => return why,
             Err(_) => return "the runner does not say what it wants".to_owned(),
         };
         let Opened { say, hear, words, agreed, term } = opened;
-        let pulse = Pulse::default();
+        pulse.hear();
         let why = tokio::select! {
             why = beat(connection, vm, term, self.rhythm, &pulse) => why,
             why = self.hear(number, hear, vm, &pulse) => why,
@@ -172,7 +178,13 @@ impl Receiver {
     }
 
     /// Hello and its answer.
-    async fn open(&self, number: u64, connection: &Connection, vm: VmTag) -> Result<Opened, String> {
+    async fn open(
+        &self,
+        number: u64,
+        connection: &Connection,
+        vm: VmTag,
+        pulse: &Arc<Pulse>,
+    ) -> Result<Opened, String> {
         let (mut say, mut hear) = connection.accept_bi().await.map_err(|e| e.to_string())?;
         let hello = match read_control(&mut hear, vm, &PagePool::default()).await {
             Ok(Control::Hello(hello)) => hello,
@@ -182,7 +194,8 @@ impl Receiver {
         let (words_in, words) = mpsc::unbounded_channel();
         let (reply, answer) = oneshot::channel();
         let term = hello.term;
-        let caller = Caller { number, hello, say: words_in, reply };
+        let (address, pulse) = (connection.remote_address(), Arc::clone(pulse));
+        let caller = Caller { number, hello, address, pulse, say: words_in, reply };
         self.send(Event::Caller(Box::new(caller))).await;
         match answer.await {
             Ok(Ok(agreed)) => {
@@ -245,8 +258,13 @@ impl Receiver {
                 Err(e) => return e.to_string(),
             };
             pulse.hear();
+            let arrived = Instant::now();
             let event = match staging.frame(&frame, memory) {
                 Ok(Step::More) => continue,
+                Ok(Step::Whole(mut epoch)) => {
+                    epoch.measures.arrived = Some(arrived);
+                    Step::Whole(epoch)
+                }
                 Ok(step) => step,
                 Err(e) => return format!("what came cannot be staged: {e}"),
             };

@@ -9,9 +9,8 @@ use colo_common::{History, Incarnation};
 use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
-use colo_primary::guest_config::account;
 use colo_primary::heartbeat::Rhythm;
-use colo_primary::node::status::Board;
+use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
 use colo_primary::serve::{self, Runner, Security};
@@ -112,8 +111,7 @@ impl Secondary {
         let boot_directory = self.directory.boot();
         std::fs::create_dir_all(&boot_directory)
             .with_context(|| format!("cannot create {}", boot_directory.display()))?;
-        let policy = AtomicBool::new(config.replication.ack == Ack::Disk);
-        let control = Control { outbox: self.outbox.clone(), policy };
+        let control = Control { outbox: self.outbox.clone() };
         self.plane.set_part(Part::Follower(Arc::new(control)));
         let pairing = PairingService {
             vm: config.vm.clone(),
@@ -217,7 +215,6 @@ impl Secondary {
                     apply_ms = ms(promotion.apply), store_ms = ms(promotion.store),
                     restore_ms = ms(promotion.restore), total_ms = ms(promotion.total), "this node runs the guest now");
                 self.runs.store(true, Ordering::SeqCst);
-                self.plane.set_guest(account(beginning.guest.spec(), &beginning.spec.kind));
                 let runner = Runner {
                     plane: self.plane,
                     arbiter: self.arbiter,
@@ -293,7 +290,6 @@ fn endpoint(config: &SecondaryConfig, security: &Security) -> anyhow::Result<qui
 /// The control plane's way to the follower.
 struct Control {
     outbox: Sender<Event>,
-    policy: AtomicBool,
 }
 
 impl FollowerControl for Control {
@@ -301,13 +297,9 @@ impl FollowerControl for Control {
         drop(self.outbox.send(Event::Promote(reply)));
     }
 
-    fn set_disk_policy(&self, disk: bool) {
-        self.policy.store(disk, Ordering::SeqCst);
-        drop(self.outbox.send(Event::Policy(if disk { AckPolicy::Disk } else { AckPolicy::Memory })));
-    }
-
-    fn is_disk_policy(&self) -> bool {
-        self.policy.load(Ordering::SeqCst)
+    fn set_disk_policy(&self, disk: bool, reply: oneshot::Sender<Policy>) {
+        let policy = if disk { AckPolicy::Disk } else { AckPolicy::Memory };
+        drop(self.outbox.send(Event::Policy(policy, reply)));
     }
 
     fn leave(&self) {

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use colo_common::limits::MAX_MACHINE_STATE;
 use colo_common::{Gfn, History, PAGE_SIZE, Point};
 use colo_primary::release::end_of;
-use colo_proto::frame::{Frame, Kind};
+use colo_proto::frame::{Frame, HEADER_LEN, Kind};
 use colo_proto::message::{
     EpochBegin, EpochEnd, Message, MessageError, Output as WireOutput, OutputItem as WireItem, Position,
     SeedBegin, SeedMode, TransferDigest,
@@ -22,6 +22,7 @@ use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::memory::{GuestMemory, MemoryError, Page};
 use colo_vmm::state::StateError;
+use std::time::Instant;
 
 /// What a frame or an item of output costs here beside its bytes.
 const FRAME_COST: u64 = 64;
@@ -123,6 +124,21 @@ pub struct StagedEpoch {
     pub promotions: u32,
     /// Bytes that it holds.
     pub bytes: u64,
+    /// For the account.
+    pub measures: Measures,
+}
+
+/// What a staged epoch was on its way here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measures {
+    /// Pages with bytes.
+    pub pages: u64,
+    /// Pages that were zero.
+    pub zero_pages: u64,
+    /// Bytes of its frames.
+    pub wire_bytes: u64,
+    /// When its last frame was here; staging itself knows no time.
+    pub arrived: Option<Instant>,
 }
 
 /// What a frame led to.
@@ -243,6 +259,8 @@ pub struct Staging {
     output_bytes: u64,
     /// Bytes of pages in the open epoch.
     page_bytes: u64,
+    /// Of the open epoch.
+    measures: Measures,
 }
 
 impl Staging {
@@ -259,6 +277,7 @@ impl Staging {
             zero_pages: 0,
             output_bytes: 0,
             page_bytes: 0,
+            measures: Measures::default(),
         }
     }
 
@@ -283,6 +302,10 @@ impl Staging {
         {
             return Err(StagingError::OtherPoint { found: header.point, expected: epoch.point });
         }
+        if header.kind == Kind::EpochBegin {
+            self.measures = Measures::default();
+        }
+        self.measures.wire_bytes += (HEADER_LEN + frame.table().len() + frame.body().len()) as u64;
         if header.kind == Kind::EpochEnd {
             return self.end(&EpochEnd::decode(frame.body())?);
         }
@@ -325,6 +348,8 @@ impl Staging {
         }
         self.data_pages += RunTable::data_pages(&runs);
         self.zero_pages += RunTable::zero_pages(&runs);
+        self.measures.pages += RunTable::data_pages(&runs);
+        self.measures.zero_pages += RunTable::zero_pages(&runs);
         let of = |content: Content| {
             let runs = runs.iter().filter(move |run| run.content == content);
             runs.map(|run| (run.first, u64::from(run.count))).collect::<Vec<_>>()
@@ -407,6 +432,7 @@ impl Staging {
             released: position(begin.released),
             promotions: begin.promotions,
             bytes,
+            measures: self.measures,
         })))
     }
 }

@@ -40,7 +40,8 @@ impl Source {
         let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
         let spec = GuestSpec::new("bench", MEMORY, BootSource::Flat { image, address: 1 << 16 });
         let memory = Arc::new(GuestMemory::new(MEMORY).expect("memory for a guest"));
-        let guest = SyntheticGuest::with_memory(spec.clone(), SyntheticConfig::default(), Arc::clone(&memory));
+        let guest =
+            SyntheticGuest::with_memory(spec.clone(), SyntheticConfig::default(), Arc::clone(&memory));
         let mut guest = guest.expect("a guest");
         guest.boot().expect("it boots");
         guest.resume().expect("it runs");

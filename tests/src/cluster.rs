@@ -252,12 +252,24 @@ impl Cluster {
     /// # Errors
     /// It cannot.
     pub fn protect(&mut self, runner: &str, secondary: &str) -> anyhow::Result<()> {
+        self.protect_by(runner, secondary, false)
+    }
+
+    /// The same, and the copy is sent in full, whatever the secondary has.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn protect_in_full(&mut self, runner: &str, secondary: &str) -> anyhow::Result<()> {
+        self.protect_by(runner, secondary, true)
+    }
+
+    fn protect_by(&mut self, runner: &str, secondary: &str, full: bool) -> anyhow::Result<()> {
         let address = self.way_to(secondary)?;
         // Before it has read the register it takes nobody.
         self.until(&format!("{secondary} to know the register"), || {
             Ok(self.status(secondary).and_then(|status| status.register).map(drop))
         })?;
-        let asked = self.admin(runner)?.protect(address);
+        let asked = self.admin(runner)?.protect(address, full);
         let role = self.status(runner).map(|status| status.role());
         // The runner may have found it by itself meanwhile: then it says that it needs nobody.
         let found = [Role::Seeding, Role::Joining, Role::Pairing, Role::Paired].map(Some).contains(&role);

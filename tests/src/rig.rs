@@ -3,7 +3,7 @@
 use anyhow::{Context, bail, ensure};
 use colo_common::{Epoch, Gfn, History, PAGE_SIZE, Point, Term};
 use colo_secondary::image::Image;
-use colo_secondary::staging::{StagedEpoch, StagedPages, StagedPart};
+use colo_secondary::staging::{Measures, StagedEpoch, StagedPages, StagedPart};
 use colo_vmm::egress::Output;
 use colo_vmm::guest::GuestEvent;
 use colo_vmm::memory::GuestMemory;
@@ -241,6 +241,7 @@ impl Rig {
             output: Output { start: cut.output.start, items: Vec::new() },
             released: cut.output.start,
             promotions: 0,
+            measures: Measures::default(),
         }
     }
 

@@ -6,6 +6,8 @@
 
 #[path = "e2e/both.rs"]
 mod both;
+#[path = "e2e/control.rs"]
+mod control;
 #[path = "e2e/kills.rs"]
 mod kills;
 #[path = "e2e/linux.rs"]

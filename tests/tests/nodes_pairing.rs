@@ -178,7 +178,7 @@ fn another_processor() {
         cluster.until("c to know the register", || {
             Ok(cluster.status("c").and_then(|status| status.register).map(drop))
         })?;
-        cluster.admin("b")?.protect(further.address)?;
+        cluster.admin("b")?.protect(further.address, false)?;
         cluster.until_paired("b")?;
         let later = further.last()?;
         ensure!(

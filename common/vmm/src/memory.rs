@@ -12,6 +12,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -27,6 +28,9 @@ use crate::sigbus;
 
 /// Guest RAM as devices and loaders see it: writes through it are in the next dirty set.
 pub type GuestRam = GuestMemoryMmap<DeviceWrites>;
+
+/// The unit in which `stat` counts.
+const STAT_BLOCK: u64 = 512;
 
 /// One page of bytes.
 pub type Page = [u8; PAGE_SIZE];
@@ -260,6 +264,15 @@ impl GuestMemory {
         Ok(runs)
     }
 
+    /// Bytes of it that have memory behind them, as the host counts them: at once, whatever the guest's size.
+    ///
+    /// # Errors
+    /// The memfd cannot be asked.
+    pub fn populated_bytes(&self) -> Result<u64, MemoryError> {
+        let blocks = self.file.metadata().map_err(MemoryError::Seek)?.blocks();
+        Ok(blocks.saturating_mul(STAT_BLOCK))
+    }
+
     /// Digest of the content: equal for equal memory whatever is populated, since zero pages do not count.
     ///
     /// # Errors
@@ -445,6 +458,7 @@ mod tests {
         }
         let top = Gfn(memory.layout().frame_limit() - 1);
         assert_eq!(memory.populated().unwrap(), [(Gfn(3), 1), (last_low, 1), (high, 2), (top, 1)]);
+        assert_eq!(memory.populated_bytes().unwrap(), 5 * PAGE_SIZE as u64);
         assert!(memory.write_page(Gfn(HOLE_START / PAGE_SIZE as u64), &ONES).is_err());
     }
 

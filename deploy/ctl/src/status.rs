@@ -7,7 +7,7 @@ use crate::error::CtlError;
 use crate::format::{Table, bytes, clean, micros, millis, percent};
 use crate::locate::{Sight, Wanted, nobody, runner, stopped, survey};
 use crate::output::{print, print_json};
-use crate::status_json::{answer, lag};
+use crate::status_json::{answer, lag, protected};
 use crate::words;
 
 /// Shows all nodes. It fails only if none answers.
@@ -31,7 +31,7 @@ const ROWS: [Row; 24] = [
     ("protection", protection),
     ("register", |s| words::register(s.register.as_ref())),
     ("output", |s| clean(&s.holding)),
-    ("ack policy", |s| words::policy(s.ack_policy).to_owned()),
+    ("ack policy", policy),
     ("lag", behind),
     ("tip", |s| words::point(s.points.unwrap_or_default().tip)),
     ("acked", |s| words::point(s.points.unwrap_or_default().acked)),
@@ -77,8 +77,10 @@ fn verdict(sights: &[Sight]) -> String {
             .map_or_else(|| "NOBODY of these nodes runs the vm\n".to_owned(), |why| format!("{why}\n"));
     };
     let (vm, name) = (clean(&status.vm), clean(&status.node));
-    if status.role == Role::Paired as i32 {
+    if protected(status) {
         format!("{vm} runs on {name} ({}), protected\n", node.address)
+    } else if status.role == Role::Paired as i32 {
+        format!("{vm} runs on {name} ({}), NO LINK to the node that protects it\n", node.address)
     } else {
         let since = millis(status.unprotected_ms);
         format!("{vm} runs on {name} ({}), NOT PROTECTED for {since}\n", node.address)
@@ -101,6 +103,7 @@ fn errors(sights: &[Sight]) -> String {
 
 fn protection(status: &StatusReply) -> String {
     match Role::try_from(status.role) {
+        Ok(Role::Paired) if !protected(status) => "NO LINK".to_owned(),
         Ok(Role::Paired) => "protected".to_owned(),
         Ok(Role::Seeding) => status.seed.as_ref().map_or_else(
             || "a copy is made".to_owned(),
@@ -117,9 +120,15 @@ fn protection(status: &StatusReply) -> String {
     }
 }
 
+fn policy(status: &StatusReply) -> String {
+    let wait = if status.ack_policy_pending { ", a change waits" } else { "" };
+    format!("{}{wait}", words::policy(status.ack_policy))
+}
+
 fn behind(status: &StatusReply) -> String {
     let mut parts = Vec::new();
     parts.extend(lag(status).map(|epochs| format!("{epochs} epochs")));
+    parts.extend(status.epoch_age_ms.map(|age| format!("{} old", millis(age))));
     if let Some(link) = status.link.as_ref() {
         if link.in_flight > 0 {
             parts.push(format!("{} in flight", link.in_flight));
@@ -168,7 +177,11 @@ fn epochs(status: &StatusReply) -> String {
 
 fn copies(status: &StatusReply) -> String {
     let counters = status.counters.unwrap_or_default();
-    let named = [("in full", counters.full_resyncs), ("of differences", counters.resyncs)];
+    let named = [
+        ("in full", counters.full_resyncs),
+        ("of differences", counters.resyncs),
+        ("of what was missed", counters.rejoins),
+    ];
     let parts: Vec<String> =
         named.iter().filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what}")).collect();
     parts.join(", ")
@@ -189,7 +202,7 @@ fn trouble(status: &StatusReply) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{ROWS, behind, protection};
+    use super::{ROWS, behind, policy, protection};
     use colo_proto::v1::{Link, Point, Points, ProtectProgress, Role, StatusReply};
 
     #[test]
@@ -213,5 +226,10 @@ mod tests {
         let link = Link { in_flight: 3, backlog_bytes: 2048, ..Default::default() };
         let status = StatusReply { points: Some(points), link: Some(link), ..role(Role::Paired) };
         assert_eq!(behind(&status), "3 epochs, 3 in flight, 2.0 KiB backlog");
+        assert_eq!(protection(&status), "NO LINK");
+        let aged = StatusReply { epoch_age_ms: Some(12), ..Default::default() };
+        assert_eq!(behind(&aged), "12 ms old");
+        let changing = StatusReply { ack_policy: 1, ack_policy_pending: true, ..Default::default() };
+        assert_eq!(policy(&changing), "memory, a change waits");
     }
 }

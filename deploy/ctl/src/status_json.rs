@@ -37,7 +37,7 @@ struct Status {
     incarnation: String,
     role: &'static str,
     register: Option<Register>,
-    register_age_ms: u64,
+    register_age_ms: Option<u64>,
     replica: Option<String>,
     points: Points,
     /// Epochs cut and not acked.
@@ -51,6 +51,8 @@ struct Status {
     unprotected_ms: u64,
     uptime_ms: u64,
     ack_policy: Option<&'static str>,
+    ack_policy_pending: bool,
+    epoch_age_ms: Option<u64>,
     console: Option<Console>,
     holding: Option<String>,
 }
@@ -135,6 +137,7 @@ struct Counters {
     ring_overruns: u64,
     full_resyncs: u64,
     resyncs: u64,
+    rejoins: u64,
     failed_epochs: u64,
     link_losses: u64,
     promotions: u64,
@@ -152,7 +155,7 @@ pub(crate) fn answer(sights: &[Sight]) -> Answer {
     let runs = runner(sights);
     Answer {
         runner: runs.map(|(_, status, _)| clean(&status.node)),
-        protected: runs.is_some_and(|(_, status, _)| status.role == v1::Role::Paired as i32),
+        protected: runs.is_some_and(|(_, status, _)| protected(status)),
         nodes: sights.iter().map(node).collect(),
     }
 }
@@ -188,6 +191,8 @@ fn status(status: &StatusReply) -> Status {
         unprotected_ms: status.unprotected_ms,
         uptime_ms: status.uptime_ms,
         ack_policy: Some(words::policy(status.ack_policy)).filter(|word| !word.is_empty()),
+        ack_policy_pending: status.ack_policy_pending,
+        epoch_age_ms: status.epoch_age_ms,
         console: status.console.map(|console| Console {
             kept_from: console.kept_from,
             released: console.released,
@@ -195,6 +200,11 @@ fn status(status: &StatusReply) -> Status {
         }),
         holding: filled(&status.holding),
     }
+}
+
+/// Whether the node that runs the guest is protected: paired, and linked to the node that protects it.
+pub(crate) fn protected(status: &StatusReply) -> bool {
+    status.role == v1::Role::Paired as i32 && status.link.as_ref().is_none_or(|link| link.connected)
 }
 
 /// Epochs that a runner has cut and nobody has acked. Known only within one term.
@@ -287,6 +297,7 @@ fn counters(counters: &v1::Counters) -> Counters {
         ring_overruns: counters.ring_overruns,
         full_resyncs: counters.full_resyncs,
         resyncs: counters.resyncs,
+        rejoins: counters.rejoins,
         failed_epochs: counters.failed_epochs,
         link_losses: counters.link_losses,
         promotions: counters.promotions,

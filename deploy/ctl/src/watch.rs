@@ -160,8 +160,8 @@ struct Line {
     backlog_bytes: u64,
     console_offset: u64,
     missed: u64,
-    stage_us: u64,
-    apply_us: u64,
+    stage_us: Option<u64>,
+    apply_us: Option<u64>,
 }
 
 #[derive(Serialize)]

@@ -63,7 +63,6 @@ pub(crate) fn policy(policy: i32) -> &'static str {
 pub(crate) fn phase(phase: i32) -> &'static str {
     match Phase::try_from(phase) {
         Ok(Phase::Pairing) => "pairing",
-        Ok(Phase::BootFiles) => "boot-files",
         Ok(Phase::Digests) => "digests",
         Ok(Phase::Memory) => "memory",
         Ok(Phase::Joining) => "joining",

@@ -115,6 +115,8 @@ fn refusals_are_passed_on_as_they_are() {
     // One node alone is named: it answers for itself.
     assert_eq!(run(&nodes[..1], "promote").0, 1);
     assert_eq!(a.state().asked, ["protect 127.0.0.1:7702", "promote false"]);
+    assert_eq!(run(&nodes, "protect 127.0.0.1:7702 --full").0, 1);
+    assert_eq!(a.state().asked[2], "protect 127.0.0.1:7702 in full");
     a.state().status = status("a", Role::Stopped, stopped("a", 3));
     let (code, _, err) = run(&nodes, "resume");
     assert_eq!(code, 1);

@@ -106,6 +106,23 @@ fn input_from_a_pipe_is_data_to_its_end() {
     assert!(a.state().input.starts_with(b"ab\x1dcdx"));
 }
 
+/// While the keyboard is being read, and nobody presses a key.
+#[test]
+fn a_console_at_a_terminal_ends_by_its_key_and_when_the_vm_is_stopped() {
+    let (a, _b, nodes) = pair();
+    let mut console = Run::at_terminal(&nodes, "console");
+    wait_for("the console", || console.out().contains("attached to a"));
+    console.say(b"ab");
+    wait_for("input at A", || a.state().input == b"ab");
+    console.say(b"\x1d");
+    assert_eq!(console.end().0, 0);
+    let console = Run::at_terminal(&nodes, "console");
+    wait_for("the console", || console.out().contains("attached to a"));
+    a.state().status = status("a", Role::Stopped, stopped("a", 4));
+    let (code, out, _) = console.end();
+    assert!(code == 0 && out.contains("stopped (powered off)"), "{code} {out}");
+}
+
 #[test]
 fn a_console_ends_for_a_reason() {
     let (a, b, nodes) = pair();

@@ -2,15 +2,15 @@
 
 use colo_proto::convert::{history_points, id_bytes, replica_bytes};
 use colo_proto::v1;
-use std::sync::PoisonError;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Plane;
-use crate::node::status::{Promoted, Report, Role, Status};
+use super::health::holding;
+use crate::node::status::{Policy, Promoted, Report, Role, Status};
 
 const PAGE: u64 = colo_common::PAGE_SIZE as u64;
 
-fn ms(time: Duration) -> u64 {
+pub(super) fn ms(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -35,53 +35,63 @@ fn role(role: Role) -> v1::Role {
     }
 }
 
-pub(super) fn status(plane: &Plane, uptime: Duration) -> v1::StatusReply {
-    let status = plane.board.status();
-    let (error, error_age) = match &status.error {
-        Some((what, at)) => (what.clone(), ms(at.elapsed())),
-        None => (String::new(), 0),
-    };
-    let runs =
-        matches!(status.role, Role::Alone | Role::Seeding | Role::Joining | Role::Pairing | Role::Paired);
-    let unprotected = status.unprotected_since.filter(|_| runs).map_or(0, |at| ms(at.elapsed()));
-    let guest = plane.guest.read().unwrap_or_else(PoisonError::into_inner).clone();
-    let holding = match status.role {
-        Role::Paired if status.peer.is_none() => {
-            "the secondary is away: output is held until it is back or given up"
-        }
-        Role::Pairing => "output is held until the register has answered",
-        Role::Lost => "another node has the register",
-        _ => "",
-    };
+pub(super) fn policy(policy: Policy) -> v1::AckPolicy {
+    if policy.disk { v1::AckPolicy::Disk } else { v1::AckPolicy::Memory }
+}
+
+pub(super) fn status(plane: &Plane) -> v1::StatusReply {
+    let console = v1::Console { kept_from: plane.console.start(), released: plane.console.end(), input: 0 };
     v1::StatusReply {
         node: plane.node.to_string(),
         vm: plane.vm.to_string(),
+        incarnation: id_bytes(plane.incarnation.0),
+        uptime_ms: ms(plane.uptime()),
+        ..account(&plane.board.status(), console)
+    }
+}
+
+/// What the account says; the rest is the process'.
+fn account(status: &Status, console: v1::Console) -> v1::StatusReply {
+    let age = |at: Instant| ms(at.elapsed());
+    let (error, error_age) = match &status.error {
+        Some((what, at)) => (what.clone(), age(*at)),
+        None => (String::new(), 0),
+    };
+    let seed = status.seed.map(|seed| progress(status, seed.since.elapsed()));
+    v1::StatusReply {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         protocol: colo_proto::PROTOCOL_VERSION.into(),
-        incarnation: id_bytes(plane.incarnation.0),
         role: role(status.role).into(),
         register: status.register.as_ref().map(v1::RegisterEntry::from),
-        register_age_ms: 0,
+        register_age_ms: status.arbiter_answered.map(age),
         replica: replica_bytes(status.replica),
-        points: Some(points(&status)),
+        points: Some(points(status)),
         history: history_points(&status.history),
-        guest: guest.map(|guest| v1::Guest { running: runs, ..guest }),
-        link: link(&status),
+        guest: guest(status),
+        link: link(status),
         last_error: error,
         last_error_age_ms: error_age,
-        seed: (status.role == Role::Seeding).then(|| progress(&status, Duration::ZERO)),
-        counters: Some(counters(&status)),
-        unprotected_ms: unprotected,
-        uptime_ms: ms(uptime),
-        ack_policy: v1::AckPolicy::Unspecified.into(),
-        console: Some(v1::Console {
-            kept_from: plane.console.start(),
-            released: plane.console.end(),
-            input: status.input,
-        }),
-        holding: holding.to_owned(),
+        seed,
+        counters: Some(counters(status)),
+        unprotected_ms: status.unprotected_since.filter(|_| status.role.runs()).map_or(0, age),
+        ack_policy: status.policy.map_or(v1::AckPolicy::Unspecified, policy).into(),
+        ack_policy_pending: status.policy.is_some_and(|policy| policy.pending),
+        console: Some(v1::Console { input: status.input, ..console }),
+        holding: holding(status).unwrap_or_default().to_owned(),
         promotion: status.promotion.and_then(promotion),
+        epoch_age_ms: status.epoch_at.map(age),
+        ..Default::default()
     }
+}
+
+fn guest(status: &Status) -> Option<v1::Guest> {
+    let guest = status.guest.as_ref()?;
+    Some(v1::Guest {
+        running: status.running,
+        // A memfd that was mapped can be asked.
+        populated_bytes: guest.memory.populated_bytes().unwrap_or_default(),
+        ..guest.description.clone()
+    })
 }
 
 fn promotion(promoted: Promoted) -> Option<v1::Promotion> {
@@ -105,19 +115,22 @@ fn points(status: &Status) -> v1::Points {
         staged: point(status.marks.staged),
         applied: point(status.marks.applied),
         persisted: point(status.marks.persisted),
-        released: None,
+        released: point(status.out),
         stale: point(status.stale),
     }
 }
 
 fn link(status: &Status) -> Option<v1::Link> {
-    let peer = status.peer.as_ref()?;
+    let link = status.link.as_ref()?;
     Some(v1::Link {
-        peer: peer.to_string(),
-        connected: true,
+        peer: link.peer.to_string(),
+        address: link.address.to_string(),
+        connected: link.up,
+        rtt_us: us(link.pulse.rtt()),
+        silent_ms: ms(link.pulse.unheard()),
+        since_ms: ms(link.since.elapsed()),
         in_flight: u32::try_from(status.in_flight).unwrap_or(u32::MAX),
         backlog_bytes: status.marks.backlog_bytes,
-        ..Default::default()
     })
 }
 
@@ -126,58 +139,69 @@ fn counters(status: &Status) -> v1::Counters {
     v1::Counters {
         epochs: counters.epochs,
         pages: counters.pages,
-        zero_pages: 0,
+        zero_pages: counters.zero_pages,
         wire_bytes: counters.wire_bytes,
         ring_overruns: counters.ring_overruns,
-        full_resyncs: counters.seeds,
-        resyncs: counters.full_resyncs + counters.delta_resyncs,
+        full_resyncs: counters.full_copies,
+        resyncs: counters.resyncs,
+        rejoins: counters.rejoins,
         failed_epochs: counters.failed_epochs,
         link_losses: counters.link_losses,
         promotions: counters.promotions,
     }
 }
 
+/// The secondary has not agreed yet.
+pub(super) fn agreeing(elapsed: Duration) -> v1::ProtectProgress {
+    let phase = v1::protect_progress::Phase::Pairing.into();
+    v1::ProtectProgress { phase, elapsed_ms: ms(elapsed), ..Default::default() }
+}
+
 pub(super) fn progress(status: &Status, elapsed: Duration) -> v1::ProtectProgress {
     use v1::protect_progress::Phase;
     let phase = match status.role {
+        Role::Seeding if status.seed.is_some_and(|seed| seed.compares) => Phase::Digests,
         Role::Seeding => Phase::Memory,
         Role::Joining => Phase::Joining,
         Role::Pairing => Phase::Register,
         Role::Paired => Phase::Paired,
         _ => Phase::Pairing,
     };
-    let (done, total) = status.seed.unwrap_or_default();
+    let (done, total) = status.seed.map_or((0, 0), |seed| (seed.done, seed.total));
     v1::ProtectProgress {
         phase: phase.into(),
         bytes_done: done * PAGE,
         bytes_total: total * PAGE,
         elapsed_ms: ms(elapsed),
-        secondary: status.peer.as_ref().map(ToString::to_string).unwrap_or_default(),
+        secondary: status.link.as_ref().map(|link| link.peer.to_string()).unwrap_or_default(),
         register: status.register.as_ref().filter(|_| phase == Phase::Paired).map(v1::RegisterEntry::from),
     }
 }
 
-pub(super) fn report(report: &Report, now: Role, missed: u64) -> v1::EpochReport {
-    let timing = report.timing;
+pub(super) fn report(report: &Report, missed: u64) -> v1::EpochReport {
     v1::EpochReport {
         point: Some(report.point.into()),
         pages: report.pages,
-        zero_pages: 0,
+        zero_pages: report.zero_pages,
         wire_bytes: report.wire_bytes,
-        pause: Some(v1::Pause {
+        pause: report.timing.map(|timing| v1::Pause {
             stop_us: us(timing.cut.stop),
             save_us: us(timing.cut.save),
             harvest_us: us(timing.cut.harvest),
             copy_us: us(timing.copy),
             total_us: us(timing.pause),
         }),
-        ack_us: Some(us(report.ack)),
+        ack_us: report.ack.map(us),
         in_flight: u32::try_from(report.in_flight).unwrap_or(u32::MAX),
         backlog_bytes: report.backlog_bytes,
         console_offset: report.console,
         missed,
-        role: role(now).into(),
-        stage_us: 0,
-        apply_us: 0,
+        role: role(report.role).into(),
+        stage_us: report.stage.map(us),
+        apply_us: report.apply.map(us),
     }
 }
+
+#[cfg(test)]
+#[path = "convert_tests.rs"]
+mod tests;

@@ -5,7 +5,7 @@ use colo_vmm::guest::Lifecycle;
 use colo_vmm::{Cut, DirtySet};
 use std::time::Instant;
 
-use super::status::SentEpoch;
+use super::telling::SentEpoch;
 use super::{Node, NodeError};
 use crate::checkpoint::{Standing, Timing, copy_out};
 use crate::epoch::{SeedState, Turn, fits, has_room, is_full, turn};
@@ -98,7 +98,7 @@ impl Node {
             if peer.resend_output { self.release.all_held() } else { self.release.held_of(point.epoch) };
         peer.resend_output = false;
         let history = self.replicator.history().points();
-        self.sent.push_back(SentEpoch::new(point, &pages, timing, since, &state));
+        self.sent.push_back(SentEpoch::new(point, timing, since, &state));
         let epoch = Epoch {
             point,
             base: peer.base.replace(point),

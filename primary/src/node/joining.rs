@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::status::LinkState;
 use super::{Linking, Node, NodeError, Peer, RELINK_LIMIT};
 use crate::link::{LinkEvent, LinkHandle, Purpose, Request, Welcomed};
 use crate::replicator::Phase;
@@ -82,14 +83,12 @@ impl Node {
         match event {
             LinkEvent::Up(_) => Ok(()),
             LinkEvent::Ack(ack) => self.on_ack(ack),
-            LinkEvent::Progress(progress) => {
-                self.board.progress(progress);
+            LinkEvent::Progress(marks) => {
+                self.board.change(|status| status.marks = marks);
                 Ok(())
             }
-            LinkEvent::Sent { point, bytes } => {
-                if let Some(sent) = self.sent.iter_mut().find(|sent| sent.point == point) {
-                    sent.wire_bytes = bytes;
-                }
+            LinkEvent::Sent { point, bytes, pages } => {
+                self.on_sent(point, bytes, pages);
                 Ok(())
             }
             LinkEvent::Digests(digests) => {
@@ -144,8 +143,10 @@ impl Node {
 
     /// A secondary is there. Answers why it cannot be used, if so.
     fn link_up(&mut self, number: u64, purpose: Purpose, up: Welcomed) -> Result<Option<String>, NodeError> {
-        let Welcomed { link, node, offer, max_epoch_bytes } = up;
+        let Welcomed { link, node, offer, max_epoch_bytes, address, pulse } = up;
+        let board = self.board.clone();
         let peer = |link: LinkHandle, base, resend_output| {
+            board.linked(LinkState::new(node.clone(), address, pulse));
             Some(Peer { link, number, base, resend_output, max_epoch_bytes, node: node.clone() })
         };
         match purpose {
@@ -171,6 +172,12 @@ impl Node {
 
     /// The link is of no more use; what was in flight failed.
     pub(super) fn lose_link(&mut self) -> Result<(), NodeError> {
+        let merged = matches!(self.replicator.phase(), Phase::Pairing { .. } | Phase::Paired { .. });
+        let (lost, failed) = (u64::from(self.peer.is_some()), self.replicator.in_flight() as u64);
+        self.board.count(|counters| {
+            counters.link_losses += lost;
+            counters.failed_epochs += if merged { failed } else { 0 };
+        });
         self.drop_link();
         // The secondary may have taken over.
         self.arbiter.read();
@@ -184,7 +191,6 @@ impl Node {
         self.sent.clear();
         if let Some(peer) = self.peer.take() {
             peer.link.close();
-            self.board.count(|counters| counters.link_losses += 1);
             // At once the first time: a secondary that lives must not be given cause to take over.
             self.linking = Linking::Waiting { until: Instant::now() };
         }

@@ -15,8 +15,9 @@ mod joining;
 mod operator;
 mod seeding;
 pub mod status;
+mod telling;
 
-use colo_common::register::StopReason;
+use colo_common::register::{Answer, StopReason};
 use colo_common::{Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
 use colo_vmm::{DirtySet, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
@@ -179,6 +180,10 @@ pub struct Node {
     secondary: Option<String>,
     /// Whom to link to when the operator lets replication go on.
     paused_secondary: Option<String>,
+    /// The operator pauses replication: as soon as the register has answered.
+    pause_wanted: bool,
+    /// The next copy is sent in full, whatever the secondary has.
+    send_all: bool,
     next_link: u64,
     lost_since: Option<Instant>,
     seed: Option<SeedJob>,
@@ -190,7 +195,7 @@ pub struct Node {
     inbox: Receiver<Event>,
     outbox: Sender<Event>,
     board: Board,
-    sent: VecDeque<status::SentEpoch>,
+    sent: VecDeque<telling::SentEpoch>,
     promotions: u32,
     began: Instant,
     end: Option<End>,
@@ -212,6 +217,9 @@ impl Node {
         // A full inbox wakes the node as well.
         guest.on_event(Arc::new(move || drop(wake.try_send(Event::Guest))));
         let (dirty, now) = (DirtySet::new(guest.memory().layout().frame_limit()), Instant::now());
+        board.begins_to_run();
+        // Just read, or just written.
+        board.change(|status| status.found(Some(replicator.register())));
         Self {
             vm,
             me,
@@ -235,6 +243,8 @@ impl Node {
             linking: Linking::Idle,
             secondary: settings.secondary.clone(),
             paused_secondary: None,
+            pause_wanted: false,
+            send_all: false,
             next_link: 1,
             lost_since: None,
             seed: None,
@@ -268,8 +278,6 @@ impl Node {
             }
             self.settle(Instant::now())?;
             if let Some(end) = self.end.take() {
-                self.let_out();
-                self.tell();
                 return Ok(end);
             }
         }
@@ -305,6 +313,7 @@ impl Node {
     fn settle(&mut self, now: Instant) -> Result<(), NodeError> {
         self.ask_guest()?;
         self.end_failed()?;
+        self.pause_if_wanted()?;
         self.look_for_secondary(now)?;
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;
@@ -380,13 +389,19 @@ impl Node {
     }
 
     fn on_arbiter(&mut self, found: Found) -> Result<(), NodeError> {
+        let found_entry = match &found {
+            Found::Answer(_, Answer::Applied(entry)) => Some(entry),
+            Found::Answer(_, Answer::Refused(entry)) | Found::Entry(entry) => entry.as_ref(),
+            Found::Silent(reason) => {
+                self.board.arbiter_silent(reason.clone());
+                return Ok(());
+            }
+        };
+        self.board.change(|status| status.found(found_entry));
         let actions = match found {
             Found::Answer(id, answer) => self.replicator.answer(id, answer),
             Found::Entry(entry) => self.replicator.observe(entry),
-            Found::Silent(reason) => {
-                self.board.error(reason);
-                return Ok(());
-            }
+            Found::Silent(_) => Vec::new(),
         };
         let term = self.replicator.register().term;
         self.act(actions)?;
@@ -402,7 +417,6 @@ impl Node {
             match action {
                 Action::Propose(proposal) => self.arbiter.propose(proposal),
                 Action::MergeBack(set) => {
-                    self.board.count(|counters| counters.failed_epochs += 1);
                     self.dirty.union_with(&set);
                     self.send_resting_again();
                 }

@@ -1,11 +1,12 @@
-//! What the operator asks of a node that runs a guest.
+//! What the operator asks of a node that runs a guest. Whether it can be done in the phase that the node is in is
+//! decided by [`judge`] alone.
 
 use colo_common::register::StopReason;
 use tokio::sync::oneshot;
 
 use super::{Linking, Node, NodeError};
 use crate::link::Purpose;
-use crate::replicator::Phase;
+use crate::replicator::{End, Phase};
 
 /// Where an answer goes; dropped without one if the node ends.
 pub(super) type Reply = oneshot::Sender<Result<(), CommandError>>;
@@ -28,12 +29,14 @@ pub enum Command {
     Protect {
         /// Its control plane.
         address: String,
+        /// Send everything, whatever it has.
+        full: bool,
         /// Told when it follows, or why it cannot.
         reply: Reply,
     },
-    /// Go on without protection.
+    /// Go on without protection. While the register is asked for `Paired`, as soon as it has answered.
     Pause {
-        /// Told when that is asked for.
+        /// Told when that is asked for, or why it cannot be.
         reply: Reply,
     },
     /// Protect by the same secondary as before.
@@ -50,14 +53,12 @@ pub enum Command {
     },
     /// End this process' part without a word to the register.
     Leave,
-    /// Console input that begins at an offset, or goes on from what was taken.
+    /// Console input.
     Input {
-        /// Where it begins.
-        offset: Option<u64>,
-        /// The bytes.
+        /// The bytes; none to ask for the offset alone.
         bytes: Vec<u8>,
-        /// Told the offset after what was taken.
-        reply: oneshot::Sender<u64>,
+        /// Told how many were taken, which may be less than all, and the offset after them.
+        reply: oneshot::Sender<(usize, u64)>,
     },
 }
 
@@ -68,72 +69,129 @@ pub(super) fn answer(reply: Option<Reply>, with: Result<(), CommandError>) {
     }
 }
 
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Protect,
+    Pause,
+    Resume,
+    Stop,
+}
+
+/// Whether the operator can have it now; the reason if not. `proposing`: a change of the register is on its way.
+/// `ending`: the vm is to stop, or its guest has failed.
+fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(), &'static str> {
+    use Asked::{Pause, Protect, Resume, Stop};
+    match (asked, phase) {
+        // A second stop asks for what is on its way.
+        (Stop, Phase::Lost { .. }) => Err(
+            "another node has the register: stop the vm there; this node stops it if the guest is handed back",
+        ),
+        (Stop, _) => Ok(()),
+        (_, Phase::Lost { .. } | Phase::Over) => Err("this node does not run the vm: ask the one that does"),
+        _ if ending => Err("the vm is being stopped"),
+        (Protect, Phase::Alone) if proposing => Err("the register is being changed: try again"),
+        (Protect, Phase::Alone) => Ok(()),
+        (Protect, Phase::Paired { .. }) => Err("the vm is protected already: pause replication first"),
+        (Protect, Phase::Seeding { .. } | Phase::Joining { .. } | Phase::Pairing { .. }) => {
+            Err("a secondary is joining already: pause replication first")
+        }
+        // A proposal that nobody asked to be Solo is the vm's end: of a guest that powered itself off.
+        (Pause, Phase::Alone) if proposing => Err("the vm is being stopped"),
+        (Pause | Resume, _) => Ok(()),
+    }
+}
+
 impl Node {
     pub(super) fn on_command(&mut self, command: Command) -> Result<(), NodeError> {
         match command {
-            Command::Protect { address, reply } => self.protect_by(address, reply),
+            Command::Protect { address, full, reply } => match self.judge(Asked::Protect) {
+                Ok(()) => self.protect_by(address, full, reply),
+                refused => answer(Some(reply), refused),
+            },
             Command::Pause { reply } => {
-                self.paused_secondary = self.secondary.take().or(self.paused_secondary.take());
-                let actions = self.replicator.go_solo();
-                answer(Some(reply), Ok(()));
-                return self.act(actions);
+                let verdict = self.judge(Asked::Pause);
+                let paused = verdict.is_ok();
+                answer(Some(reply), verdict);
+                return if paused { self.pause() } else { Ok(()) };
             }
             Command::Resume { reply } => {
-                self.secondary = self.secondary.take().or(self.paused_secondary.take());
-                let known = self.secondary.is_some();
-                let none = "no secondary is known: name one with `coloctl protect`";
-                let told = if known { Ok(()) } else { Err(CommandError::NotNow(none.to_owned())) };
-                answer(Some(reply), told);
+                let verdict = self.judge(Asked::Resume).and_then(|()| self.resume());
+                answer(Some(reply), verdict);
             }
             Command::PowerButton => self.guest.power_button(),
             Command::Stop { reply } => {
+                let verdict = self.judge(Asked::Stop);
                 self.stopping = true;
                 self.park()?;
                 let actions = self.replicator.stop(StopReason::Operator);
-                answer(Some(reply), Ok(()));
+                answer(Some(reply), verdict);
                 return self.act(actions);
             }
             Command::Leave => {
                 self.park()?;
-                self.end = Some(crate::replicator::End::Superseded(None));
+                self.end = Some(End::Superseded(None));
             }
-            Command::Input { offset, bytes, reply } => {
-                let _ = reply.send(self.take_input(offset, &bytes));
+            Command::Input { bytes, reply } => {
+                let _ = reply.send(self.take_input(&bytes));
             }
         }
         Ok(())
     }
 
-    fn protect_by(&mut self, address: String, reply: Reply) {
-        let refusal = match self.replicator.phase() {
-            Phase::Alone if self.replicator.is_proposing() => {
-                Some("the register is being changed: try again")
-            }
-            Phase::Alone => None,
-            Phase::Paired { .. } => Some("the vm is protected already: pause replication first"),
-            Phase::Lost { .. } | Phase::Over => Some("this node does not run the vm"),
-            _ => Some("a secondary is joining already"),
-        };
-        if let Some(why) = refusal {
-            return answer(Some(reply), Err(CommandError::NotNow(why.to_owned())));
-        }
+    fn judge(&self, asked: Asked) -> Result<(), CommandError> {
+        let ending = self.stopping || self.failure.is_some();
+        let verdict = judge(asked, self.replicator.phase(), self.replicator.is_proposing(), ending);
+        verdict.map_err(|why| CommandError::NotNow(why.to_owned()))
+    }
+
+    fn protect_by(&mut self, address: String, full: bool, reply: Reply) {
         self.secondary = Some(address.clone());
-        if let Linking::Connecting { asked, .. } = &mut self.linking {
-            let other = "another secondary was named".to_owned();
-            answer(asked.take(), Err(CommandError::NotNow(other)));
-        }
+        self.send_all = full;
+        self.stop_connecting("another secondary was named");
         self.connect(address, Purpose::Seed, Some(reply));
     }
 
-    /// Input that the guest has by offset is dropped; input that leaves a gap waits for what comes before it.
-    fn take_input(&mut self, offset: Option<u64>, bytes: &[u8]) -> u64 {
-        let at = self.guest.console_input_offset();
-        let known = at.checked_sub(offset.unwrap_or(at)).and_then(|known| usize::try_from(known).ok());
-        if let Some(fresh) = known.and_then(|known| bytes.get(known..))
-            && !self.parked
-        {
-            self.guest.console_input(fresh);
+    /// A copy on its way is given up, and nobody is looked for any more.
+    fn pause(&mut self) -> Result<(), NodeError> {
+        self.paused_secondary = self.secondary.take().or(self.paused_secondary.take());
+        self.stop_connecting("replication was paused");
+        self.pause_wanted = true;
+        self.pause_if_wanted()
+    }
+
+    /// The register cannot be asked for two things at a time.
+    pub(super) fn pause_if_wanted(&mut self) -> Result<(), NodeError> {
+        if !self.pause_wanted || self.replicator.is_proposing() {
+            return Ok(());
         }
-        self.guest.console_input_offset()
+        self.pause_wanted = matches!(self.replicator.phase(), Phase::Pairing { .. });
+        let actions = self.replicator.go_solo();
+        self.act(actions)
+    }
+
+    fn resume(&mut self) -> Result<(), CommandError> {
+        self.pause_wanted = false;
+        self.secondary = self.secondary.take().or(self.paused_secondary.take());
+        let none = "no secondary is known: name one with `coloctl protect`";
+        self.secondary.is_some().then_some(()).ok_or_else(|| CommandError::NotNow(none.to_owned()))
+    }
+
+    /// A link that still comes up finds nobody waiting for it, and ends.
+    fn stop_connecting(&mut self, why: &str) {
+        if let Linking::Connecting { asked, .. } = &mut self.linking {
+            answer(asked.take(), Err(CommandError::NotNow(why.to_owned())));
+            self.linking = Linking::Idle;
+        }
+    }
+
+    /// Input goes to the end of what the guest has, as far as there is room.
+    fn take_input(&mut self, bytes: &[u8]) -> (usize, u64) {
+        let taken = if self.parked || bytes.is_empty() { 0 } else { self.guest.console_input(bytes) };
+        (taken, self.guest.console_input_offset())
     }
 }
+
+#[cfg(test)]
+#[path = "operator_tests.rs"]
+mod tests;

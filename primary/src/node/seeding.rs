@@ -67,11 +67,7 @@ impl Node {
         base: Option<Point>,
     ) -> Result<(), NodeError> {
         let (mode, first) = self.first_pass(offer, base)?;
-        self.board.count(|counters| match mode {
-            SeedMode::Full => counters.seeds += 1,
-            SeedMode::Resync => counters.full_resyncs += 1,
-            SeedMode::Since(_) => counters.delta_resyncs += 1,
-        });
+        self.board.seed_begins(mode);
         tracing::info!(vm = %self.vm, pages = self.dirty.len(), "a copy begins: {mode:?}");
         let begin = Transfer::SeedBegin { mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
@@ -85,7 +81,7 @@ impl Node {
 
     fn first_pass(&mut self, offer: &Offer, base: Option<Point>) -> Result<(SeedMode, First), NodeError> {
         self.kept_since = None;
-        if let Some(base) = base {
+        if let Some(base) = base.filter(|_| !self.send_all) {
             self.collect()?;
             if !self.unknown {
                 let runs = self.dirty.runs().collect();
@@ -97,7 +93,7 @@ impl Node {
         self.guest.protect()?;
         self.dirty = DirtySet::new(self.dirty.frames());
         self.unknown = false;
-        Ok(match offer.staged {
+        Ok(match offer.staged.filter(|_| !self.send_all) {
             Some(_) => (SeedMode::Resync, First::Differing),
             None => (SeedMode::Full, First::Populated),
         })
@@ -141,6 +137,7 @@ impl Node {
             SeedEvent::Progress { done, total } => self.board.seeding(done, total),
             SeedEvent::Idle => {
                 seed.busy = false;
+                self.board.compared();
                 return self.next_round();
             }
             SeedEvent::Failed(reason) => {
@@ -185,7 +182,6 @@ impl Node {
             return Ok(());
         }
         self.seed = None;
-        self.board.seeded();
         self.ship(true)
     }
 }

@@ -1,15 +1,18 @@
-//! What a node tells about itself: written by the thread that owns the guest, read by the control plane.
+//! What a node tells about itself: written by the thread that owns the guest or the copy, read by the control plane.
+//! Instants stand here where the control plane tells ages: an age is as of the question.
 
 use colo_common::register::Entry;
 use colo_common::{History, NodeId, Point, ReplicaId};
-use colo_vmm::{MachineState, PageBatch};
+use colo_proto::message::SeedMode;
+use colo_proto::v1;
+use colo_vmm::GuestMemory;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 
-use super::Node;
 use crate::checkpoint::Timing;
-use crate::replicator::{Ack, Entitled, Phase};
+use crate::heartbeat::Pulse;
 
 /// Reports that a slow watcher may be behind before it misses some.
 const REPORTS: usize = 1024;
@@ -44,29 +47,49 @@ pub enum Role {
     Stopped,
 }
 
+impl Role {
+    /// Whether the guest is this node's to run.
+    pub fn runs(self) -> bool {
+        matches!(self, Self::Alone | Self::Seeding | Self::Joining | Self::Pairing | Self::Paired)
+    }
+}
+
 /// What was counted since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Epochs cut or staged.
+    /// Epochs acked or staged.
     pub epochs: u64,
     /// Pages with bytes.
     pub pages: u64,
+    /// Pages that were zero.
+    pub zero_pages: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
     /// Losses of the dirty set.
     pub ring_overruns: u64,
-    /// First copies made in full.
-    pub seeds: u64,
-    /// Copies made by comparing everything.
-    pub full_resyncs: u64,
-    /// Copies that were sent what had been written since their point.
-    pub delta_resyncs: u64,
-    /// Times that epochs failed and were merged back.
+    /// Copies in full.
+    pub full_copies: u64,
+    /// Copies of what differed.
+    pub resyncs: u64,
+    /// Copies that came back and were sent what had been written since.
+    pub rejoins: u64,
+    /// Epochs that failed and were merged back.
     pub failed_epochs: u64,
     /// Links lost.
     pub link_losses: u64,
     /// Times that this node took the guest over.
     pub promotions: u64,
+}
+
+impl Counters {
+    /// A copy begins.
+    pub fn copy_begins(&mut self, mode: SeedMode) {
+        *match mode {
+            SeedMode::Full => &mut self.full_copies,
+            SeedMode::Resync => &mut self.resyncs,
+            SeedMode::Since(_) => &mut self.rejoins,
+        } += 1;
+    }
 }
 
 /// How far a secondary is.
@@ -101,33 +124,104 @@ pub struct Promoted {
     pub ran: Option<Instant>,
 }
 
+/// The link to the other node, as it is or as it was last.
+#[derive(Clone, Debug)]
+pub struct LinkState {
+    /// The other node.
+    pub peer: NodeId,
+    /// The other end of the connection.
+    pub address: SocketAddr,
+    /// Whether it stands.
+    pub up: bool,
+    /// Since when it does, or does not.
+    pub since: Instant,
+    /// What its heartbeats have found.
+    pub pulse: Arc<Pulse>,
+}
+
+impl LinkState {
+    /// A link that has just come up.
+    pub fn new(peer: NodeId, address: SocketAddr, pulse: Arc<Pulse>) -> Self {
+        Self { peer, address, up: true, since: Instant::now(), pulse }
+    }
+}
+
+/// A copy on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Seed {
+    /// Pages looked at.
+    pub done: u64,
+    /// Pages in all, as far as known.
+    pub total: u64,
+    /// Digests are compared.
+    pub compares: bool,
+    /// Since when.
+    pub since: Instant,
+}
+
+/// What an ack of a follower means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Disk, or memory.
+    pub disk: bool,
+    /// The other one was asked for and waits until it is safe.
+    pub pending: bool,
+}
+
+/// The guest.
+#[derive(Clone, Debug)]
+pub struct GuestAccount {
+    /// What it is.
+    pub description: v1::Guest,
+    /// Its memory here.
+    pub memory: Arc<GuestMemory>,
+}
+
 /// A node's account of itself.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     /// What it does.
     pub role: Role,
-    /// The register as it knows it.
+    /// The register as it was found last.
     pub register: Option<Entry>,
+    /// When the arbiter answered last.
+    pub arbiter_answered: Option<Instant>,
+    /// Why the arbiter does not answer, since it has not.
+    pub arbiter_silent: Option<String>,
+    /// A proposal waits for the arbiter's answer.
+    pub proposing: bool,
     /// The copy that protects, or that it holds.
     pub replica: Option<ReplicaId>,
     /// The newest cut.
     pub tip: Option<Point>,
     /// The newest acked point.
     pub acked: Option<Point>,
+    /// The newest point whose output is out.
+    pub out: Option<Point>,
+    /// A whole point that no replica id vouches for.
+    pub stale: Option<Point>,
+    /// When the newest acked point was cut, or the newest whole one was staged.
+    pub epoch_at: Option<Instant>,
     /// The secondary's marks.
     pub marks: Marks,
-    /// A whole point of a copy that no replica id vouches for.
-    pub stale: Option<Point>,
     /// Its history.
     pub history: History,
-    /// The other node, while a link to it is up.
-    pub peer: Option<NodeId>,
+    /// The link to the other node.
+    pub link: Option<LinkState>,
+    /// What an ack means, if this node gives acks.
+    pub policy: Option<Policy>,
+    /// The guest, once it is known.
+    pub guest: Option<GuestAccount>,
+    /// Its vCPUs run here.
+    pub running: bool,
+    /// Why this node cannot do its part any more: its guest or its store has failed.
+    pub failure: Option<String>,
     /// Epochs on their way.
     pub in_flight: usize,
     /// The last thing that went wrong, and when.
     pub error: Option<(String, Instant)>,
-    /// Pages of a seed looked at, and in all.
-    pub seed: Option<(u64, u64)>,
+    /// The copy on its way.
+    pub seed: Option<Seed>,
     /// Counters.
     pub counters: Counters,
     /// When the guest began to run without protection; nothing while it is protected.
@@ -138,10 +232,31 @@ pub struct Status {
     pub input: u64,
     /// Console input that is in an acked epoch.
     pub input_done: u64,
-    /// Bytes of output that are held.
-    pub held_bytes: usize,
     /// How this process took the guest over.
     pub promotion: Option<Promoted>,
+}
+
+impl Status {
+    /// The arbiter has answered: this is the register.
+    pub fn found(&mut self, register: Option<&Entry>) {
+        if self.register.as_ref() != register {
+            self.register = register.cloned();
+        }
+        self.arbiter_answered = Some(Instant::now());
+        self.arbiter_silent = None;
+    }
+
+    /// The link stands, or does not.
+    pub fn link_stands(&mut self, up: bool) {
+        if let Some(link) = self.link.as_mut().filter(|link| link.up != up) {
+            (link.up, link.since) = (up, Instant::now());
+        }
+    }
+
+    /// Whether the link stands.
+    pub fn is_linked(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.up)
+    }
 }
 
 /// One epoch, as watchers are told of it.
@@ -149,46 +264,28 @@ pub struct Status {
 pub struct Report {
     /// Its point.
     pub point: Point,
-    /// Pages in it.
+    /// What the node did.
+    pub role: Role,
+    /// Pages with bytes.
     pub pages: u64,
+    /// Pages that were zero.
+    pub zero_pages: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
-    /// Where the pause went.
-    pub timing: Timing,
-    /// From the cut to the ack.
-    pub ack: Duration,
+    /// Where the pause went; of a runner.
+    pub timing: Option<Timing>,
+    /// From the resume to the ack; of a runner.
+    pub ack: Option<Duration>,
+    /// From the last frame to staged; of a follower.
+    pub stage: Option<Duration>,
+    /// Applying it; of a follower.
+    pub apply: Option<Duration>,
     /// Epochs in flight after it.
     pub in_flight: usize,
     /// Bytes of backlog at the secondary.
     pub backlog_bytes: u64,
     /// Console bytes up to its end.
     pub console: u64,
-}
-
-/// An epoch that is on its way.
-#[derive(Clone, Debug)]
-pub(crate) struct SentEpoch {
-    pub(crate) point: Point,
-    pages: u64,
-    timing: Timing,
-    cut_at: Instant,
-    pub(crate) wire_bytes: u64,
-    /// Console input taken, and output made, at the cut.
-    input: u64,
-    console: u64,
-}
-
-impl SentEpoch {
-    pub(super) fn new(
-        point: Point,
-        pages: &PageBatch,
-        timing: Timing,
-        cut_at: Instant,
-        state: &MachineState,
-    ) -> Self {
-        let (input, console) = (state.console_input, state.output.console);
-        Self { point, pages: pages.len() as u64, timing, cut_at, wire_bytes: 0, input, console }
-    }
 }
 
 /// Where the account is kept.
@@ -237,95 +334,68 @@ impl Board {
         self.lock().error = Some((what, Instant::now()));
     }
 
-    pub(super) fn progress(&self, marks: Marks) {
-        self.lock().marks = marks;
+    /// The arbiter does not answer.
+    pub fn arbiter_silent(&self, why: String) {
+        let mut status = self.lock();
+        status.error = Some((why.clone(), Instant::now()));
+        status.arbiter_silent = Some(why);
     }
 
+    /// The guest is this one.
+    pub fn describe(&self, description: v1::Guest, memory: Arc<GuestMemory>) {
+        self.lock().guest = Some(GuestAccount { description, memory });
+    }
+
+    /// A link has come up.
+    pub fn linked(&self, link: LinkState) {
+        self.lock().link = Some(link);
+    }
+
+    /// Tells watchers of an epoch, and counts it.
+    pub fn report(&self, report: Report) {
+        self.count(|counters| {
+            counters.epochs += 1;
+            counters.pages += report.pages;
+            counters.zero_pages += report.zero_pages;
+            counters.wire_bytes += report.wire_bytes;
+        });
+        // Nobody watching is no error.
+        drop(self.reports.send(report));
+    }
+
+    /// A copy begins to be sent.
+    pub(super) fn seed_begins(&self, mode: SeedMode) {
+        let mut status = self.lock();
+        status.counters.copy_begins(mode);
+        let compares = mode == SeedMode::Resync;
+        status.seed = Some(Seed { done: 0, total: 0, compares, since: Instant::now() });
+        // Of another copy.
+        (status.marks, status.epoch_at) = (Marks::default(), None);
+    }
+
+    /// So many pages of it were looked at.
     pub(super) fn seeding(&self, done: u64, total: u64) {
-        self.lock().seed = Some((done, total));
+        if let Some(seed) = &mut self.lock().seed {
+            (seed.done, seed.total) = (done, total);
+        }
     }
 
-    pub(super) fn seeded(&self) {
-        self.lock().seed = None;
+    /// Its first pass is done: what was written meanwhile follows.
+    pub(super) fn compared(&self) {
+        if let Some(seed) = &mut self.lock().seed {
+            seed.compares = false;
+        }
+    }
+
+    /// This process begins to run the guest; what it was told as a follower is over.
+    pub(super) fn begins_to_run(&self) {
+        let mut status = self.lock();
+        status.marks = Marks::default();
+        (status.acked, status.stale, status.epoch_at) = (None, None, None);
+        (status.link, status.policy, status.failure) = (None, None, None);
     }
 
     fn lock(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Node {
-    pub(super) fn on_ack(&mut self, ack: Ack) -> Result<(), super::NodeError> {
-        let actions = match self.replicator.ack(ack) {
-            Ok(actions) => actions,
-            Err(e) => {
-                tracing::warn!(vm = %self.vm, "{e}");
-                self.board.error(e.to_string());
-                return self.lose_link();
-            }
-        };
-        // Not before: a link that comes and goes without an ack is as good as none.
-        self.lost_since = None;
-        while let Some(sent) = self.sent.pop_front_if(|sent| sent.point <= ack.point) {
-            self.report(&sent);
-        }
-        self.act(actions)
-    }
-
-    fn report(&self, sent: &SentEpoch) {
-        let backlog_bytes = self.board.lock().marks.backlog_bytes;
-        self.board.change(|status| {
-            status.counters.epochs += 1;
-            status.counters.pages += sent.pages;
-            status.counters.wire_bytes += sent.wire_bytes;
-            status.input_done = status.input_done.max(sent.input);
-        });
-        // Nobody watching is no error.
-        drop(self.board.reports.send(Report {
-            point: sent.point,
-            pages: sent.pages,
-            wire_bytes: sent.wire_bytes,
-            timing: sent.timing,
-            ack: sent.cut_at.elapsed(),
-            in_flight: self.replicator.in_flight(),
-            backlog_bytes,
-            console: sent.console,
-        }));
-    }
-
-    /// Writes down what has changed.
-    pub(super) fn tell(&mut self) {
-        let (role, replica) = match self.replicator.phase() {
-            Phase::Alone => (Role::Alone, None),
-            Phase::Seeding { .. } => (Role::Seeding, None),
-            Phase::Joining { .. } => (Role::Joining, None),
-            Phase::Pairing { .. } => (Role::Pairing, None),
-            Phase::Paired { replica, .. } => (Role::Paired, Some(*replica)),
-            Phase::Lost { .. } => (Role::Lost, None),
-            Phase::Over => (Role::Stopped, None),
-        };
-        let input = self.guest.console_input_offset();
-        let everything_is_out = self.replicator.entitled() == Entitled::All;
-        let mut status = self.board.lock();
-        if status.role != role || status.register.as_ref() != Some(self.replicator.register()) {
-            status.register = Some(self.replicator.register().clone());
-            status.history = self.replicator.history().clone();
-        }
-        if role == Role::Paired {
-            status.unprotected_since = None;
-        } else {
-            status.unprotected_since.get_or_insert_with(Instant::now);
-        }
-        (status.role, status.replica) = (role, replica);
-        status.tip = self.replicator.history().tip();
-        status.acked = self.replicator.acked();
-        status.peer = self.peer.as_ref().map(|peer| peer.node.clone());
-        status.in_flight = self.replicator.in_flight();
-        status.released = self.release.released().console;
-        status.input = input;
-        if everything_is_out {
-            status.input_done = input;
-        }
-        status.held_bytes = self.release.bytes();
     }
 }

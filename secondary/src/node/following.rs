@@ -1,6 +1,7 @@
 //! Following a runner: links, seeds, epochs, and what becomes of them.
 
 use colo_common::{ReplicaId, Term};
+use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
 use colo_proto::version::Versions;
@@ -21,7 +22,7 @@ use crate::store::Base;
 impl Follower {
     /// A runner says hello.
     pub(super) fn on_caller(&mut self, caller: Caller) {
-        let Caller { number, hello, say, reply } = caller;
+        let Caller { number, hello, address, pulse, say, reply } = caller;
         let answer = self.judge(&hello).map_err(|(reason, why)| refused(reason, &why));
         let agreed = match answer {
             Ok(agreed) => agreed,
@@ -44,6 +45,7 @@ impl Follower {
             asked: None,
             goodbye: false,
         });
+        self.board.linked(LinkState::new(hello.node.clone(), address, pulse));
         self.detector.heard();
         self.followed = true;
         if let Purpose::Link { replica } = hello.purpose {
@@ -163,6 +165,7 @@ impl Follower {
             return false;
         }
         let keep = mode != SeedMode::Full;
+        self.note_seed(mode);
         let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
         persister.order(persist::Job::Begin(if keep { Base::Stored } else { Base::Empty }));
         let (done, wait) = crossbeam_channel::bounded(1);
@@ -220,6 +223,7 @@ impl Follower {
         self.held.let_out_to(epoch.released, &mut self.console);
         self.promotions = epoch.promotions;
         self.history = epoch.history.clone();
+        self.note_staged(&epoch);
         let epoch = Arc::new(epoch);
         self.tip = Some(Tip { epoch: Arc::clone(&epoch) });
         self.restored = None;
@@ -230,7 +234,6 @@ impl Follower {
         self.act(acks);
         self.pass_on(epoch, completes);
         self.act(rest);
-        self.board.count(|counters| counters.epochs += 1);
     }
 
     /// To the image and to the store.
@@ -254,8 +257,9 @@ impl Follower {
 
     pub(super) fn on_applied(&mut self, applied: Applied) {
         match applied {
-            Applied::Point(point) => {
+            Applied::Point(point, took) => {
                 self.marks.applied = Some(point);
+                self.note_applied(point, took);
                 self.free_rooms();
             }
             Applied::Digests(number, digests) => {

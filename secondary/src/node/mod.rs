@@ -13,6 +13,7 @@ mod following;
 mod pairing;
 mod promoting;
 mod starting;
+mod telling;
 mod tray;
 
 use colo_common::register::Entry;
@@ -21,7 +22,7 @@ use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
 use colo_primary::arbiter_worker::{ArbiterWorker, Found};
 use colo_primary::console::Console;
 use colo_primary::node::Beginning;
-use colo_primary::node::status::{Board, Marks, Role};
+use colo_primary::node::status::{Board, Marks, Policy};
 use colo_primary::release::Release;
 use colo_vmm::{GuestMemory, ProtectedGuest, WireSpec};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -67,8 +68,8 @@ pub enum Event {
     HandBack(HandBack),
     /// The operator wants this node to run the guest; told why it does not.
     Promote(oneshot::Sender<String>),
-    /// The operator wants acks to mean something else.
-    Policy(crate::replica::AckPolicy),
+    /// The operator wants acks to mean something else; told what they mean from now on.
+    Policy(crate::replica::AckPolicy, oneshot::Sender<Policy>),
     /// The operator ends this process.
     Leave,
 }
@@ -176,6 +177,10 @@ pub struct Follower {
     followed: bool,
     arbiter: ArbiterWorker,
     next_read: Instant,
+    /// When the register is looked at again, for the account alone.
+    next_look: Instant,
+    /// Staged epochs that are not applied, for the account.
+    staged: std::collections::VecDeque<telling::Noted>,
     next_progress: Instant,
     inbox: Receiver<Event>,
     /// Keeps the inbox open.
@@ -266,6 +271,8 @@ impl Follower {
             followed: false,
             arbiter,
             next_read: now,
+            next_look: now,
+            staged: std::collections::VecDeque::new(),
             next_progress: now,
             inbox,
             _outbox: outbox,
@@ -320,9 +327,11 @@ impl Follower {
                 self.asked = Some(reply);
                 self.read();
             }
-            Event::Policy(policy) => {
+            Event::Policy(policy, reply) => {
                 let actions = self.replica.change_policy(policy);
                 self.act(actions);
+                // Whoever asked may have given up.
+                let _ = reply.send(self.policy());
             }
             Event::Leave => self.end = Some(Outcome::Left),
         }
@@ -341,6 +350,7 @@ impl Follower {
             self.next_read = now + READ_INTERVAL;
             self.read();
         }
+        self.look_at_register(now);
         if now >= self.next_progress {
             self.next_progress = now + PROGRESS_INTERVAL;
             self.tell_progress();
@@ -351,46 +361,6 @@ impl Follower {
     fn read(&mut self) {
         self.reading = true;
         self.arbiter.read();
-    }
-
-    /// Writes down what has changed.
-    fn tell(&mut self) {
-        let (role, replica) = match self.replica.copy() {
-            _ if self.replica.is_proposing() => (Role::Promoting, None),
-            Copy::Whole { replica, .. } => (Role::Following, Some(*replica)),
-            Copy::Inconsistent if self.link.is_some() => (Role::Receiving, None),
-            _ => (Role::Waiting, None),
-        };
-        let stale = match self.replica.copy() {
-            Copy::Stale { point } => Some(*point),
-            _ => None,
-        };
-        let backlog_bytes = self.budget.used();
-        self.marks.backlog_bytes = backlog_bytes;
-        let (marks, acked) = (self.marks, self.replica.acked());
-        let peer = self.link.as_ref().map(|link| link.node.clone());
-        let released = self.console.end();
-        let input = self.tip.as_ref().map_or(0, |tip| tip.epoch.state.console_input);
-        let history = (self.board.status().history != self.history).then(|| self.history.clone());
-        self.board.change(|status| {
-            (status.role, status.replica, status.stale) = (role, replica, stale);
-            (status.marks, status.acked, status.peer) = (marks, acked, peer);
-            (status.released, status.input, status.input_done) = (released, input, input);
-            status.tip = marks.staged;
-            if let Some(history) = history {
-                status.history = history;
-            }
-        });
-    }
-
-    fn remember(&mut self, found: Option<&Entry>) {
-        let entry = found.cloned();
-        if let (Some(entry), Some(persister)) = (&entry, &self.persister)
-            && self.board.status().register.as_ref().map(|known| known.term) != Some(entry.term)
-        {
-            persister.order(crate::persist::Job::Term(entry.term));
-        }
-        self.board.change(|status| status.register = entry);
     }
 
     fn forget_running(&self) -> Result<(), String> {

@@ -2,6 +2,7 @@
 //! beside the store. A link is taken only from a process that has agreed on the guest that waits here.
 
 use colo_common::{Incarnation, NodeId, Point, ReplicaId};
+use colo_primary::guest_config::account;
 use colo_proto::message::Hello;
 use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use colo_vmm::wire_spec::FileDigest;
@@ -209,6 +210,7 @@ impl Follower {
 
     /// Has a guest that was built wait for its state.
     fn warm_up(&mut self, (warm, image): (Warm, Image)) -> Result<(), PairError> {
+        self.board.describe(account(warm.guest.spec(), &warm.spec.kind), Arc::clone(&warm.memory));
         let tray = self.tray.clone();
         let applier = Applier::start(image, move |applied| tray.applied(applied));
         self.applier = Some(applier.map_err(|e| PairError::Build(e.to_string()))?);

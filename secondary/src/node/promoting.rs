@@ -91,7 +91,7 @@ impl Follower {
                 self.act(actions);
             }
             Found::Entry(entry) => self.on_register(entry),
-            Found::Silent(reason) => self.board.error(reason),
+            Found::Silent(reason) => self.board.arbiter_silent(reason),
         }
     }
 

@@ -30,6 +30,11 @@ impl Replica {
         Vec::new()
     }
 
+    /// Whether a change of policy waits until it is safe.
+    pub fn is_changing_policy(&self) -> bool {
+        self.changing.is_some()
+    }
+
     /// The store holds the replica id, synced.
     pub fn id_stored(&mut self, id: ReplicaId) -> Vec<Action> {
         match &mut self.copy {

@@ -47,12 +47,74 @@ impl Admin {
         self.call(LOOK_LIMIT, |mut client| async move { client.status(v1::StatusRequest {}).await })
     }
 
+    /// Whether the node does its part.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn health(&self) -> anyhow::Result<v1::HealthReply> {
+        self.call(LOOK_LIMIT, |mut client| async move { client.health(v1::HealthRequest {}).await })
+    }
+
+    /// So many reports of epochs from now on.
+    ///
+    /// # Errors
+    /// They do not come.
+    pub fn watch(&self, count: usize) -> anyhow::Result<Vec<v1::EpochReport>> {
+        self.call(CALL_LIMIT, |mut client| async move {
+            let mut reports = client.watch(v1::WatchRequest {}).await?.into_inner();
+            let mut seen = Vec::new();
+            while seen.len() < count {
+                let ended = || Status::unavailable("the reports end");
+                seen.push(reports.message().await?.ok_or_else(ended)?);
+            }
+            Ok(Response::new(seen))
+        })
+    }
+
+    /// Changes what a follower's acks mean.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn set_policy(&self, policy: v1::AckPolicy) -> anyhow::Result<v1::SetAckPolicyReply> {
+        let request = v1::SetAckPolicyRequest { policy: policy.into() };
+        self.call(CALL_LIMIT, |mut client| async move { client.set_ack_policy(request).await })
+    }
+
+    /// Attaches to the console, types `parts` without a look at what comes back, and waits until all of it was taken.
+    /// Answers where the guest's input ended after each part.
+    ///
+    /// # Errors
+    /// It says no, or does not take it.
+    pub fn type_in(&self, parts: Vec<Vec<u8>>) -> anyhow::Result<Vec<v1::ConsoleTaken>> {
+        let all: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let start = Some(console_attach::Start::Tail(0));
+        let attach = ConsoleAttach { start, read_only: false, typist: Vec::new() };
+        let first = console_input::Message::Attach(attach);
+        let typed = parts
+            .into_iter()
+            .map(|bytes| console_input::Message::Input(v1::ConsoleBytes { offset: 0, bytes }));
+        let messages: Vec<ConsoleInput> =
+            [first].into_iter().chain(typed).map(|message| ConsoleInput { message: Some(message) }).collect();
+        self.call(CALL_LIMIT, |mut client| async move {
+            let mut console = client.console(tokio_stream::iter(messages)).await?.into_inner();
+            let mut taken: Vec<v1::ConsoleTaken> = Vec::new();
+            while taken.last().is_none_or(|last| last.count < all) {
+                let ended = || Status::unavailable("the console ends");
+                let message = console.message().await?.ok_or_else(ended)?.message;
+                if let Some(console_output::Message::Taken(part)) = message {
+                    taken.push(part);
+                }
+            }
+            Ok(Response::new(taken))
+        })
+    }
+
     /// Has a runner protect its vm by the secondary at `address`, and waits until it is paired.
     ///
     /// # Errors
     /// It says no, or takes too long.
-    pub fn protect(&self, address: SocketAddr) -> anyhow::Result<()> {
-        let request = v1::ProtectRequest { address: address.to_string(), full: false };
+    pub fn protect(&self, address: SocketAddr, full: bool) -> anyhow::Result<()> {
+        let request = v1::ProtectRequest { address: address.to_string(), full };
         self.call(CALL_LIMIT, |mut client| async move {
             let mut progress = client.protect(request).await?.into_inner();
             while progress.message().await?.is_some() {}
@@ -138,7 +200,11 @@ async fn read_console(
     ledger: &Mutex<Ledger>,
     next: &mut u64,
 ) -> Result<(), Status> {
-    let attach = ConsoleAttach { read_only: true, start: Some(console_attach::Start::From(*next)) };
+    let attach = ConsoleAttach {
+        read_only: true,
+        start: Some(console_attach::Start::From(*next)),
+        typist: Vec::new(),
+    };
     let first = ConsoleInput { message: Some(console_input::Message::Attach(attach)) };
     let mut console = client.console(tokio_stream::once(first)).await?.into_inner();
     while let Some(ConsoleOutput { message }) = console.message().await? {

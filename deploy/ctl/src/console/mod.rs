@@ -35,7 +35,7 @@ pub(crate) async fn run(nodes: &Nodes, options: &Options) -> Result<(), CtlError
     let signals = (on(SignalKind::interrupt())?, on(SignalKind::terminate())?, on(SignalKind::hangup())?);
     let raw = if options.follow { None } else { Some(RawMode::enter()) };
     let mut console = Console {
-        session: Session::new(start, options.follow),
+        session: Session::new(start, (!options.follow).then(|| colo_common::Incarnation::draw().0)),
         line: Line::down(),
         scout,
         screen,

@@ -7,20 +7,25 @@
 //!       +------- lost() -------+----------------------+
 //! ```
 //!
-//! Output is shown once: what lies before `next` was shown, by this node or by the one before it. Input is kept until
-//! `input_done` says that it is safe, since a failover takes the guest back to a state that may not have read it. What
-//! was sent to a guest is not typed into another that was started after it.
+//! Output is shown once: what lies before `next` was shown, by this node or by the one before it. Input is kept until it
+//! is safe, since a failover takes the guest back to a state that may not have read it; what was sent to a guest is not
+//! typed into another that was started after it. Others may type too, so a node tells where each part of it went in the
+//! guest's input:
 //!
 //! ```text
-//!   start          start + sent      start + tried        start + kept.len()
-//!     | sent here, not safe | sent to the node before | not sent yet |
+//!   | taken: where it went is known | sent, and not known to be taken | not sent yet |
+//!   0                          taken_len()                           sent        kept.len()
 //! ```
+//!
+//! Taken input is safe once the nodes say that all input up to its place is. Where a node that was lost took bytes
+//! without a word, they are looked for right behind those whose place is known: right unless another console typed in
+//! that very moment.
 
 use colo_common::life::{self, LIFE};
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use colo_proto::v1::console_attach::Start as Place;
 use colo_proto::v1::console_output::Message;
-use colo_proto::v1::{ConsoleAttach, ConsoleBytes};
+use colo_proto::v1::{ConsoleAttach, ConsoleBytes, ConsoleTaken};
 use std::collections::VecDeque;
 
 /// Bytes of one message of input: what a node passes on at once.
@@ -72,6 +77,14 @@ pub(crate) enum SessionError {
     /// No offset has a place for them.
     #[error("console bytes at {0} go beyond the last offset that there is")]
     Offset(u64),
+    /// More was taken than was sent, or less than before, or at a place that cannot be.
+    #[error("{count} bytes of input taken up to {offset}")]
+    Taken {
+        /// Of this attachment.
+        count: u64,
+        /// The place after them.
+        offset: u64,
+    },
     /// A gap that ends before it begins.
     #[error("a gap from {from} to {to}")]
     Gap {
@@ -89,7 +102,8 @@ pub(crate) enum SessionError {
 #[derive(Debug)]
 pub(crate) struct Session {
     start: Start,
-    read_only: bool,
+    /// Who types: the same over all attachments. Nobody, if it only looks.
+    typist: Option<u128>,
     attached: bool,
     /// Offset of the next byte to show; not known before the first attachment by a tail.
     next: Option<u64>,
@@ -99,23 +113,31 @@ pub(crate) struct Session {
 /// What was typed and is not safe.
 #[derive(Debug, Default)]
 struct Input {
-    /// Offset of the first kept byte; not known before the first attachment.
-    start: Option<u64>,
     kept: VecDeque<u8>,
-    /// Kept bytes that were sent over this attachment.
+    /// Kept bytes, from the first on, whose place in the guest's input is known: their number and the offset after them.
+    taken: VecDeque<(usize, u64)>,
+    /// Kept bytes that were sent over this attachment or were in the guest before it.
     sent: usize,
     /// Kept bytes that were ever sent; never less than `sent`.
     tried: usize,
+    /// The end of the guest's input when this was attached, or of what it has taken since; not known before.
+    place: Option<u64>,
+    /// Bytes of this attachment that were taken.
+    count: u64,
+    /// Input before this is safe.
+    done: u64,
+    /// The place after the newest byte that is safe and kept no more.
+    safe: u64,
 }
 
 impl Session {
-    /// A console that begins there.
-    pub(crate) fn new(start: Start, read_only: bool) -> Self {
+    /// A console that begins there; `typist` is drawn for it, or it only looks.
+    pub(crate) fn new(start: Start, typist: Option<u128>) -> Self {
         let next = match start {
             Start::From(offset) => Some(offset),
             Start::Tail(_) => None,
         };
-        Self { start, read_only, attached: false, next, input: Input::default() }
+        Self { start, typist, attached: false, next, input: Input::default() }
     }
 
     /// The first message of a new attachment.
@@ -125,13 +147,13 @@ impl Session {
             (Some(offset), _) | (None, Start::From(offset)) => Place::From(offset),
             (None, Start::Tail(bytes)) => Place::Tail(bytes),
         };
-        ConsoleAttach { start: Some(place), read_only: self.read_only }
+        let typist = self.typist.map(|typist| typist.to_be_bytes().to_vec()).unwrap_or_default();
+        ConsoleAttach { start: Some(place), read_only: self.typist.is_none(), typist }
     }
 
     /// The attachment is over.
     pub(crate) fn lost(&mut self) {
         self.attached = false;
-        self.input.sent = 0;
     }
 
     /// Keeps what was typed; tells how much of it. The rest has to wait, or is lost.
@@ -149,9 +171,9 @@ impl Session {
     /// Input to send now; each byte once over each attachment.
     pub(crate) fn next_input(&mut self) -> Option<ConsoleBytes> {
         let input = &mut self.input;
-        let start = input.start.filter(|_| self.attached && !self.read_only)?;
+        let place = input.place.filter(|_| self.attached && self.typist.is_some())?;
         let bytes: Vec<u8> = input.kept.iter().skip(input.sent).take(MAX_INPUT).copied().collect();
-        let offset = start.checked_add(input.sent as u64)?;
+        let offset = place.checked_add((input.sent - input.taken_len()) as u64)?;
         if bytes.is_empty() {
             return None;
         }
@@ -183,6 +205,11 @@ impl Session {
                 self.input.done(done);
                 Ok(Vec::new())
             }
+            (Message::Taken(ConsoleTaken { count, offset }), true) => {
+                let wrong = SessionError::Taken { count, offset };
+                self.input.taken(count, offset).ok_or(wrong)?;
+                Ok(Vec::new())
+            }
         }
     }
 
@@ -211,56 +238,94 @@ impl Session {
 }
 
 impl Input {
-    /// The guest goes on with input at `offset`. Tells how many bytes are gone that were safe.
+    fn taken_len(&self) -> usize {
+        self.taken.iter().map(|(len, _)| len).sum()
+    }
+
+    /// The guest goes on with input at `offset`, whoever typed it. Tells how many bytes are gone that were safe, at most.
     fn attach(&mut self, offset: u64) -> u64 {
-        let Some(start) = self.start else {
-            self.start = Some(offset);
-            return 0;
-        };
-        match offset.checked_sub(start) {
-            // Nodes promise that this does not happen. Input can only go on where the guest takes it.
-            None => {
-                self.start = Some(offset);
-                start - offset
-            }
-            Some(_) if !life::is_same(start, offset) => {
-                let gone = self.tried as u64;
-                self.go_on_at(offset);
-                gone
-            }
-            Some(ahead) => {
-                self.taken(offset, ahead);
-                0
+        if let Some(place) = self.place.filter(|place| !life::is_same(*place, offset)) {
+            return self.begin_anew(place, offset);
+        }
+        let begin = |(len, end): &(usize, u64)| end.saturating_sub(*len as u64);
+        // What was taken and is before the end is there; what came after it is not.
+        while self.taken.back().is_some_and(|run| begin(run) >= offset) {
+            self.taken.pop_back();
+        }
+        if let Some((len, end)) = self.taken.back_mut()
+            && let Some(beyond) = end.checked_sub(offset).filter(|beyond| *beyond > 0)
+        {
+            // Less than the run is long, since it begins before.
+            *len -= beyond as usize;
+            *end = offset;
+        } else if let Some(place) = self.place {
+            // Everything whose place is known is there: what was sent after it may be.
+            let ahead = usize::try_from(offset.saturating_sub(place)).unwrap_or(usize::MAX);
+            let untold = ahead.min(self.tried - self.taken_len());
+            if untold > 0 {
+                self.taken.push_back((untold, place + untold as u64));
             }
         }
+        self.sent = self.taken_len();
+        (self.place, self.count) = (Some(offset), 0);
+        // Nodes promise that this does not happen.
+        let gone = self.safe.saturating_sub(offset);
+        (self.safe, self.done) = (self.safe.min(offset), self.done.min(offset));
+        self.drop_safe();
+        gone
     }
 
-    /// The guest has input up to `offset`, `ahead` bytes from the start.
-    fn taken(&mut self, offset: u64, ahead: u64) {
-        match usize::try_from(ahead).ok().filter(|&ahead| ahead <= self.tried) {
-            Some(ahead) => self.sent = ahead,
-            // More than we ever sent: another console types too, and what we have not sent comes after its bytes.
-            None => self.go_on_at(offset),
-        }
-    }
-
-    /// Everything before `offset` is safe.
-    fn done(&mut self, offset: u64) {
-        let Some(ahead) = self.start.and_then(|start| offset.checked_sub(start)) else { return };
-        match usize::try_from(ahead).ok().filter(|&ahead| ahead <= self.tried) {
-            Some(ahead) => {
-                self.kept.drain(..ahead);
-                self.start = Some(offset);
-                self.sent = self.sent.saturating_sub(ahead);
-                self.tried -= ahead;
-            }
-            None => self.go_on_at(offset),
-        }
-    }
-
-    fn go_on_at(&mut self, offset: u64) {
+    /// Another guest: what was sent to the one before it is gone with it. Tells how many bytes that are.
+    fn begin_anew(&mut self, before: u64, offset: u64) -> u64 {
+        // A node that goes back to a guest before has lost what was safe as well.
+        let gone = self.tried as u64 + before.saturating_sub(offset).min(self.safe);
         self.kept.drain(..self.tried);
-        (self.start, self.sent, self.tried) = (Some(offset), 0, 0);
+        self.taken.clear();
+        (self.sent, self.tried, self.count) = (0, 0, 0);
+        (self.place, self.done, self.safe) = (Some(offset), offset, offset);
+        gone
+    }
+
+    /// Everything before `offset` is safe. A node tells of what it has taken first: what it has not told of comes after.
+    fn done(&mut self, offset: u64) {
+        self.done = self.done.max(offset);
+        self.place = self.place.max(Some(offset));
+        self.drop_safe();
+    }
+
+    /// So many bytes of this attachment were taken, up to this place. Nothing if that cannot be.
+    fn taken(&mut self, count: u64, offset: u64) -> Option<()> {
+        let fresh = usize::try_from(count.checked_sub(self.count)?).ok()?;
+        let begin = offset.checked_sub(fresh as u64)?;
+        if fresh > self.sent - self.taken_len() || Some(begin) < self.place {
+            return None;
+        }
+        match self.taken.back_mut().filter(|(_, end)| *end == begin) {
+            Some((len, end)) => (*len, *end) = (*len + fresh, offset),
+            None if fresh > 0 => self.taken.push_back((fresh, offset)),
+            None => {}
+        }
+        (self.place, self.count) = (Some(offset), count);
+        self.drop_safe();
+        Some(())
+    }
+
+    /// What is safe is kept no longer.
+    fn drop_safe(&mut self) {
+        while let Some((len, end)) = self.taken.front_mut() {
+            let begin = *end - *len as u64;
+            let safe = usize::try_from(self.done.saturating_sub(begin)).unwrap_or(usize::MAX).min(*len);
+            if safe > 0 {
+                self.kept.drain(..safe);
+                (self.sent, self.tried) = (self.sent - safe, self.tried - safe);
+                self.safe = self.safe.max(begin + safe as u64);
+                *len -= safe;
+            }
+            if *len > 0 {
+                return;
+            }
+            self.taken.pop_front();
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use colo_common::life::LIFE;
 use colo_common::limits::MAX_CONSOLE_INPUT;
 use colo_proto::v1::console_attach::Start as Place;
 use colo_proto::v1::console_output::Message;
-use colo_proto::v1::{ConsoleAttached, ConsoleBytes, ConsoleGap};
+use colo_proto::v1::{ConsoleAttached, ConsoleBytes, ConsoleGap, ConsoleTaken};
 use proptest::prelude::{Strategy, any, prop, proptest};
 
 fn attached(output_offset: u64, input_offset: u64) -> Option<Message> {
@@ -24,13 +24,20 @@ fn done(offset: u64) -> Option<Message> {
     Some(Message::InputDone(offset))
 }
 
+fn taken(count: u64, offset: u64) -> Option<Message> {
+    Some(Message::Taken(ConsoleTaken { count, offset }))
+}
+
+/// Who types.
+const ME: Option<u128> = Some(7);
+
 fn input(session: &mut Session) -> Option<(u64, Vec<u8>)> {
     session.next_input().map(|bytes| (bytes.offset, bytes.bytes))
 }
 
 /// A session that is attached with output at 100 and input at 10.
 fn fresh() -> Session {
-    let mut session = Session::new(Start::Tail(50), false);
+    let mut session = Session::new(Start::Tail(50), ME);
     assert_eq!(session.attach().start, Some(Place::Tail(50)));
     assert_eq!(session.receive(attached(100, 10)), Ok(vec![Event::Attached { output: 100 }]));
     session
@@ -52,7 +59,7 @@ fn output_goes_on_over_a_failover_with_no_gap_and_no_repetition() {
 
 #[test]
 fn a_gap_shows_once_and_only_its_new_part() {
-    let mut session = Session::new(Start::From(0), true);
+    let mut session = Session::new(Start::From(0), None);
     assert_eq!(session.attach().start, Some(Place::From(0)));
     session.receive(attached(0, 0)).unwrap();
     assert_eq!(session.receive(gap(0, 40)), Ok(vec![Event::Gap { from: 0, to: 40 }]));
@@ -69,6 +76,7 @@ fn input_is_kept_until_it_is_safe_and_typed_again_from_there() {
     assert_eq!(session.typed(b"abcdef"), 6);
     assert_eq!(input(&mut session), Some((10, b"abcdef".to_vec())));
     assert_eq!(input(&mut session), None);
+    session.receive(taken(4, 14)).unwrap();
     session.receive(done(12)).unwrap();
     session.typed(b"gh");
     assert_eq!(input(&mut session), Some((16, b"gh".to_vec())));
@@ -78,13 +86,26 @@ fn input_is_kept_until_it_is_safe_and_typed_again_from_there() {
     session.attach();
     session.receive(attached(100, 13)).unwrap();
     assert_eq!(input(&mut session), Some((13, b"defghi".to_vec())), "c was read before the last ack");
+    session.receive(taken(6, 19)).unwrap();
     session.receive(done(19)).unwrap();
     assert_eq!(session.room(), MAX_CONSOLE_INPUT);
 }
 
+/// The node was lost before it said that it had taken them.
+#[test]
+fn bytes_that_were_taken_without_a_word_are_not_typed_twice() {
+    let mut session = fresh();
+    session.typed(b"abcdef");
+    session.next_input();
+    session.receive(taken(2, 12)).unwrap();
+    session.attach();
+    session.receive(attached(100, 15)).unwrap();
+    assert_eq!(input(&mut session), Some((15, b"f".to_vec())));
+}
+
 #[test]
 fn what_is_typed_before_the_first_attachment_is_not_lost() {
-    let mut session = Session::new(Start::Tail(0), false);
+    let mut session = Session::new(Start::Tail(0), ME);
     session.typed(b"early");
     assert_eq!(input(&mut session), None);
     session.attach();
@@ -93,16 +114,34 @@ fn what_is_typed_before_the_first_attachment_is_not_lost() {
 }
 
 #[test]
-fn another_console_that_types_moves_what_was_not_sent() {
+fn what_another_console_types_neither_hides_nor_repeats_input() {
+    let mut session = fresh();
+    // The other one's twenty bytes are safe.
+    session.receive(done(30)).unwrap();
+    session.typed(b"ab");
+    assert_eq!(input(&mut session), Some((30, b"ab".to_vec())));
+    // It was quicker again.
+    session.receive(taken(2, 37)).unwrap();
+    session.receive(done(36)).unwrap();
+    session.typed(b"cd");
+    assert_eq!(input(&mut session), Some((37, b"cd".to_vec())));
+    session.receive(taken(4, 43)).unwrap();
+    session.lost();
+    // The guest goes on with b, and some of what the other one typed.
+    session.attach();
+    session.receive(attached(100, 40)).unwrap();
+    assert_eq!(input(&mut session), Some((40, b"cd".to_vec())));
+}
+
+#[test]
+fn input_that_nobody_took_is_not_taken_for_the_other_consoles() {
     let mut session = fresh();
     session.receive(done(30)).unwrap();
     session.typed(b"ab");
-    assert_eq!(input(&mut session), Some((30, b"ab".to_vec())), "not dropped as known");
-    session.lost();
-    session.typed(b"cd");
+    session.next_input();
     session.attach();
-    session.receive(attached(100, 50)).unwrap();
-    assert_eq!(input(&mut session), Some((50, b"cd".to_vec())));
+    session.receive(attached(100, 30)).unwrap();
+    assert_eq!(input(&mut session), Some((30, b"ab".to_vec())));
 }
 
 #[test]
@@ -128,6 +167,7 @@ fn a_broken_promise_shows() {
     let mut session = fresh();
     session.typed(b"abcd");
     session.next_input();
+    session.receive(taken(4, 14)).unwrap();
     session.receive(done(14)).unwrap();
     session.attach();
     assert_eq!(
@@ -136,6 +176,18 @@ fn a_broken_promise_shows() {
     );
     session.typed(b"e");
     assert_eq!(input(&mut session), Some((11, b"e".to_vec())));
+}
+
+#[test]
+fn more_than_was_sent_cannot_be_taken() {
+    let mut session = fresh();
+    session.typed(b"abcd");
+    assert_eq!(session.receive(taken(1, 11)), Err(SessionError::Taken { count: 1, offset: 11 }));
+    session.next_input();
+    assert_eq!(session.receive(taken(5, 15)), Err(SessionError::Taken { count: 5, offset: 15 }));
+    assert_eq!(session.receive(taken(4, 13)), Err(SessionError::Taken { count: 4, offset: 13 }));
+    session.receive(taken(4, 14)).unwrap();
+    assert_eq!(session.receive(taken(3, 14)), Err(SessionError::Taken { count: 3, offset: 14 }));
 }
 
 #[test]
@@ -149,8 +201,9 @@ fn input_is_bounded_and_sent_in_parts() {
 
 #[test]
 fn one_that_only_looks_types_nothing() {
-    let mut session = Session::new(Start::Tail(0), true);
-    assert!(session.attach().read_only);
+    let mut session = Session::new(Start::Tail(0), None);
+    let attach = session.attach();
+    assert!(attach.read_only && attach.typist.is_empty());
     session.receive(attached(0, 0)).unwrap();
     session.typed(b"x");
     assert_eq!(session.next_input(), None);
@@ -158,7 +211,7 @@ fn one_that_only_looks_types_nothing() {
 
 #[test]
 fn nonsense_is_an_error() {
-    let mut session = Session::new(Start::From(5), false);
+    let mut session = Session::new(Start::From(5), ME);
     session.attach();
     assert_eq!(session.receive(output(5, b"x")), Err(SessionError::NotAttached));
     assert_eq!(session.receive(None), Err(SessionError::Unknown));
@@ -174,11 +227,12 @@ fn nonsense_is_an_error() {
 fn message() -> impl Strategy<Value = Option<Message>> {
     let offset = || prop::sample::select(vec![0, 1, 5, 20, 1 << 40, u64::MAX - 1, u64::MAX]);
     let bytes = prop::collection::vec(any::<u8>(), 0..9);
-    (0..5, offset(), offset(), bytes).prop_map(|(kind, a, b, bytes)| match kind {
+    (0..6, offset(), offset(), bytes).prop_map(|(kind, a, b, bytes)| match kind {
         0 => attached(a, b),
         1 => output(a, &bytes),
         2 => gap(a, b),
         3 => done(a),
+        4 => taken(a.min(40), b),
         _ => None,
     })
 }
@@ -188,7 +242,7 @@ proptest! {
     fn no_node_can_make_it_panic_or_go_back(
         steps in prop::collection::vec((message(), prop::collection::vec(any::<u8>(), 0..9), any::<bool>()), 0..40)
     ) {
-        let mut session = Session::new(Start::Tail(9), false);
+        let mut session = Session::new(Start::Tail(9), ME);
         session.attach();
         let mut shown = None;
         for (message, typed, lost) in steps {
@@ -199,17 +253,18 @@ proptest! {
             shown = session.next;
             assert!(session.input.sent <= session.input.tried);
             assert!(session.input.tried <= session.input.kept.len());
+            assert!(session.input.taken_len() <= session.input.sent);
             if lost {
                 session.attach();
             }
         }
     }
 
-    /// Two nodes that keep to the rules, kills at any moment: the guest reads every byte once and in order, and the
-    /// reader sees every byte of output once.
+    /// Two nodes that keep to the rules, kills at any moment, another console that types: the guest reads every byte
+    /// once and in order, and the reader sees every byte of output once.
     #[test]
     fn every_byte_is_typed_and_shown_once(
-        steps in prop::collection::vec((0..4_u8, 0..9_usize), 0..60)
+        steps in prop::collection::vec((0..5_u8, 0..9_usize), 0..60)
     ) {
         let mut world = World::default();
         for (what, count) in steps {
@@ -224,8 +279,10 @@ struct World {
     session: Session,
     typed: Vec<u8>,
     shown: Vec<u8>,
-    /// What the guest has read.
-    read: Vec<u8>,
+    /// What the guest has read, and whether from this console.
+    read: Vec<(u8, bool)>,
+    /// Bytes of this attachment that were taken.
+    count: u64,
     /// Input and output up to here are acked.
     acked: usize,
     /// Released output that was sent to the console on this attachment.
@@ -234,8 +291,9 @@ struct World {
 
 impl Default for World {
     fn default() -> Self {
-        let session = Session::new(Start::From(0), false);
-        let mut world = Self { session, typed: vec![], shown: vec![], read: vec![], acked: 0, told: 0 };
+        let session = Session::new(Start::From(0), ME);
+        let mut world =
+            Self { session, typed: vec![], shown: vec![], read: vec![], count: 0, acked: 0, told: 0 };
         world.attach();
         world
     }
@@ -245,7 +303,7 @@ impl World {
     fn attach(&mut self) {
         let Some(Place::From(from)) = self.session.attach().start else { unreachable!() };
         // Begins a little early, as a node may.
-        self.told = usize::try_from(from).unwrap().saturating_sub(3);
+        (self.told, self.count) = (usize::try_from(from).unwrap().saturating_sub(3), 0);
         let hello = attached(self.told as u64, self.read.len() as u64);
         assert!(matches!(self.session.receive(hello).unwrap()[..], [Event::Attached { .. }]));
     }
@@ -256,9 +314,10 @@ impl World {
                 let fresh: Vec<u8> = (0..count).map(|n| (self.typed.len() + n) as u8).collect();
                 assert_eq!(self.session.typed(&fresh), count);
                 self.typed.extend(fresh);
-                while let Some(ConsoleBytes { offset, bytes }) = self.session.next_input() {
-                    let known = self.read.len() - usize::try_from(offset).unwrap();
-                    self.read.extend(bytes.iter().skip(known));
+                while let Some(ConsoleBytes { bytes, .. }) = self.session.next_input() {
+                    self.count += bytes.len() as u64;
+                    self.read.extend(bytes.into_iter().map(|byte| (byte, true)));
+                    self.session.receive(taken(self.count, self.read.len() as u64)).unwrap();
                 }
             }
             // An ack: what was read is echoed and released, input up to there is safe.
@@ -267,6 +326,7 @@ impl World {
                 self.session.receive(done(self.acked as u64)).unwrap();
             }
             2 => self.show(count),
+            3 => self.read.extend((0..count).map(|_| (b'#', false))),
             _ => {
                 self.read.truncate(self.acked);
                 self.attach();
@@ -276,8 +336,8 @@ impl World {
 
     fn show(&mut self, count: usize) {
         let end = (self.told + count).min(self.acked);
-        let chunk = output(self.told as u64, &self.read[self.told..end]);
-        for event in self.session.receive(chunk).unwrap() {
+        let bytes: Vec<u8> = self.read[self.told..end].iter().map(|(byte, _)| *byte).collect();
+        for event in self.session.receive(output(self.told as u64, &bytes)).unwrap() {
             let Event::Show(bytes) = event else { panic!("{event:?}") };
             self.shown.extend(bytes);
         }
@@ -288,8 +348,10 @@ impl World {
         self.step(0, 0);
         self.step(1, usize::MAX / 2);
         self.show(usize::MAX / 2);
-        assert_eq!(self.read, self.typed);
-        assert_eq!(self.shown, self.typed);
+        let mine: Vec<u8> = self.read.iter().filter(|(_, mine)| *mine).map(|(byte, _)| *byte).collect();
+        let all: Vec<u8> = self.read.iter().map(|(byte, _)| *byte).collect();
+        assert_eq!(mine, self.typed);
+        assert_eq!(self.shown, all);
         assert_eq!(self.session.room(), MAX_CONSOLE_INPUT, "all of it is safe");
     }
 }

@@ -158,8 +158,8 @@ impl Admin for Service {
         };
         let (out, answers) = mpsc::channel(16);
         self.command("console".to_owned())?;
-        tokio::spawn(show(Arc::clone(&self.0), out, attach));
-        tokio::spawn(take(Arc::clone(&self.0), input));
+        tokio::spawn(show(Arc::clone(&self.0), out.clone(), attach));
+        tokio::spawn(take(Arc::clone(&self.0), out, input));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
@@ -167,7 +167,8 @@ impl Admin for Service {
         &self,
         request: Request<v1::ProtectRequest>,
     ) -> Result<Response<Self::ProtectStream>, Status> {
-        self.command(format!("protect {}", request.into_inner().address))?;
+        let v1::ProtectRequest { address, full } = request.into_inner();
+        self.command(format!("protect {address}{}", if full { " in full" } else { "" }))?;
         let steps = self.state().steps.clone();
         Ok(Response::new(Box::pin(tokio_stream::iter(steps))))
     }
@@ -269,15 +270,25 @@ async fn show(
     }
 }
 
-/// Takes input as a guest does: what it has by offset is dropped.
-async fn take(state: Arc<Mutex<State>>, mut input: Streaming<v1::ConsoleInput>) {
+/// Takes input as a node does: at the end of what the guest has, and tells where that is.
+async fn take(
+    state: Arc<Mutex<State>>,
+    out: mpsc::Sender<Result<v1::ConsoleOutput, Status>>,
+    mut input: Streaming<v1::ConsoleInput>,
+) {
+    let mut count = 0;
     while let Ok(Some(v1::ConsoleInput { message })) = input.message().await {
         let Some(console_input::Message::Input(v1::ConsoleBytes { offset, bytes })) = message else { return };
-        let mut state = state.lock().unwrap();
-        let at = state.input_from + state.input.len() as u64;
-        let known = usize::try_from(at.checked_sub(offset).expect("no gap in input")).unwrap();
-        let fresh = bytes.iter().skip(known).copied().collect::<Vec<u8>>();
-        state.input.extend(fresh);
-        state.typed.push((offset, bytes));
+        count += bytes.len() as u64;
+        let end = {
+            let mut state = state.lock().unwrap();
+            state.input.extend(&bytes);
+            state.typed.push((offset, bytes));
+            state.input_from + state.input.len() as u64
+        };
+        let taken = console_output::Message::Taken(v1::ConsoleTaken { count, offset: end });
+        if out.send(Ok(v1::ConsoleOutput { message: Some(taken) })).await.is_err() {
+            return;
+        }
     }
 }

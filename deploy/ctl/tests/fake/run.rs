@@ -25,7 +25,21 @@ impl Run {
         for node in nodes {
             command.args(["--node", node]);
         }
-        command.args(line.split(' ')).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(line.split(' '));
+        Self::spawn(command)
+    }
+
+    /// Starts it at a terminal, whose keys are `stdin` and whose screen is `out`; by util-linux' `script`.
+    pub fn at_terminal(nodes: &[String], line: &str) -> Self {
+        let nodes: String = nodes.iter().map(|node| format!("--node {node} ")).collect();
+        let program = env!("CARGO_BIN_EXE_coloctl");
+        let mut command = Command::new("script");
+        command.args(["-qefc", &format!("'{program}' {nodes}{line}"), "/dev/null"]);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let out = collect(child.stdout.take().unwrap());
         let err = collect(child.stderr.take().unwrap());

@@ -1,0 +1,60 @@
+//! What the operator can have in each phase.
+
+use super::Asked::{self, Pause, Protect, Resume, Stop};
+use super::judge;
+use crate::replicator::Phase;
+use colo_common::history::point;
+use colo_common::register::{Entry, Value};
+use colo_common::{Incarnation, NodeId, ProposalId, ReplicaId, Term};
+
+const ASKED: [Asked; 4] = [Protect, Pause, Resume, Stop];
+
+fn phases() -> [(&'static str, Phase, bool); 9] {
+    let (peer, join): (NodeId, _) = ("b".parse().unwrap(), point(1, 5));
+    let value = Value::Solo { node: peer.clone(), incarnation: Incarnation(2) };
+    let to = Entry { term: Term(3), proposal: ProposalId(1), value };
+    let paired = Phase::Paired { peer: peer.clone(), replica: ReplicaId(1) };
+    [
+        ("alone", Phase::Alone, false),
+        ("alone, the end proposed", Phase::Alone, true),
+        ("seeding", Phase::Seeding { peer: peer.clone() }, false),
+        ("joining", Phase::Joining { peer: peer.clone(), join }, false),
+        ("pairing", Phase::Pairing { peer, join }, true),
+        ("paired", paired.clone(), false),
+        ("paired, solo proposed", paired, true),
+        ("lost", Phase::Lost { to }, false),
+        ("over", Phase::Over, false),
+    ]
+}
+
+/// For each phase: protect, pause, resume, stop; `-` is done, a word is part of why not.
+const TABLE: [[&str; 4]; 9] = [
+    ["-", "-", "-", "-"],
+    ["try again", "being stopped", "-", "-"],
+    ["joining already", "-", "-", "-"],
+    ["joining already", "-", "-", "-"],
+    ["joining already", "-", "-", "-"],
+    ["protected already", "-", "-", "-"],
+    ["protected already", "-", "-", "-"],
+    ["does not run", "does not run", "does not run", "handed back"],
+    ["does not run", "does not run", "does not run", "-"],
+];
+
+#[test]
+fn every_phase_answers_every_wish() {
+    for ((name, phase, proposing), row) in phases().into_iter().zip(TABLE) {
+        for (asked, wanted) in ASKED.into_iter().zip(row) {
+            let found = judge(asked, &phase, proposing, false).map_or_else(|why| why, |()| "-");
+            assert!(found.contains(wanted), "{asked:?} while {name}: {found:?}, not {wanted:?}");
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_is_being_stopped_can_only_be_stopped() {
+    for (name, phase, proposing) in phases() {
+        for asked in [Protect, Pause, Resume] {
+            assert!(judge(asked, &phase, proposing, true).is_err(), "{asked:?} while {name}");
+        }
+    }
+}

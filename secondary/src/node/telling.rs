@@ -1,0 +1,122 @@
+//! How a follower keeps its account: after every event, and for every epoch that it has staged and applied.
+
+use colo_common::Point;
+use colo_common::register::Entry;
+use colo_primary::node::status::{Policy, Report, Role};
+use colo_proto::message::SeedMode;
+use std::time::{Duration, Instant};
+
+use super::{Follower, Outcome, READ_INTERVAL};
+use crate::replica::{AckPolicy, Copy};
+use crate::staging::{Measures, StagedEpoch};
+
+/// Between two looks at a register that is known to be older than what the runner says.
+const SOON: Duration = Duration::from_millis(50);
+
+/// An epoch that is staged and not applied.
+pub(super) struct Noted {
+    point: Point,
+    measures: Measures,
+    /// From its last frame to here.
+    stage: Duration,
+    console: u64,
+}
+
+impl Follower {
+    /// What an ack means.
+    pub(super) fn policy(&self) -> Policy {
+        let disk = self.replica.policy() == AckPolicy::Disk;
+        Policy { disk, pending: self.replica.is_changing_policy() }
+    }
+
+    /// Reads the register for the account, whose answer decides nothing: nobody asked on behalf of the protocol.
+    pub(super) fn look_at_register(&mut self, now: Instant) {
+        // Without a link it is read anyhow.
+        if now < self.next_look || self.link.is_none() {
+            return;
+        }
+        let known = self.board.status().register.map(|entry| entry.term);
+        let old = known.unwrap_or_default() < self.replica.fence();
+        self.next_look = now + if old { SOON } else { READ_INTERVAL };
+        self.arbiter.read();
+    }
+
+    /// Writes down what has changed.
+    pub(super) fn tell(&mut self) {
+        let role = match self.replica.copy() {
+            _ if matches!(self.end, Some(Outcome::Run(..))) || self.replica.is_proposing() => Role::Promoting,
+            _ if self.end.is_some() => Role::Stopped,
+            Copy::Whole { .. } => Role::Following,
+            Copy::Inconsistent if self.link.is_some() => Role::Receiving,
+            _ => Role::Waiting,
+        };
+        let stale = match self.replica.copy() {
+            Copy::Stale { point } => Some(*point),
+            _ => None,
+        };
+        self.marks.backlog_bytes = self.budget.used();
+        let state = self.tip.as_ref().map(|tip| &tip.epoch.state);
+        let state = state.or(self.restored.as_ref().map(|restored| &restored.state));
+        let input = state.map_or(0, |state| state.console_input);
+        self.board.change(|status| {
+            (status.role, status.replica, status.stale) = (role, self.replica_id(), stale);
+            (status.marks, status.acked) = (self.marks, self.replica.acked());
+            status.link_stands(self.link.is_some());
+            status.proposing = self.replica.is_proposing();
+            status.policy = Some(self.policy());
+            status.failure = self.store_failed.as_ref().map(|why| format!("the store has failed: {why}"));
+            (status.released, status.input, status.input_done) = (self.console.end(), input, input);
+            if role != Role::Following && role != Role::Promoting {
+                status.epoch_at = None;
+            }
+            if status.history != self.history {
+                status.history = self.history.clone();
+            }
+        });
+    }
+
+    /// The register was found.
+    pub(super) fn remember(&mut self, found: Option<&Entry>) {
+        if let (Some(entry), Some(persister)) = (found, &self.persister)
+            && self.board.status().register.as_ref().map(|known| known.term) != Some(entry.term)
+        {
+            persister.order(crate::persist::Job::Term(entry.term));
+        }
+        self.board.change(|status| status.found(found));
+    }
+
+    /// A copy begins; what was staged of the one before is not told any more.
+    pub(super) fn note_seed(&mut self, mode: SeedMode) {
+        self.staged.clear();
+        self.board.count(|counters| counters.copy_begins(mode));
+    }
+
+    /// An epoch is staged.
+    pub(super) fn note_staged(&mut self, epoch: &StagedEpoch) {
+        let stage = epoch.measures.arrived.map_or(Duration::ZERO, |at| at.elapsed());
+        let (point, measures, console) = (epoch.point, epoch.measures, epoch.state.output.console);
+        self.staged.push_back(Noted { point, measures, stage, console });
+        self.board.change(|status| status.epoch_at = Some(Instant::now()));
+    }
+
+    /// The epoch at `point` is applied, which took so long.
+    pub(super) fn note_applied(&mut self, point: Point, took: Duration) {
+        while let Some(noted) = self.staged.pop_front_if(|noted| noted.point <= point) {
+            let Measures { pages, zero_pages, wire_bytes, .. } = noted.measures;
+            self.board.report(Report {
+                point: noted.point,
+                role: Role::Following,
+                pages,
+                zero_pages,
+                wire_bytes,
+                timing: None,
+                ack: None,
+                stage: Some(noted.stage),
+                apply: Some(took),
+                in_flight: self.staged.len(),
+                backlog_bytes: self.budget.used(),
+                console: noted.console,
+            });
+        }
+    }
+}
