@@ -137,7 +137,7 @@ fn memcpy(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, page
 fn store(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, source: &Source) {
     let directory = tempfile::tempdir().expect("a directory");
     let store = Store::open(directory.path(), &source.vm).expect("a store");
-    let (tell, told) = crossbeam_channel::unbounded();
+    let (tell, told) = std::sync::mpsc::channel();
     let persister = Persister::start(store, move |persisted| drop(tell.send(persisted))).expect("a thread");
     let wait = || loop {
         match told.recv().expect("the thread lives") {
