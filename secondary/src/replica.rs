@@ -122,6 +122,11 @@ impl Replica {
         self.active
     }
 
+    /// Whether a guest that this node ran when it crashed is booted anew.
+    pub fn boots_after_crash(&self) -> bool {
+        self.rules.boot_after_crash
+    }
+
     /// Whether a proposal waits for its answer.
     pub fn is_proposing(&self) -> bool {
         self.pending.is_some()

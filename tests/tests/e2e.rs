@@ -16,6 +16,8 @@ mod linux;
 mod network;
 #[path = "e2e/operator.rs"]
 mod operator;
+#[path = "e2e/rejoins.rs"]
+mod rejoins;
 #[path = "e2e/starts.rs"]
 mod starts;
 

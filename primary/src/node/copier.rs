@@ -1,7 +1,7 @@
 //! The thread that reads guest memory behind the running guest and sends it to a secondary.
 
-use colo_common::{Gfn, PAGE_SIZE};
-use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests};
+use colo_common::{Gfn, PAGE_SIZE, Point};
+use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests, SeedMode};
 use colo_vmm::page_batch::is_zero;
 use colo_vmm::{DirtySet, GuestMemory, PageBatch, PagePool};
 use crossbeam_channel::{Receiver, Sender};
@@ -25,8 +25,32 @@ pub(super) enum First {
     Populated,
     /// What differs, by digests that the secondary is asked for.
     Differing,
-    /// These frames: (first, frames).
-    Frames(Vec<(Gfn, u64)>),
+    /// What was written since this point: (first frame, frames).
+    Since(Point, Vec<(Gfn, u64)>),
+}
+
+impl First {
+    /// As the secondary is told.
+    pub(super) fn mode(&self) -> SeedMode {
+        match self {
+            Self::Populated => SeedMode::Full,
+            Self::Differing => SeedMode::Resync,
+            Self::Since(point, _) => SeedMode::Since(*point),
+        }
+    }
+}
+
+impl std::fmt::Display for First {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Populated => f.write_str("all populated memory is sent"),
+            Self::Differing => f.write_str("what differs is sent"),
+            Self::Since(point, runs) => {
+                let pages: u64 = runs.iter().map(|(_, frames)| frames).sum();
+                write!(f, "{pages} pages that were written since {point} are sent")
+            }
+        }
+    }
 }
 
 /// What the thread is to do next.
@@ -74,7 +98,7 @@ impl Copier {
     fn copy(&mut self, begin: Transfer, first: First) -> Result<(), Stopped> {
         self.send(begin)?;
         let (runs, compared) = match first {
-            First::Frames(runs) => (runs, false),
+            First::Since(_, runs) => (runs, false),
             First::Populated => (self.populated()?, false),
             First::Differing => (self.populated()?, true),
         };

@@ -7,7 +7,7 @@
 //! is sent only those; else everything is compared by digests, or sent.
 
 use colo_common::Point;
-use colo_proto::message::{RangeDigests, SeedMode};
+use colo_proto::message::RangeDigests;
 use colo_vmm::DirtySet;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
@@ -66,9 +66,10 @@ impl Node {
         offer: &Offer,
         base: Option<Point>,
     ) -> Result<(), NodeError> {
-        let (mode, first) = self.first_pass(offer, base)?;
+        let first = self.first_pass(offer, base)?;
+        let mode = first.mode();
         self.board.seed_begins(mode);
-        tracing::info!(vm = %self.vm, pages = self.dirty.len(), "a copy begins: {mode:?}");
+        tracing::info!(vm = %self.vm, "a copy begins: {first}");
         let begin = Transfer::SeedBegin { mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
         let memory = Arc::clone(self.guest.memory());
@@ -79,14 +80,14 @@ impl Node {
         Ok(())
     }
 
-    fn first_pass(&mut self, offer: &Offer, base: Option<Point>) -> Result<(SeedMode, First), NodeError> {
+    fn first_pass(&mut self, offer: &Offer, base: Option<Point>) -> Result<First, NodeError> {
         self.kept_since = None;
         if let Some(base) = base.filter(|_| !self.send_all) {
             self.collect()?;
             if !self.unknown {
                 let runs = self.dirty.runs().collect();
                 self.dirty.clear();
-                return Ok((SeedMode::Since(base), First::Frames(runs)));
+                return Ok(First::Since(base, runs));
             }
         }
         self.guest.unprotect()?;
@@ -94,8 +95,8 @@ impl Node {
         self.dirty = DirtySet::new(self.dirty.frames());
         self.unknown = false;
         Ok(match offer.staged.filter(|_| !self.send_all) {
-            Some(_) => (SeedMode::Resync, First::Differing),
-            None => (SeedMode::Full, First::Populated),
+            Some(_) => First::Differing,
+            None => First::Populated,
         })
     }
 

@@ -39,7 +39,7 @@ use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::{judge_epoch, judge_seed};
-pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load};
+pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load, offered};
 pub use promoting::{HandBack, Promotion};
 pub use starting::{FirstLook, Known, first_look};
 use tray::Told;

@@ -254,7 +254,7 @@ impl Follower {
 }
 
 /// What a copy can be gone on with from: its id and point, or the point of a base for a resync by digests.
-pub(super) fn offered(copy: &Copy) -> (Option<ReplicaId>, Option<Point>, Option<Point>) {
+pub fn offered(copy: &Copy) -> (Option<ReplicaId>, Option<Point>, Option<Point>) {
     match copy {
         Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged), None),
         Copy::Stale { point } => (None, None, Some(*point)),

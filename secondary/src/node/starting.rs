@@ -26,6 +26,8 @@ pub struct Known<'a> {
     pub starting: bool,
     /// The operator's word.
     pub again: bool,
+    /// `on_crash = boot`.
+    pub boots: bool,
 }
 
 /// What follows from it.
@@ -37,6 +39,8 @@ pub enum FirstLook {
     GoOn,
     /// Start the stopped vm again.
     Again,
+    /// Follow, although the register names a dead process of this node: with a line for the operator.
+    Wait(String),
     /// End, with a line for the operator.
     End(String),
 }
@@ -63,6 +67,12 @@ pub fn first_look(known: Known<'_>, found: Option<&Entry>) -> FirstLook {
         {
             FirstLook::GoOn
         }
+        Value::Solo { node, .. } if node == known.me && known.active && !known.boots && !known.again => {
+            FirstLook::Wait(format!(
+                "the register says: {entry}, and the guest's memory was lost with the process that ran it: set \
+                 on_crash = \"boot\" to boot the guest anew from its disk"
+            ))
+        }
         _ if known.again => FirstLook::End(format!(
             "the register says: {entry}; --again starts a vm that was stopped on this node: leave it out"
         )),
@@ -79,9 +89,15 @@ impl Follower {
             active: self.replica.is_active(),
             starting: self.replica.is_starting(),
             again: std::mem::take(&mut self.again),
+            boots: self.replica.boots_after_crash(),
         };
         let done = match first_look(known, found) {
             FirstLook::Follow => self.end_start(),
+            FirstLook::Wait(why) => {
+                tracing::warn!(vm = %self.vm, "{why}");
+                self.board.error(why);
+                self.end_start()
+            }
             FirstLook::GoOn => Ok(()),
             FirstLook::Again => self.start_again(found),
             FirstLook::End(why) => Err(why),
@@ -155,7 +171,7 @@ mod tests {
 
     fn look(active: bool, starting: bool, again: bool, found: Option<&Entry>) -> FirstLook {
         let me = node("b");
-        first_look(Known { me: &me, incarnation: ME, active, starting, again }, found)
+        first_look(Known { me: &me, incarnation: ME, active, starting, again, boots: false }, found)
     }
 
     fn ends(look: &FirstLook, word: &str) -> bool {
@@ -177,8 +193,10 @@ mod tests {
     fn a_granted_start_goes_on_and_any_other_is_over() {
         assert_eq!(look(true, true, false, Some(&solo("b", ME))), FirstLook::GoOn);
         assert_eq!(look(true, true, true, Some(&solo("b", ME))), FirstLook::GoOn);
-        assert_eq!(look(true, false, false, Some(&solo("b", ME))), FirstLook::Follow);
-        assert_eq!(look(true, true, false, Some(&solo("b", Incarnation(1)))), FirstLook::Follow);
+        let waits = |look: FirstLook| matches!(look, FirstLook::Wait(why) if why.contains("on_crash"));
+        assert!(waits(look(true, false, false, Some(&solo("b", ME)))));
+        assert!(waits(look(true, true, false, Some(&solo("b", Incarnation(1))))));
+        assert_eq!(look(false, false, false, Some(&solo("b", Incarnation(1)))), FirstLook::Follow);
         assert_eq!(look(true, true, false, Some(&solo("a", ME))), FirstLook::Follow);
         assert_eq!(look(false, false, false, None), FirstLook::Follow);
     }

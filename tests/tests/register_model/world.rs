@@ -332,12 +332,12 @@ impl World {
         let mut replica = Replica::new(name(node), incarnation(node, this.born), rules, stored);
         replica.mutate(config.follower);
         let (me, process) = (name(node), incarnation(node, this.born));
-        let known = Known { me: &me, incarnation: process, active, starting, again: false };
+        let known = Known { me: &me, incarnation: process, active, starting, again: false, boots: false };
         this.store.starting = match first_look(known, Some(&register)) {
             FirstLook::GoOn => true,
             // It ends, and leaves all as it is.
             FirstLook::End(_) => starting,
-            FirstLook::Follow | FirstLook::Again => false,
+            FirstLook::Follow | FirstLook::Wait(_) | FirstLook::Again => false,
         };
         replica.go_on_starting(this.store.starting);
         let held = image.map_or(Ghost::default(), |(_, held)| held);

@@ -6,9 +6,9 @@ use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind};
 use colo_proto::message::SeedMode;
-use colo_secondary::node::{judge_epoch, judge_seed};
+use colo_secondary::node::{judge_epoch, judge_seed, offered};
 use colo_secondary::persist::ToStore;
-use colo_secondary::replica::{Action, Copy, Refusal};
+use colo_secondary::replica::{Action, Refusal};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
 use colo_secondary::store::Base;
 use colo_vmm::egress::Output;
@@ -74,16 +74,11 @@ impl Follower {
             common.send(number, Way::Hear, Msg::Refused(why));
             return;
         }
-        let (replica, staged) = match self.replica.copy() {
-            Copy::Whole { replica, staged, .. } => (Some(*replica), Some(*staged)),
-            Copy::Stale { point } => (None, Some(*point)),
-            Copy::Inconsistent => (None, Some(colo_common::Point::default())),
-            Copy::Nothing => (None, None),
-        };
+        let (replica, staged, stale) = offered(self.replica.copy());
         let max_epoch_bytes = common.plan.max_epoch_bytes;
         let staging = Staging::new(FRAMES, max_epoch_bytes, common.digest());
         common.net.accept(number, self.incarnation, common.now);
-        let offer = Offer { replica, staged };
+        let offer = Offer { replica, staged: staged.or(stale) };
         let me = self.me.clone();
         common.send(number, Way::Hear, Msg::Welcome { node: me, offer, max_epoch_bytes });
         if let Some(old) = &self.link {

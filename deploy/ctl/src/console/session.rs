@@ -244,8 +244,8 @@ impl Input {
 
     /// The guest goes on with input at `offset`, whoever typed it. Tells how many bytes are gone that were safe, at most.
     fn attach(&mut self, offset: u64) -> u64 {
-        if let Some(place) = self.place.filter(|place| !life::is_same(*place, offset)) {
-            return self.begin_anew(place, offset);
+        if self.place.is_some_and(|place| !life::is_same(place, offset)) {
+            return self.begin_anew(offset);
         }
         let begin = |(len, end): &(usize, u64)| end.saturating_sub(*len as u64);
         // What was taken and is before the end is there; what came after it is not.
@@ -276,9 +276,9 @@ impl Input {
     }
 
     /// Another guest: what was sent to the one before it is gone with it. Tells how many bytes that are.
-    fn begin_anew(&mut self, before: u64, offset: u64) -> u64 {
-        // A node that goes back to a guest before has lost what was safe as well.
-        let gone = self.tried as u64 + before.saturating_sub(offset).min(self.safe);
+    fn begin_anew(&mut self, offset: u64) -> u64 {
+        // Nodes promise not to go back to a guest before; that would lose what was safe as well.
+        let gone = self.safe.saturating_sub(offset).saturating_add(self.tried as u64);
         self.kept.drain(..self.tried);
         self.taken.clear();
         (self.sent, self.tried, self.count) = (0, 0, 0);
