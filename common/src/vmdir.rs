@@ -10,8 +10,9 @@
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::durable::{self, Lock};
 use crate::ids::{Incarnation, Term, VmId};
@@ -98,7 +99,7 @@ pub struct Runner {
 pub struct VmDirectory {
     path: PathBuf,
     vm: VmId,
-    _lock: File,
+    lock: File,
 }
 
 #[derive(Deserialize)]
@@ -109,6 +110,7 @@ struct Lines {
     seen: u64,
     active: Option<u64>,
     starting: Option<String>,
+    place: Option<String>,
 }
 
 impl VmDirectory {
@@ -129,7 +131,7 @@ impl VmDirectory {
         lock.set_len(0)
             .and_then(|()| lock.write_all(id.as_bytes()))
             .map_err(|e| failed("write", &lock_path, e))?;
-        let directory = Self { path: path.to_owned(), vm: vm.clone(), _lock: lock };
+        let directory = Self { path: path.to_owned(), vm: vm.clone(), lock };
         directory.runner()?;
         Ok(directory)
     }
@@ -152,6 +154,14 @@ impl VmDirectory {
     /// Where boot files are kept as the runner sent them.
     pub fn boot(&self) -> PathBuf {
         self.path.join("boot")
+    }
+
+    /// What tells this directory from a copy of it: the lock file's number and birth. Nothing where the filesystem does
+    /// not say: then no start is noted, and one that is cut off between its grant and its first vCPU needs the operator.
+    fn place(&self) -> Option<String> {
+        let file = self.lock.metadata().ok()?;
+        let born = file.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        Some(format!("{}-{}", file.ino(), born.as_nanos()))
     }
 
     fn runner_path(&self) -> PathBuf {
@@ -182,7 +192,9 @@ impl VmDirectory {
         if lines.seen > MAX_TERM || lines.active.is_some_and(|active| active > lines.seen) {
             return Err(damaged("its terms are out of range".to_owned()));
         }
-        let starting = lines.starting.map(|text| incarnation(&text)).transpose().map_err(damaged)?;
+        // A copy of the directory, or one restored, must not pass for the process that noted it.
+        let noted = lines.starting.filter(|_| lines.place == self.place());
+        let starting = noted.map(|text| incarnation(&text)).transpose().map_err(damaged)?;
         Ok(Some(Runner { seen: Term(lines.seen), active: lines.active.map(Term), starting }))
     }
 
@@ -198,7 +210,9 @@ impl VmDirectory {
         assert!(before <= runner.seen && runner.seen.0 <= MAX_TERM, "{} after {before}", runner.seen);
         assert!(runner.active <= Some(runner.seen), "{runner:?}");
         let active = runner.active.map(|term| format!("active = {}\n", term.0)).unwrap_or_default();
-        let starting = runner.starting.map(|process| format!("starting = \"{:032x}\"\n", process.0));
+        let starting = runner.starting.zip(self.place());
+        let starting = starting
+            .map(|(process, place)| format!("starting = \"{:032x}\"\nplace = \"{place}\"\n", process.0));
         let starting = starting.unwrap_or_default();
         let text = format!(
             "# What this node knows of the vm, kept by Colo. Do not edit it.\n\
@@ -276,6 +290,20 @@ mod tests {
         assert!(error.contains(&id) && error.contains("end that one"), "{error}");
         drop(directory);
         open(place.path());
+    }
+
+    #[test]
+    fn a_copy_of_the_directory_does_not_go_on_with_a_start() {
+        let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let directory = open(place.path());
+        directory.set_runner(Runner { seen: Term(4), active: None, starting: Some(Incarnation(7)) }).unwrap();
+        for file in ["lock", "runner.toml"] {
+            fs::copy(place.path().join(file), other.path().join(file)).unwrap();
+        }
+        let copied = open(other.path()).runner().unwrap().unwrap();
+        assert_eq!(copied, Runner { seen: Term(4), active: None, starting: None });
+        drop(directory);
+        assert_eq!(open(place.path()).runner().unwrap().unwrap().starting, Some(Incarnation(7)));
     }
 
     #[test]

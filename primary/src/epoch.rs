@@ -2,9 +2,11 @@
 
 use colo_common::PAGE_SIZE;
 use colo_common::limits::MAX_HELD_OUTPUT;
+use colo_proto::message::ITEM_COST;
 use colo_proto::pages::RUN_LEN;
 use std::time::{Duration, Instant};
 
+use crate::release::Size;
 use crate::replicator::Phase;
 
 /// Time between two cuts unless something asks for an earlier one.
@@ -50,10 +52,17 @@ pub fn fits(pages: u64, limit: u64) -> bool {
     pages * (PAGE_SIZE + RUN_LEN) as u64 <= limit - limit / 8
 }
 
-/// Whether an epoch more may be in flight, with so many bytes of output held and epochs of at most `limit` bytes: all
-/// that is held must fit one of them, for a secondary that comes back.
+/// Whether an epoch more may be in flight, with so many bytes of output held and epochs of at most `limit` bytes: what
+/// is held should fit one of them, for a secondary that comes back. With nothing in flight there is nothing to wait for.
 pub fn has_room(in_flight: usize, window: usize, held: usize, limit: u64) -> bool {
-    in_flight < window && (held as u64) < (limit / 2).min(MAX_HELD_OUTPUT as u64)
+    let bound = (limit / 2).min(MAX_HELD_OUTPUT as u64);
+    in_flight == 0 || (in_flight < window && (held as u64) < bound)
+}
+
+/// Whether so much output can be told in one epoch to a secondary that takes `limit` bytes. What its items count for
+/// is in the share that [`fits`] leaves.
+pub fn can_tell(output: Size, limit: u64) -> bool {
+    output.bytes as u64 <= limit && output.items as u64 * ITEM_COST <= limit / 16
 }
 
 /// What becomes of a guest that was cut and stands.
@@ -80,24 +89,38 @@ pub struct SeedState {
     pub waits_for_rest: bool,
 }
 
-/// The turn of a guest that stands. `sound`: its dirty set is known and makes one epoch; `room`: the link is up and an
-/// epoch more may be in flight.
-pub fn turn(phase: &Phase, sound: bool, room: bool, seed: SeedState) -> Turn {
+/// What is known of a guest that stands, and of its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stand {
+    /// Its dirty set is known and makes one epoch, with what has to be told.
+    pub is_sound: bool,
+    /// The link is up and an epoch more may be in flight.
+    pub has_room: bool,
+    /// This node may ask to run alone: the secondary is there and gets a new copy, or the operator does not hold.
+    pub may_leave: bool,
+    /// The seed.
+    pub seed: SeedState,
+}
+
+/// The turn of a guest that stands.
+pub fn turn(phase: &Phase, stand: Stand) -> Turn {
+    let Stand { is_sound, has_room, may_leave, seed } = stand;
     match phase {
         Phase::Lost { .. } | Phase::Over => Turn::Wait,
         Phase::Alone => Turn::Number,
         Phase::Seeding { .. } if seed.is_idle => Turn::Complete,
         Phase::Seeding { .. } if seed.waits_for_rest => Turn::Wait,
         Phase::Seeding { .. } => Turn::Number,
-        _ if !sound => Turn::GiveUp,
-        _ if room => Turn::Ship,
+        _ if !is_sound && may_leave => Turn::GiveUp,
+        _ if is_sound && has_room => Turn::Ship,
         _ => Turn::Wait,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Pacer, SeedState, Turn, fits, has_room, is_full, turn};
+    use super::{Pacer, SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
+    use crate::release::Size;
     use crate::replicator::Phase;
     use colo_common::ReplicaId;
     use std::time::{Duration, Instant};
@@ -114,8 +137,17 @@ mod tests {
     #[test]
     fn a_guest_waits_for_acks_and_for_output_to_go_out() {
         assert!(has_room(7, 8, 0, 1 << 28) && !has_room(8, 8, 0, 1 << 28));
-        assert!(has_room(0, 8, (16 << 20) - 1, 1 << 28) && !has_room(0, 8, 16 << 20, 1 << 28));
-        assert!(!has_room(0, 8, 8 << 20, 16 << 20), "it could not be told again in one epoch");
+        assert!(has_room(1, 8, (16 << 20) - 1, 1 << 28) && !has_room(1, 8, 16 << 20, 1 << 28));
+        assert!(!has_room(1, 8, 8 << 20, 16 << 20), "it could not be told again in one epoch");
+        assert!(has_room(0, 8, 64 << 20, 16 << 20), "no ack would ever come");
+    }
+
+    #[test]
+    fn output_that_no_epoch_can_tell_is_known() {
+        let limit = 16 << 20;
+        assert!(can_tell(Size { bytes: 16 << 20, items: 16384 }, limit));
+        assert!(!can_tell(Size { bytes: (16 << 20) + 1, items: 1 }, limit));
+        assert!(!can_tell(Size { bytes: 0, items: 16385 }, limit));
     }
 
     #[test]
@@ -123,15 +155,24 @@ mod tests {
         let peer = || "b".parse().unwrap();
         let (alone, seeding) = (Phase::Alone, Phase::Seeding { peer: peer() });
         let paired = Phase::Paired { peer: peer(), replica: ReplicaId(1) };
-        let seed = |is_idle, waits_for_rest| SeedState { is_idle, waits_for_rest };
-        assert_eq!(turn(&alone, false, false, SeedState::default()), Turn::Number);
-        assert_eq!(turn(&seeding, true, true, seed(true, true)), Turn::Complete);
-        assert_eq!(turn(&seeding, true, true, seed(false, true)), Turn::Wait);
-        assert_eq!(turn(&seeding, false, true, seed(false, false)), Turn::Number);
-        assert_eq!(turn(&paired, true, true, SeedState::default()), Turn::Ship);
-        assert_eq!(turn(&paired, true, false, SeedState::default()), Turn::Wait);
-        assert_eq!(turn(&paired, false, false, SeedState::default()), Turn::GiveUp);
-        assert_eq!(turn(&Phase::Over, true, true, SeedState::default()), Turn::Wait);
+        let stand = |is_sound, has_room| {
+            let seed = SeedState::default();
+            Stand { is_sound, has_room, may_leave: true, seed }
+        };
+        let seeds = |is_sound, is_idle, waits_for_rest| {
+            let seed = SeedState { is_idle, waits_for_rest };
+            turn(&seeding, Stand { seed, ..stand(is_sound, true) })
+        };
+        assert_eq!(turn(&alone, stand(false, false)), Turn::Number);
+        assert_eq!(seeds(true, true, true), Turn::Complete);
+        assert_eq!(seeds(true, false, true), Turn::Wait);
+        assert_eq!(seeds(false, false, false), Turn::Number);
+        assert_eq!(turn(&paired, stand(true, true)), Turn::Ship);
+        assert_eq!(turn(&paired, stand(true, false)), Turn::Wait);
+        assert_eq!(turn(&paired, stand(false, false)), Turn::GiveUp);
+        let held = Stand { may_leave: false, ..stand(false, false) };
+        assert_eq!(turn(&paired, held), Turn::Wait, "the operator holds, and nobody is there");
+        assert_eq!(turn(&Phase::Over, stand(true, true)), Turn::Wait);
     }
 
     #[test]

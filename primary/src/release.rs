@@ -13,6 +13,15 @@ pub trait Sink: Send {
     fn let_out(&mut self, output: Output);
 }
 
+/// How much output that is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Bytes of console and frames.
+    pub bytes: usize,
+    /// Items.
+    pub items: usize,
+}
+
 /// Output by epoch, oldest first.
 #[derive(Debug, Default)]
 pub struct Release {
@@ -79,6 +88,16 @@ impl Release {
     /// Bytes that are held.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// How much is held of one epoch; or of all.
+    pub fn size_of(&self, epoch: Option<Epoch>) -> Size {
+        let wanted = |of: Epoch| epoch.is_none_or(|epoch| epoch == of);
+        let held = self.held.iter().filter(|(of, _)| wanted(*of));
+        held.fold(Size::default(), |sum, (_, output)| Size {
+            bytes: sum.bytes + size(output),
+            items: sum.items + output.items.len(),
+        })
     }
 
     /// What is held of one epoch.

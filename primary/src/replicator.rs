@@ -128,6 +128,11 @@ impl<C: Carried> Replicator<C> {
         self.acked
     }
 
+    /// The newest point that the copy has acked, in any term.
+    pub fn covered(&self) -> Option<Point> {
+        self.covered
+    }
+
     /// Epochs that are cut and not acked.
     pub fn in_flight(&self) -> usize {
         self.flight.len()

@@ -162,8 +162,9 @@ impl Receiver {
         let opening = self.open(number, connection, vm, &pulse);
         let opened = match tokio::time::timeout(HANDSHAKE_LIMIT, opening).await {
             Ok(Ok(opened)) => opened,
-            Ok(Err(why)) => return why,
-            Err(_) => return "the runner does not say what it wants".to_owned(),
+            // The node may have taken the link already.
+            Ok(Err(why)) => return self.down(number, why).await,
+            Err(_) => return self.down(number, "the runner does not say what it wants".to_owned()).await,
         };
         let Opened { say, hear, words, agreed, term } = opened;
         pulse.hear();
@@ -173,6 +174,10 @@ impl Receiver {
             why = speak(say, words, vm) => why,
             why = self.receive(number, connection, vm, &agreed, &pulse) => why,
         };
+        self.down(number, why).await
+    }
+
+    async fn down(&self, number: u64, why: String) -> String {
         self.tell(number, LinkEvent::Down(why.clone())).await;
         why
     }

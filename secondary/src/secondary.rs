@@ -51,10 +51,16 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
     let arbiter = serve::arbiter(&config.arbiter)?;
+    let starting = directory.runner()?.and_then(|known| known.starting);
+    if starting.is_some() && !directory.store().exists() {
+        let path = directory.path().display();
+        bail!(
+            "a start of the guest by colo-primary was cut off in {path}: start colo-primary again, which goes on with it"
+        );
+    }
     let store = Store::open(&directory.store(), &config.vm)?;
     let directory = Arc::new(directory);
     // A start again that was cut off is gone on with as the same process.
-    let starting = directory.runner()?.and_then(|known| known.starting);
     let incarnation = starting.unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);

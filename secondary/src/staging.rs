@@ -13,8 +13,8 @@ use colo_common::{Gfn, History, PAGE_SIZE, Point};
 use colo_primary::release::end_of;
 use colo_proto::frame::{Frame, HEADER_LEN, Kind};
 use colo_proto::message::{
-    EpochBegin, EpochEnd, Message, MessageError, Output as WireOutput, OutputItem as WireItem, Position,
-    SeedBegin, SeedMode, TransferDigest,
+    EpochBegin, EpochEnd, ITEM_COST, Message, MessageError, Output as WireOutput, OutputItem as WireItem,
+    Position, SeedBegin, SeedMode, TransferDigest,
 };
 use colo_proto::pages::{Content, PagesError, Run, RunTable};
 use colo_vmm::MachineState;
@@ -23,9 +23,6 @@ use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::memory::{GuestMemory, MemoryError, Page};
 use colo_vmm::state::StateError;
 use std::time::Instant;
-
-/// What a frame or an item of output costs here beside its bytes.
-const FRAME_COST: u64 = 64;
 
 /// Data pages of one frame, which lie one after the other in `bytes`.
 #[derive(Clone, Debug)]
@@ -359,7 +356,7 @@ impl Staging {
         let part = StagedPart { zeros, pages };
         let Stage::Epoch(epoch) = &mut self.stage else { return Ok(Step::SeedPages(part)) };
         // A run of zeros costs a few bytes here, whatever it covers, and a frame without any still costs some.
-        self.page_bytes += (frame.body().len() + frame.table().len()) as u64 + FRAME_COST;
+        self.page_bytes += (frame.body().len() + frame.table().len()) as u64 + ITEM_COST;
         if self.page_bytes > self.max_epoch_bytes {
             let (point, limit) = (epoch.point, self.max_epoch_bytes);
             return Err(StagingError::TooLarge { point, what: "pages", limit });
@@ -381,7 +378,7 @@ impl Staging {
     fn output(&mut self, part: WireOutput) -> Result<Step, StagingError> {
         let Stage::Epoch(epoch) = &mut self.stage else { return Ok(Step::More) };
         self.output_bytes += part.bytes();
-        self.page_bytes += part.items.len() as u64 * FRAME_COST;
+        self.page_bytes += part.items.len() as u64 * ITEM_COST;
         if self.output_bytes.max(self.page_bytes) > self.max_epoch_bytes {
             let (point, limit) = (epoch.point, self.max_epoch_bytes);
             return Err(StagingError::TooLarge { point, what: "output", limit });

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::telling::SentEpoch;
 use super::{Node, NodeError};
 use crate::checkpoint::{Standing, Timing, copy_out};
-use crate::epoch::{SeedState, Turn, fits, has_room, is_full, turn};
+use crate::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
 use crate::replicator::Request;
 use crate::transfer::{Epoch, Transfer};
 
@@ -56,8 +56,13 @@ impl Node {
             is_idle: self.seed_is_ready()?,
             waits_for_rest: self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest),
         };
-        let sound = !self.unknown && self.fits_epoch();
-        match turn(self.replicator.phase(), sound, self.has_room(), seed) {
+        let stand = Stand {
+            is_sound: !self.unknown && self.fits_epoch() && self.can_tell(),
+            has_room: self.has_room(),
+            may_leave: self.settings.solo_on_loss || self.replicator.is_linked(),
+            seed,
+        };
+        match turn(self.replicator.phase(), stand) {
             Turn::Wait => Ok(()),
             Turn::Number => self.number_alone(),
             Turn::Complete => self.send_rest_or_join(),
@@ -167,6 +172,14 @@ impl Node {
 
     fn is_epoch_full(&self) -> bool {
         is_full(self.dirty.len(), self.epoch_limit())
+    }
+
+    /// Whether the next epoch's output, and what has to be told again with it, is not too much for the secondary.
+    fn can_tell(&self) -> bool {
+        self.peer.as_ref().is_none_or(|peer| {
+            let next = self.replicator.next_point().epoch;
+            can_tell(self.release.size_of(Some(next).filter(|_| !peer.resend_output)), peer.max_epoch_bytes)
+        })
     }
 
     /// Whether the open set makes an epoch that the secondary takes.

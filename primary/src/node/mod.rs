@@ -333,7 +333,9 @@ impl Node {
 
     /// The register went to another: unless that one has run, its guest may be handed back.
     fn offer_hand_back(&self) {
-        if let (Phase::Lost { to }, Some(address)) = (self.replicator.phase(), &self.secondary) {
+        // A pause that came too late has only put it aside.
+        let known = self.secondary.as_ref().or(self.paused_secondary.as_ref());
+        if let (Phase::Lost { to }, Some(address)) = (self.replicator.phase(), known) {
             let offer = HandBack {
                 vm: self.vm.clone(),
                 node: self.me.clone(),

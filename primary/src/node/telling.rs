@@ -39,6 +39,7 @@ impl Node {
     }
 
     pub(super) fn on_ack(&mut self, ack: Ack) -> Result<(), NodeError> {
+        let before = self.replicator.covered();
         let actions = match self.replicator.ack(ack) {
             Ok(actions) => actions,
             Err(e) => {
@@ -47,8 +48,10 @@ impl Node {
                 return self.lose_link();
             }
         };
-        // Not before: a link that comes and goes without an ack is as good as none.
-        self.lost_since = None;
+        // Not before: a link that comes and goes with nothing new acked is as good as none.
+        if self.replicator.covered() > before {
+            self.lost_since = None;
+        }
         while let Some(sent) = self.sent.pop_front_if(|sent| sent.point <= ack.point) {
             self.report(&sent);
         }

@@ -24,8 +24,8 @@ pub use control::{
 };
 pub use digests::{DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, PageDigest, RangeDigests};
 pub use transfer::{
-    EpochBegin, EpochEnd, MAX_OUTPUT_ITEMS, MAX_POSITION, Output, OutputItem, Position, SeedBegin, SeedMode,
-    TransferDigest,
+    EpochBegin, EpochEnd, ITEM_COST, MAX_OUTPUT_ITEMS, MAX_POSITION, Output, OutputItem, Position, SeedBegin,
+    SeedMode, TransferDigest,
 };
 
 use colo_common::limits::MAX_HISTORY;

@@ -20,6 +20,9 @@ use crate::frame::{Header, Kind, MAX_BODY};
 /// in an epoch fits and a body of empty items does not grow beyond it in memory.
 pub const MAX_OUTPUT_ITEMS: usize = 2 * MAX_EPOCH_FRAMES + 1;
 
+/// What a frame of pages and an item of output count for beside their bytes, against the `max_epoch_bytes` of a secondary.
+pub const ITEM_COST: u64 = 64;
+
 /// Console bytes or frames of a guest's whole life, as in a machine state: far from where counting overflows.
 pub const MAX_POSITION: u64 = 1 << 62;
 

@@ -52,7 +52,7 @@ pub(super) struct Agreement {
 #[derive(Debug, thiserror::Error)]
 pub enum PairError {
     /// A copy of another guest is here.
-    #[error("this node holds a copy of this vm with another description ({held:016x}, offered {offered:016x}): stop the other guest, or remove {} to begin anew", directory.display())]
+    #[error("this node holds, or is sent, a copy of this vm with another description ({held:016x}, offered {offered:016x}): stop the other guest, or remove {} to begin anew", directory.display())]
     OtherSpec {
         /// Of the copy.
         held: u64,
@@ -62,7 +62,7 @@ pub enum PairError {
         directory: PathBuf,
     },
     /// A copy of a guest of another kind is here.
-    #[error("this node holds a copy of this vm as a guest on {held}, and the runner's is one on {offered}: stop the other guest, or remove {} to begin anew", directory.display())]
+    #[error("this node holds, or is sent, a copy of this vm as a guest on {held}, and the runner's is one on {offered}: stop the other guest, or remove {} to begin anew", directory.display())]
     OtherKind {
         /// Of the copy.
         held: String,
@@ -131,7 +131,7 @@ impl Follower {
         let PairRequest { spec, digest, .. } = request;
         let is_other = |warm: &&Warm| warm.digest != *digest || !warm.spec.kind.is_like(&spec.kind);
         if let Some(warm) = self.warm.as_ref().filter(is_other) {
-            if !matches!(self.replica.copy(), Copy::Nothing) {
+            if !matches!(self.replica.copy(), Copy::Nothing) || self.link.is_some() {
                 return Err(self.other_guest(warm, request));
             }
             (self.warm, self.applier) = (None, None);

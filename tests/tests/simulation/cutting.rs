@@ -1,7 +1,7 @@
 //! Cuts of a simulated runner: `primary::node::cutting`, function by function.
 
 use colo_primary::checkpoint::copy_out;
-use colo_primary::epoch::{SeedState, Turn, fits, has_room, is_full, turn};
+use colo_primary::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
 use colo_primary::replicator::Request;
 use colo_primary::transfer::Epoch;
 use colo_vmm::guest::Lifecycle;
@@ -75,8 +75,13 @@ impl Runner {
             is_idle: self.seed_is_ready(common),
             waits_for_rest: self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest),
         };
-        let sound = !self.unknown && self.fits_epoch(common);
-        match turn(self.replicator.phase(), sound, self.has_room(common), seed) {
+        let stand = Stand {
+            is_sound: !self.unknown && self.fits_epoch(common) && self.can_tell(),
+            has_room: self.has_room(common),
+            may_leave: common.plan.solo_on_loss || self.replicator.is_linked(),
+            seed,
+        };
+        match turn(self.replicator.phase(), stand) {
             Turn::Wait => {}
             Turn::Number => self.number_alone(common),
             Turn::Complete => self.send_rest_or_join(common),
@@ -184,6 +189,13 @@ impl Runner {
 
     fn is_epoch_full(&self, common: &Common) -> bool {
         is_full(self.dirty.len(), self.epoch_limit(common))
+    }
+
+    fn can_tell(&self) -> bool {
+        self.peer.as_ref().is_none_or(|peer| {
+            let next = self.replicator.next_point().epoch;
+            can_tell(self.release.size_of(Some(next).filter(|_| !peer.resend_output)), peer.max_epoch_bytes)
+        })
     }
 
     pub(crate) fn fits_epoch(&self, common: &Common) -> bool {

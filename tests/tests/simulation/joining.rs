@@ -106,11 +106,13 @@ impl Runner {
 
     fn on_ack(&mut self, ack: Ack, common: &mut Common) {
         common.note(self.x, || format!("takes the ack of {} in {}", ack.point, ack.term));
+        let before = self.replicator.covered();
         match self.replicator.ack(ack) {
             Ok(actions) => {
                 common.count("acks");
-                // In `status.rs`, of all places.
-                self.lost_since = None;
+                if self.replicator.covered() > before {
+                    self.lost_since = None;
+                }
                 self.act(actions, common);
             }
             Err(e) => {
