@@ -166,8 +166,10 @@ impl Follower {
             }
             Ok(Step::Whole(epoch)) => self.on_epoch(*epoch, common),
             Err(e) => {
+                if matches!(e, colo_secondary::staging::StagingError::TooLarge { .. }) {
+                    common.outside.broken(|| format!("more came than this node said that it takes: {e}"));
+                }
                 common.count(match e {
-                    colo_secondary::staging::StagingError::TooLarge { .. } => "epochs too large",
                     colo_secondary::staging::StagingError::Index { .. } => "frames out of order",
                     _ => "transfers refused",
                 });
