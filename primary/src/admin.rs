@@ -165,7 +165,7 @@ impl Admin for AdminService {
                 }
             }
             Ok(v1::stop_request::Scope::Node) => match self.0.part() {
-                Part::Runner(outbox) => drop(outbox.send(Event::Command(Command::Leave))),
+                Part::Runner(_) => self.0.command(|reply| Command::Leave { reply: Some(reply) }).await?,
                 Part::Follower(control) => control.leave(),
                 Part::None => {}
             },

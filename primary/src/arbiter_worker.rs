@@ -1,4 +1,7 @@
 //! The one thread of a node that talks to the arbiter: whatever the arbiter takes, nothing else waits.
+//!
+//! A register is never removed. So one that was there and is gone is not an answer but an arbiter that has lost its
+//! memory, or another one: nobody moves until it has it again.
 
 use colo_common::arbiter::Arbiter;
 use colo_common::register::{Answer, Entry, Proposal};
@@ -63,6 +66,13 @@ impl ArbiterWorker {
     }
 }
 
+/// What is told of a register that is gone.
+fn gone(vm: &VmId) -> Found {
+    Found::Silent(format!(
+        "the arbiter has no register of {vm} any more: is its directory mounted? Restore the register, and never make a new one"
+    ))
+}
+
 /// A proposal waits in front of reads: it is what decides.
 fn work(
     arbiter: &dyn Arbiter,
@@ -71,7 +81,8 @@ fn work(
     to_read: &Receiver<()>,
     tell: &impl Fn(Found),
 ) {
-    let (mut proposal, mut read) = (None, false);
+    let (mut proposal, mut read): (Option<Proposal>, bool) = (None, false);
+    let mut seen = false;
     loop {
         let wait = if proposal.is_some() || read { RETRY } else { IDLE };
         select! {
@@ -86,8 +97,11 @@ fn work(
             default(wait) => {}
         }
         if let Some(wanted) = &proposal {
+            seen |= wanted.expected.is_some();
             match arbiter.propose(vm, wanted) {
+                Ok(Answer::Refused(None)) if seen => tell(gone(vm)),
                 Ok(answer) => {
+                    seen = true;
                     tell(Found::Answer(wanted.id, answer));
                     proposal = None;
                 }
@@ -96,12 +110,58 @@ fn work(
         }
         if read {
             match arbiter.read(vm) {
+                Ok(None) if seen => tell(gone(vm)),
                 Ok(entry) => {
+                    seen |= entry.is_some();
                     tell(Found::Entry(entry));
                     read = false;
                 }
                 Err(e) => tell(Found::Silent(e.to_string())),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ArbiterWorker, Found};
+    use colo_common::arbiter::Arbiter;
+    use colo_common::arbiter::file::FileArbiter;
+    use colo_common::register::{Answer, Proposal, Value};
+    use colo_common::{Incarnation, ProposalId};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_register_that_is_gone_is_no_answer() {
+        let directory = tempfile::tempdir().unwrap();
+        let arbiter: Arc<dyn Arbiter> = Arc::new(FileArbiter::open(directory.path()).unwrap());
+        let vm = "web".parse().unwrap();
+        let (tell, told) = crossbeam_channel::unbounded();
+        let worker = ArbiterWorker::start(Arc::clone(&arbiter), "web".parse().unwrap(), move |found| {
+            drop(tell.send(found));
+        })
+        .unwrap();
+        let next = || told.recv_timeout(Duration::from_secs(10)).unwrap();
+        worker.read();
+        assert!(matches!(next(), Found::Entry(None)), "there was none yet");
+        let value = Value::Solo { node: "a".parse().unwrap(), incarnation: Incarnation(1) };
+        let first = Proposal { id: ProposalId(1), expected: None, value };
+        assert!(matches!(arbiter.propose(&vm, &first), Ok(Answer::Applied(_))));
+        worker.read();
+        assert!(matches!(next(), Found::Entry(Some(_))));
+        let hidden = directory.path().with_extension("away");
+        std::fs::rename(directory.path(), &hidden).unwrap();
+        std::fs::create_dir(directory.path()).unwrap();
+        worker.read();
+        assert!(matches!(next(), Found::Silent(why) if why.contains("no register of web any more")));
+        let second = Proposal { id: ProposalId(2), expected: Some(first.entry()), ..first };
+        worker.propose(second);
+        let found = std::iter::repeat_with(next).take(3).all(|found| matches!(found, Found::Silent(_)));
+        assert!(found, "tried again and again");
+        std::fs::remove_dir_all(directory.path()).unwrap();
+        std::fs::rename(&hidden, directory.path()).unwrap();
+        let answer = std::iter::repeat_with(next).find(|found| matches!(found, Found::Answer(..)));
+        assert!(matches!(answer, Some(Found::Answer(ProposalId(2), Answer::Applied(_)))), "{answer:?}");
     }
 }

@@ -239,7 +239,7 @@ async fn on_signal(on_stop: OnStop, outbox: Sender<Event>) {
             let (reply, _) = tokio::sync::oneshot::channel();
             Command::Stop { reply }
         }
-        OnStop::Leave => Command::Leave,
+        OnStop::Leave => Command::Leave { reply: None },
     };
     drop(outbox.send(Event::Command(command)));
 }

@@ -41,6 +41,9 @@ const EPOCH_SHARE: u64 = 4;
 /// How long a node that starts with a copy waits for its runner, beside the usual suspicion.
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
+/// How long a node that is ended on purpose waits for its runner to have heard of it.
+const FAREWELL: Duration = Duration::from_millis(300);
+
 /// Runs a secondary by its configuration; `again` starts a vm that was stopped on this node.
 ///
 /// # Errors
@@ -91,6 +94,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let outcome = follower.run();
     signals.abort();
     endpoint.close(0_u32.into(), b"");
+    if matches!(outcome, Outcome::Left) {
+        // The runner hears of it at once and need not wait for a silence.
+        drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
+    }
     secondary.finish(outcome, &runtime)
 }
 

@@ -86,6 +86,12 @@ pub(crate) enum CtlError {
         /// Which do.
         found: Vec<String>,
     },
+    /// The nodes are not of one vm.
+    #[error("these nodes are of several vms: {}; name the nodes of one of them with --node", found.join(", "))]
+    SeveralVms {
+        /// Each node and its vm.
+        found: Vec<String>,
+    },
     /// The console waited for a runner as long as it was told to.
     #[error("{why}")]
     GivenUp {

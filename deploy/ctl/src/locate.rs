@@ -81,6 +81,19 @@ pub(crate) fn stopped(sights: &[Sight]) -> Option<String> {
     matches!(newest.value, Value::Stopped { .. }).then(|| newest.to_string())
 }
 
+/// A command must not find a vm of its own choice.
+///
+/// # Errors
+/// The nodes are of several vms.
+pub(crate) fn of_one_vm(sights: &[Sight]) -> Result<(), CtlError> {
+    let answers = || sights.iter().filter_map(|sight| sight.found.as_ref().ok());
+    let several = answers().zip(answers().skip(1)).any(|((_, one), (_, next))| one.vm != next.vm);
+    let found = answers().map(|(node, status)| {
+        format!("{} at {} of {}", clean(&status.node), node.address, clean(&status.vm))
+    });
+    if several { Err(CtlError::SeveralVms { found: found.collect() }) } else { Ok(()) }
+}
+
 /// Connects to the node that a command is meant for. The operator's word goes before ours: if one node alone is named,
 /// it is that one, and it may refuse.
 pub(crate) async fn pick(nodes: &Nodes, wanted: Wanted) -> Result<Node, CtlError> {
@@ -88,6 +101,7 @@ pub(crate) async fn pick(nodes: &Nodes, wanted: Wanted) -> Result<Node, CtlError
         return nodes.connect(only).await;
     }
     let sights = survey(nodes).await;
+    of_one_vm(&sights)?;
     let node = match wanted {
         Wanted::Runner => runner(&sights).map(|(node, _, _)| node.clone()),
         Wanted::Follower => follower(&sights)?,

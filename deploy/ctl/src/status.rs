@@ -1,5 +1,6 @@
 //! `coloctl status`: the nodes side by side.
 
+use colo_common::life::LIFE;
 use colo_proto::v1::{Role, StatusReply};
 
 use crate::connect::Nodes;
@@ -164,7 +165,9 @@ fn guest(status: &StatusReply) -> String {
 fn console(status: &StatusReply) -> String {
     let console = status.console.unwrap_or_default();
     let known = console.released > 0 || console.input > 0;
-    if known { format!("{} B out, {} B in", console.released, console.input) } else { String::new() }
+    // Of the guest that was started last.
+    let [out, taken] = [console.released, console.input].map(|offset| offset % LIFE);
+    if known { format!("{out} B out, {taken} B in") } else { String::new() }
 }
 
 fn epochs(status: &StatusReply) -> String {

@@ -105,6 +105,18 @@ fn commands_go_to_the_node_that_they_are_meant_for() {
 }
 
 #[test]
+fn a_command_does_not_choose_a_vm() {
+    let (a, b, nodes) = pair();
+    b.state().status.vm = "mail".to_owned();
+    for line in ["pause", "resume", "stop --vm", "promote", "policy disk", "protect 127.0.0.1:7702"] {
+        let (code, out, err) = run(&nodes, line);
+        assert_eq!((code, out.as_str()), (1, ""), "{line}");
+        assert!(err.contains("of several vms: a at ") && err.contains(" of mail; name"), "{line}: {err}");
+    }
+    assert!(a.state().asked.is_empty() && b.state().asked.is_empty());
+}
+
+#[test]
 fn refusals_are_passed_on_as_they_are() {
     let (a, _b, nodes) = pair();
     a.state().refusal =

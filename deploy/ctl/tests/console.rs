@@ -124,6 +124,15 @@ fn a_console_at_a_terminal_ends_by_its_key_and_when_the_vm_is_stopped() {
 }
 
 #[test]
+fn a_console_that_nobody_can_read_ends_with_a_line() {
+    let (a, _b, nodes) = pair();
+    a.state().output = b"hello".to_vec();
+    let (code, _, err) = Run::unread(&nodes, "console --from 0").end();
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("coloctl: ") && !err.contains("panicked"), "{err}");
+}
+
+#[test]
 fn a_console_ends_for_a_reason() {
     let (a, b, nodes) = pair();
     a.state().refusal =

@@ -23,10 +23,11 @@ pub(super) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
     };
     let protected = protects && status.is_linked() && status.failure.is_none();
     let recent = |at: &Instant| now.saturating_duration_since(*at) < RECENT;
-    if let Some((error, _)) = status.error.as_ref().filter(|(_, at)| recent(at))
+    if let Some((error, at)) = status.error.as_ref().filter(|(_, at)| recent(at))
         && !problems.iter().any(|problem| problem.contains(error))
     {
-        problems.push(error.clone());
+        let age = now.saturating_duration_since(*at).as_secs();
+        problems.push(format!("{age} s ago: {error}"));
     }
     HealthReply { healthy, protected, problems }
 }

@@ -51,8 +51,11 @@ pub enum Command {
         /// Told when that is asked for.
         reply: Reply,
     },
-    /// End this process' part without a word to the register.
-    Leave,
+    /// End this process' part without a word to the register, if the guest lives on elsewhere.
+    Leave {
+        /// Told whether it does; nobody to be told if a signal asks.
+        reply: Option<Reply>,
+    },
     /// Console input.
     Input {
         /// The bytes; none to ask for the offset alone.
@@ -102,6 +105,16 @@ fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(
     }
 }
 
+/// Whether the guest outlives the end of this process.
+fn may_leave(phase: &Phase) -> Result<(), &'static str> {
+    match phase {
+        Phase::Paired { .. } | Phase::Lost { .. } | Phase::Over => Ok(()),
+        _ => Err(
+            "the guest is not protected and would be lost with this node: protect it first, or stop the vm",
+        ),
+    }
+}
+
 impl Node {
     pub(super) fn on_command(&mut self, command: Command) -> Result<(), NodeError> {
         match command {
@@ -128,9 +141,15 @@ impl Node {
                 answer(Some(reply), verdict);
                 return self.act(actions);
             }
-            Command::Leave => {
-                self.park()?;
-                self.end = Some(End::Superseded(None));
+            Command::Leave { reply } => {
+                // A signal has the last word: on_stop = "leave" says what it means.
+                let verdict = reply.as_ref().map_or(Ok(()), |_| may_leave(self.replicator.phase()));
+                let leaves = verdict.is_ok();
+                answer(reply, verdict.map_err(|why| CommandError::NotNow(why.to_owned())));
+                if leaves {
+                    self.park()?;
+                    self.end = Some(End::Superseded(None));
+                }
             }
             Command::Input { bytes, reply } => {
                 let _ = reply.send(self.take_input(&bytes));

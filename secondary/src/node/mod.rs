@@ -178,7 +178,7 @@ pub struct Follower {
     arbiter: ArbiterWorker,
     next_read: Instant,
     /// When the register is looked at again, for the account alone.
-    next_look: Instant,
+    looked: Instant,
     /// Staged epochs that are not applied, for the account.
     staged: std::collections::VecDeque<telling::Noted>,
     next_progress: Instant,
@@ -271,7 +271,7 @@ impl Follower {
             followed: false,
             arbiter,
             next_read: now,
-            next_look: now,
+            looked: now,
             staged: std::collections::VecDeque::new(),
             next_progress: now,
             inbox,

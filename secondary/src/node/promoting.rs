@@ -121,6 +121,8 @@ impl Follower {
                 Err(e) => tracing::info!(vm = %self.vm, "nothing is handed back to {node}: {e}"),
             }
         }
+        // Whoever asked may have left while the arbiter was silent: an order does not outlive that.
+        self.asked.take_if(|asked| asked.is_closed());
         let suspected = self.settings.auto_failover && self.detector.has_asked();
         if self.asked.is_none() && !suspected {
             return;

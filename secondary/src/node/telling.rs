@@ -31,13 +31,14 @@ impl Follower {
 
     /// Reads the register for the account, whose answer decides nothing: nobody asked on behalf of the protocol.
     pub(super) fn look_at_register(&mut self, now: Instant) {
-        // Without a link it is read anyhow.
-        if now < self.next_look || self.link.is_none() {
-            return;
-        }
         let known = self.board.status().register.map(|entry| entry.term);
         let old = known.unwrap_or_default() < self.replica.fence();
-        self.next_look = now + if old { SOON } else { READ_INTERVAL };
+        let wait = if old { SOON } else { READ_INTERVAL };
+        // Without a link it is read anyhow.
+        if now.saturating_duration_since(self.looked) < wait || self.link.is_none() {
+            return;
+        }
+        self.looked = now;
         self.arbiter.read();
     }
 

@@ -99,7 +99,8 @@ fn split(bytes: &[u8], terminal: bool) -> Vec<Key> {
 /// Writes to standard output.
 pub(super) struct Screen {
     chunks: mpsc::Sender<Vec<u8>>,
-    ended: oneshot::Receiver<io::Error>,
+    /// Nothing once it was told.
+    ended: Option<oneshot::Receiver<io::Error>>,
 }
 
 impl Screen {
@@ -117,7 +118,7 @@ impl Screen {
             }
         };
         thread::Builder::new().name("screen".to_owned()).spawn(write).map_err(CtlError::Runtime)?;
-        Ok(Self { chunks, ended })
+        Ok(Self { chunks, ended: Some(ended) })
     }
 
     /// Whether something can be shown without waiting.
@@ -143,16 +144,18 @@ impl Screen {
 
     /// Waits until nothing can be shown any more. Cancel-safe.
     pub(super) async fn failed(&mut self) -> CtlError {
-        match (&mut self.ended).await {
-            Ok(e) => output::failed(e),
-            Err(_) => CtlError::Output(io::Error::other("its thread has ended")),
-        }
+        let gone = || CtlError::Output(io::Error::other("its thread has ended"));
+        let Some(ended) = &mut self.ended else { return gone() };
+        let told = ended.await;
+        self.ended = None;
+        told.map_or_else(|_| gone(), output::failed)
     }
 
     /// Lets the last bytes out, unless nobody takes them.
     pub(super) async fn close(self) -> Result<(), CtlError> {
         drop(self.chunks);
-        match tokio::time::timeout(LAST_BYTES, self.ended).await {
+        let Some(ended) = self.ended else { return Ok(()) };
+        match tokio::time::timeout(LAST_BYTES, ended).await {
             Ok(Ok(e)) => Err(output::failed(e)),
             // The thread has written everything, or hangs in it.
             Ok(Err(_)) | Err(_) => Ok(()),

@@ -38,6 +38,15 @@ impl Run {
         Self::spawn(command)
     }
 
+    /// Starts it with an output that takes nothing.
+    pub fn unread(nodes: &[String], line: &str) -> Self {
+        let nodes: String = nodes.iter().map(|node| format!("--node {node} ")).collect();
+        let program = env!("CARGO_BIN_EXE_coloctl");
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec '{program}' {nodes}{line} >/dev/full")]);
+        Self::spawn(command)
+    }
+
     fn spawn(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
