@@ -186,6 +186,32 @@ fn a_pause_while_the_register_is_asked_takes_effect_after_the_answer() {
     .unwrap();
 }
 
+/// Another directory is mounted where the registers were: nobody takes that for an answer.
+#[test]
+fn an_arbiter_that_has_lost_the_register_ends_no_guest() {
+    let mut seed = Seed::from_env(3408);
+    scenario(synthetic(&mut seed), |cluster| {
+        pair(cluster)?;
+        let (here, gone) = (cluster.directory().join("arbiter"), cluster.directory().join("away"));
+        std::fs::rename(&here, &gone)?;
+        std::fs::create_dir(&here)?;
+        let problems = cluster.until("a to miss the register", || {
+            let health = cluster.admin("a")?.health()?;
+            Ok((!health.healthy).then_some(health.problems))
+        })?;
+        ensure!(problems[0].contains("no register of"), "{problems:?}");
+        cluster.kill("b")?;
+        until(cluster, "a", "to be held", |a| a.holding.contains("silent"))?;
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        ensure!(status(cluster, "a")?.role() == Role::Paired, "it waits");
+        std::fs::remove_dir_all(&here)?;
+        std::fs::rename(&gone, &here)?;
+        cluster.until_solo("a")?;
+        check_goes_on(cluster)
+    })
+    .unwrap();
+}
+
 #[test]
 fn a_pair_without_a_link_is_not_healthy() {
     let mut seed = Seed::from_env(3406);
