@@ -101,7 +101,7 @@ fn work(
             match arbiter.propose(vm, wanted) {
                 Ok(Answer::Refused(None)) if seen => tell(gone(vm)),
                 Ok(answer) => {
-                    seen = true;
+                    seen |= !matches!(answer, Answer::Refused(None));
                     tell(Found::Answer(wanted.id, answer));
                     proposal = None;
                 }

@@ -5,7 +5,7 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{History, Incarnation, Term, VmId};
+use colo_common::{History, Incarnation, NodeId, Term, VmId};
 use colo_vmm::egress::OutputPosition;
 use colo_vmm::{GuestMemory, WireSpec, admission};
 use std::path::Path;
@@ -63,22 +63,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         serve::console_sinks(&console, &config.console).await
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
-    let found = read(&*arbiter, &config.vm)?;
-    let proposal = decide(&config.node, incarnation, found.as_ref(), known, allowed)?;
-    let known = known.unwrap_or_default();
-    let seen = known.seen.max(found.map_or(Term(0), |entry| entry.term));
-    // Before it is asked for: a crash from here on finds that this start ran nothing.
-    directory.set_runner(Known { seen, starting: Some(incarnation), ..known })?;
-    let entry = match propose(&*arbiter, &config.vm, &proposal) {
-        Ok(entry) => entry,
-        Err(found) => {
-            directory.set_runner(Known { seen, starting: None, ..known })?;
-            match found {
-                Some(entry) => bail!("nothing is started: the register has changed and says: {entry}"),
-                None => bail!("the register has vanished; is it the right arbiter?"),
-            }
-        }
-    };
+    let entry = ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed)?;
     let begins = OutputPosition::at_start(entry.term);
     guest.count_from(begins)?;
     console.begin_at(begins.console);
@@ -142,13 +127,59 @@ fn read(arbiter: &dyn Arbiter, vm: &VmId) -> anyhow::Result<Option<Entry>> {
     arbiter.read(vm).context("nothing is started without the arbiter's word")
 }
 
+/// Asks for the register, if that is allowed. The start is noted before, for the next process if this one is cut off.
+fn ask(
+    arbiter: &dyn Arbiter,
+    directory: &VmDirectory,
+    (node, incarnation): (&NodeId, Incarnation),
+    known: Option<Known>,
+    allowed: Allowed,
+) -> anyhow::Result<Entry> {
+    let vm = directory.vm();
+    let found = read(arbiter, vm)?;
+    let proposal = match decide(node, incarnation, found.as_ref(), known, allowed) {
+        Ok(proposal) => proposal,
+        Err(refusal) => {
+            forget_start(directory, known, found.as_ref())?;
+            return Err(refusal.into());
+        }
+    };
+    let known = known.unwrap_or_default();
+    let seen = known.seen.max(found.map_or(Term(0), |entry| entry.term));
+    // Before it is asked for: a crash from here on finds that this start ran nothing.
+    directory.set_runner(Known { seen, starting: Some(incarnation), ..known })?;
+    match propose(arbiter, vm, &proposal) {
+        Ok(entry) => Ok(entry),
+        Err(entry) => {
+            directory.set_runner(Known { seen, starting: None, ..known })?;
+            bail!("nothing is started: the register has changed and says: {entry}")
+        }
+    }
+}
+
+/// A start that was cut off and can never be granted any more, since the register has moved on, is noted no longer: this
+/// node may follow.
+fn forget_start(directory: &VmDirectory, known: Option<Known>, found: Option<&Entry>) -> anyhow::Result<()> {
+    if let (Some(known), Some(entry)) = (known, found)
+        && known.starting.is_some()
+        && entry.term > known.seen
+    {
+        directory.set_runner(Known { seen: entry.term, starting: None, ..known })?;
+    }
+    Ok(())
+}
+
 /// Repeats the proposal until it is answered: an outcome that is not known may still come true. If it is refused,
-/// answers what is there instead.
-fn propose(arbiter: &dyn Arbiter, vm: &VmId, proposal: &Proposal) -> Result<Entry, Option<Entry>> {
+/// answers what is there instead. A register that was there and is gone is no answer.
+fn propose(arbiter: &dyn Arbiter, vm: &VmId, proposal: &Proposal) -> Result<Entry, Entry> {
     loop {
         match arbiter.propose(vm, proposal) {
             Ok(Answer::Applied(entry)) => return Ok(entry),
-            Ok(Answer::Refused(found)) => return Err(found),
+            Ok(Answer::Refused(Some(found))) => return Err(found),
+            Ok(Answer::Refused(None)) => {
+                tracing::warn!(%vm, "the arbiter has no register of this vm any more, trying again: restore it");
+                std::thread::sleep(RETRY);
+            }
             Err(e) => {
                 tracing::warn!(%vm, "the arbiter does not answer, trying again: {e}");
                 std::thread::sleep(RETRY);

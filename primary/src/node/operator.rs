@@ -106,9 +106,13 @@ fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(
 }
 
 /// Whether the guest outlives the end of this process.
-fn may_leave(phase: &Phase) -> Result<(), &'static str> {
+fn may_leave(phase: &Phase, follows: bool) -> Result<(), &'static str> {
     match phase {
-        Phase::Paired { .. } | Phase::Lost { .. } | Phase::Over => Ok(()),
+        Phase::Over => Ok(()),
+        Phase::Paired { .. } if follows => Ok(()),
+        Phase::Lost { .. } => Err(
+            "the guest is kept here until the other node has run it; a signal ends this process all the same",
+        ),
         _ => Err(
             "the guest is not protected and would be lost with this node: protect it first, or stop the vm",
         ),
@@ -143,7 +147,8 @@ impl Node {
             }
             Command::Leave { reply } => {
                 // A signal has the last word: on_stop = "leave" says what it means.
-                let verdict = reply.as_ref().map_or(Ok(()), |_| may_leave(self.replicator.phase()));
+                let verdict =
+                    reply.as_ref().map_or(Ok(()), |_| may_leave(self.replicator.phase(), self.is_followed()));
                 let leaves = verdict.is_ok();
                 answer(reply, verdict.map_err(|why| CommandError::NotNow(why.to_owned())));
                 if leaves {
@@ -156,6 +161,11 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// A secondary is there, and is to stay.
+    fn is_followed(&self) -> bool {
+        self.replicator.is_linked() && !self.replicator.is_proposing() && !self.pause_wanted
     }
 
     fn judge(&self, asked: Asked) -> Result<(), CommandError> {

@@ -1,7 +1,7 @@
 //! What the operator can have in each phase.
 
 use super::Asked::{self, Pause, Protect, Resume, Stop};
-use super::judge;
+use super::{judge, may_leave};
 use crate::replicator::Phase;
 use colo_common::history::point;
 use colo_common::register::{Entry, Value};
@@ -56,5 +56,19 @@ fn a_vm_that_is_being_stopped_can_only_be_stopped() {
         for asked in [Protect, Pause, Resume] {
             assert!(judge(asked, &phase, proposing, true).is_err(), "{asked:?} while {name}");
         }
+    }
+}
+
+#[test]
+fn a_node_does_not_leave_with_the_only_guest() {
+    for (name, phase, _) in phases() {
+        let alone = may_leave(&phase, false).is_ok();
+        let followed = may_leave(&phase, true).is_ok();
+        let wanted = match name {
+            "over" => (true, true),
+            "paired" | "paired, solo proposed" => (false, true),
+            _ => (false, false),
+        };
+        assert_eq!((alone, followed), wanted, "{name}");
     }
 }
