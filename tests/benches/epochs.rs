@@ -1,12 +1,13 @@
 //! The way of an epoch through both nodes, step by step, without the network: copy, encode, stage, apply, store. Each for
-//! pages that cannot be compressed and lie scattered over the guest's memory; beside them `memcpy` of as many bytes, which
-//! every step can be measured against.
+//! pages that cannot be compressed and lie scattered over the guest's memory; beside them `memcpy` of as many
+//! pages that lie together, which every step can be measured against.
 
 use colo_common::{Gfn, PAGE_SIZE, Point, ReplicaId, VmId};
 use colo_primary::checkpoint::copy_out;
 use colo_primary::encode::Encoder;
 use colo_primary::transfer::Epoch;
 use colo_proto::frame::{Frame, VmTag};
+use colo_proto::message::SeedMode;
 use colo_secondary::image::Image;
 use colo_secondary::persist::{Job, Persisted, Persister, ToStore};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
@@ -78,6 +79,9 @@ impl Source {
     fn frames(&self, epoch: Epoch) -> Vec<Frame> {
         let mut encoder = Encoder::new(VmTag::of(&self.vm), epoch.point);
         let mut frames = Vec::new();
+        if epoch.base.is_none() {
+            frames.push(encoder.seed(SeedMode::Full, epoch.history.clone()));
+        }
         encoder.epoch(epoch, |frame| frames.push(frame));
         frames
     }
@@ -130,7 +134,15 @@ fn steps(c: &mut Criterion) {
 fn memcpy(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, pages: u64) {
     let from = vec![1_u8; pages as usize * PAGE_SIZE];
     let mut to = vec![0_u8; from.len()];
-    group.bench_function("memcpy", |b| b.iter(|| black_box(&mut to).copy_from_slice(black_box(&from))));
+    group.bench_function("memcpy", |b| {
+        b.iter(|| {
+            let pages = black_box(&from).chunks_exact(PAGE_SIZE);
+            black_box(&mut to)
+                .chunks_exact_mut(PAGE_SIZE)
+                .zip(pages)
+                .for_each(|(to, from)| to.copy_from_slice(from));
+        });
+    });
 }
 
 /// Until the mark is synced.
