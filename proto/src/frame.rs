@@ -1,5 +1,5 @@
 //! The frame: what one epoch, one copy or one word between the nodes is cut into. The step of the way of a page
-//! between `primary/encode` and `primary/sender`, and again in `secondary/receiver`.
+//! between `primary/encode` and `primary/quic`, and again in `secondary/receiver`.
 //!
 //! A frame is a header of fixed length, a table (of a `Pages` frame only) and a body. All numbers are little endian.
 //!

@@ -12,8 +12,8 @@ const DEFAULT_NODES: &str = "127.0.0.1:7700,127.0.0.1:7701";
 const NODES_VARIABLE: &str = "COLO_NODES";
 /// Nodes of one vm: a runner, those that may follow it, and room. Each is asked at once.
 const MAX_NODES: usize = 16;
-/// Seconds of grace that an operator may ask for: a day. Longer is a slip of the finger.
-const MAX_GRACE_S: u64 = 86_400;
+/// Seconds of grace that an operator may ask for: an hour, as nodes have it. Longer is a slip of the finger.
+const MAX_GRACE_S: u64 = 3600;
 /// Seconds that `watch` and `console` may be told to wait for a runner: a day.
 const MAX_PATIENCE_S: u64 = 86_400;
 

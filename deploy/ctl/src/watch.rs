@@ -9,7 +9,7 @@ use crate::args::Watch;
 use crate::connect::{Node, Nodes, QUESTION_LIMIT};
 use crate::error::CtlError;
 use crate::format::{bare_ms, bytes};
-use crate::locate::{Wanted, nobody, runner, stopped, survey};
+use crate::locate::{Wanted, nobody, of_one_vm, runner, stopped, survey};
 use crate::output::{note, print, print_json};
 use crate::status_json::Point;
 use crate::words;
@@ -55,6 +55,7 @@ async fn source(nodes: &Nodes, patience: Duration, began: bool) -> Result<Option
             }
         } else {
             let sights = survey(nodes).await;
+            of_one_vm(&sights)?;
             if let Some((node, _, _)) = runner(&sights) {
                 return Ok(Some(node.clone()));
             }

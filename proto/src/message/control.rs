@@ -235,7 +235,7 @@ impl Message for Yield {
     const KIND: Kind = Kind::Yield;
 }
 
-/// The link ends on purpose; not a reason to suspect the one who says so.
+/// The link ends on purpose. What that means, the register says: the other end looks at it as after any loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Goodbye;
 

@@ -8,7 +8,7 @@ use tokio::task::AbortHandle;
 use crate::connect::{Node, Nodes};
 use crate::error::CtlError;
 use crate::format::clean;
-use crate::locate::{Wanted, nobody, runner, stopped, survey};
+use crate::locate::{Wanted, nobody, of_one_vm, runner, stopped, survey};
 
 /// Between two looks: it adds to the time of a failover.
 const LOOK: Duration = Duration::from_millis(300);
@@ -70,6 +70,9 @@ impl Drop for Scout {
 
 async fn look(nodes: &Nodes) -> View {
     let sights = survey(nodes).await;
+    if let Err(why) = of_one_vm(&sights) {
+        return View::Nobody { why, answers: true };
+    }
     let runs = |(node, status, term): (&Node, &StatusReply, u64)| {
         View::Runs(Runner { node: node.clone(), name: clean(&status.node), term })
     };
