@@ -31,6 +31,31 @@ impl fmt::Display for Gfn {
     }
 }
 
+/// Size of a block of the guest's disk in bytes: what the epochs and the store count disk writes in.
+pub const BLOCK_SIZE: usize = PAGE_SIZE;
+
+/// Number of a block of the guest's disk: an offset divided by [`BLOCK_SIZE`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Block(pub u64);
+
+impl Block {
+    /// The block that holds the byte at `offset` of the disk.
+    pub const fn containing(offset: u64) -> Self {
+        Self(offset / BLOCK_SIZE as u64)
+    }
+
+    /// Offset of the block's first byte.
+    pub const fn offset(self) -> u64 {
+        self.0 * BLOCK_SIZE as u64
+    }
+}
+
+impl fmt::Display for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "block {:#x}", self.0)
+    }
+}
+
 /// Raised by every change of the arbiter's register; fences everything older.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Term(pub u64);

@@ -9,6 +9,7 @@ pub mod history;
 pub mod ids;
 pub mod life;
 pub mod limits;
+pub mod mac;
 pub mod register;
 pub mod telemetry;
 pub mod tls;
@@ -16,5 +17,7 @@ pub mod vmdir;
 
 pub use history::History;
 pub use ids::{
-    BadName, Epoch, Gfn, Incarnation, NodeId, PAGE_SIZE, Point, ProposalId, ReplicaId, Term, VmId,
+    BLOCK_SIZE, BadName, Block, Epoch, Gfn, Incarnation, NodeId, PAGE_SIZE, Point, ProposalId, ReplicaId,
+    Term, VmId,
 };
+pub use mac::Mac;

@@ -43,6 +43,13 @@ pub const MAX_FRAME: usize = (64 << 10) + 256;
 /// state they are stored as one value.
 pub const MAX_HELD_OUTPUT: usize = 16 << 20;
 
+/// Bytes of a guest's disk: what a block number and two levels of block sets carry without thought.
+pub const MAX_DISK_BYTES: u64 = 16 << 40;
+
+/// Bytes of disk writes that an epoch collects, and again that may be under way, before the guest's next write has to
+/// wait for the cut.
+pub const MAX_EPOCH_DISK: usize = 4 << 20;
+
 /// Console input bytes waiting for the guest to read them.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 

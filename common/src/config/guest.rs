@@ -32,8 +32,15 @@ pub struct GuestConfig {
     pub tracker: Tracker,
     /// Entries of each vCPU's dirty ring, a power of two from 1024 to 65536; default 65536.
     pub ring_entries: u32,
-    /// virtio-mmio windows, 0 to 8; default 2.
+    /// virtio-mmio windows, 0 to 8; default 2, and as many as there are devices at least.
     pub virtio_slots: u32,
+    /// Whether it has a source of randomness; default true. A synthetic guest has none.
+    pub rng: bool,
+    /// Whether it has a virtio console (hvc0) beside the serial one; default false. What it says there is part of the
+    /// vm's one console.
+    pub virtio_console: bool,
+    /// Which of its consoles gets what is typed; default `serial`.
+    pub console_input: ConsoleDevice,
     /// Offer more memory than the host has available; default false.
     pub overcommit: bool,
     /// Where all choices of a synthetic guest come from; default 1.
@@ -53,6 +60,9 @@ impl Default for GuestConfig {
             tracker: Tracker::default(),
             ring_entries: MAX_RING_ENTRIES,
             virtio_slots: 2,
+            rng: true,
+            virtio_console: false,
+            console_input: ConsoleDevice::default(),
             overcommit: false,
             seed: 1,
         }
@@ -68,6 +78,17 @@ pub enum GuestKind {
     Kvm,
     /// A program that behaves like one, for hosts without KVM.
     Synthetic,
+}
+
+/// Consoles of a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleDevice {
+    /// The 16550 (ttyS0).
+    #[default]
+    Serial,
+    /// virtio-console (hvc0).
+    Virtio,
 }
 
 /// CPUs that a guest can see.
@@ -106,6 +127,10 @@ impl GuestConfig {
         in_range("guest.memory_mib", self.memory_mib, MIN_GUEST_MEMORY >> 20, MAX_GUEST_MEMORY >> 20)?;
         in_range("guest.vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
         in_range("guest.virtio_slots", self.virtio_slots.into(), 0, MAX_VIRTIO_SLOTS.into())?;
+        if self.console_input == ConsoleDevice::Virtio && !self.virtio_console {
+            let text = "there is no virtio console; set guest.virtio_console = true";
+            return Err(Problem::new("guest.console_input", text));
+        }
         let ring = self.ring_entries;
         if !ring.is_power_of_two() || !(MIN_RING_ENTRIES..=MAX_RING_ENTRIES).contains(&ring) {
             let text = format!(

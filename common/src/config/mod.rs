@@ -4,6 +4,7 @@
 //! file. What is wrong is told with file, line, key and remedy, before anything is touched.
 
 mod bounds;
+mod devices;
 mod guest;
 mod locate;
 mod primary;
@@ -15,7 +16,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use guest::{CpuModel, GuestConfig, GuestKind, Tracker};
+pub use devices::{DiskConfig, FollowDiskConfig, FollowNetworkConfig, MAX_SERIAL, NetworkConfig};
+pub use guest::{ConsoleDevice, CpuModel, GuestConfig, GuestKind, Tracker};
 pub use primary::PrimaryConfig;
 pub use secondary::{Ack, Failover, FollowConfig, SecondaryConfig};
 pub use shared::{

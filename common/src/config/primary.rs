@@ -4,10 +4,11 @@ use serde::Deserialize;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
-    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, GuestConfig, OnCrash, OnStop, Problem,
-    ReplicationConfig, TlsConfig, count_from,
+    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, NetworkConfig,
+    OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.
@@ -31,6 +32,10 @@ pub struct PrimaryConfig {
     pub max_promotions: u32,
     /// The guest.
     pub guest: GuestConfig,
+    /// Its network card; default none.
+    pub network: Option<NetworkConfig>,
+    /// Its disk; default none.
+    pub disk: Option<DiskConfig>,
     /// How it is protected.
     #[serde(default)]
     pub replication: ReplicationConfig,
@@ -76,6 +81,8 @@ impl PrimaryConfig {
         let peer = self.replication.secondary.as_ref();
         check_promotions(self.max_promotions)?;
         self.guest.check()?;
+        self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;
+        check_serial(self.disk.as_ref().and_then(|disk| disk.serial.as_deref()))?;
         self.replication.check("replication")?;
         self.console.check()?;
         check_listen("admin.listen", self.admin.listen, tls)?;
@@ -90,6 +97,9 @@ impl Config for PrimaryConfig {
         count_from(base, &mut self.arbiter.directory);
         self.guest.resolve(base);
         self.console.resolve(base);
+        if let Some(disk) = &mut self.disk {
+            count_from(base, &mut disk.path);
+        }
         if let Some(tls) = &mut self.tls {
             count_from(base, &mut tls.directory);
         }

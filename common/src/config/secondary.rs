@@ -6,12 +6,13 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use super::bounds::{MAX_PROMOTE_DELAY_MS, MEMORY_BUDGET_MIB};
+use super::devices::check_tap;
 use super::shared::{
     check_heartbeats, check_listen, check_not_self, check_peer, check_promotions, default_promotions,
 };
 use super::{
-    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, OnCrash, OnStop, Problem,
-    ReplicationConfig, TlsConfig, count_from, in_range,
+    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, FollowDiskConfig, FollowNetworkConfig,
+    OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from, in_range,
 };
 
 /// Everything that a secondary is told. Keys without a default must be given. What the guest is, it learns from the
@@ -40,6 +41,10 @@ pub struct SecondaryConfig {
     /// How it protects the guest once it runs it; the keys are those of a primary's `[replication]`.
     #[serde(default)]
     pub promoted: ReplicationConfig,
+    /// The host's side of the guest's network card; needed if the guest has one.
+    pub network: Option<FollowNetworkConfig>,
+    /// The host's side of the guest's disk; needed if the guest has one.
+    pub disk: Option<FollowDiskConfig>,
     /// The control plane.
     #[serde(default = "default_admin")]
     pub admin: AdminConfig,
@@ -157,6 +162,7 @@ impl SecondaryConfig {
         self.replication.check()?;
         self.promoted.check("promoted")?;
         self.console.check()?;
+        self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;
         check_listen("admin.listen", self.admin.listen, tls)?;
         check_listen("replication.listen", self.replication.listen, tls)?;
         check_peer("promoted.secondary", peer, tls)?;
@@ -169,6 +175,9 @@ impl Config for SecondaryConfig {
         count_from(base, &mut self.directory);
         count_from(base, &mut self.arbiter.directory);
         self.console.resolve(base);
+        if let Some(disk) = &mut self.disk {
+            count_from(base, &mut disk.path);
+        }
         if let Some(tls) = &mut self.tls {
             count_from(base, &mut tls.directory);
         }

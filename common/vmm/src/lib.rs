@@ -11,6 +11,7 @@ pub mod boot;
 pub mod devices;
 mod dirty_ring;
 pub mod dirty_set;
+pub mod disk;
 pub mod egress;
 mod events;
 pub mod guest;

@@ -1,10 +1,12 @@
 //! What a guest is: everything that both nodes must agree on before they can hold the same machine.
 
-use colo_common::PAGE_SIZE;
+pub mod virtio;
+
 use colo_common::limits::{
-    MAX_BOOT_MODULE, MAX_COMMAND_LINE, MAX_GUEST_MEMORY, MAX_GUEST_NAME, MAX_KERNEL_IMAGE, MAX_VCPUS,
-    MIN_GUEST_MEMORY,
+    MAX_BOOT_MODULE, MAX_COMMAND_LINE, MAX_DISK_BYTES, MAX_GUEST_MEMORY, MAX_GUEST_NAME, MAX_KERNEL_IMAGE,
+    MAX_VCPUS, MIN_GUEST_MEMORY,
 };
+use colo_common::{BLOCK_SIZE, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -13,6 +15,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::arch::x86_64::layout::MAX_VIRTIO_SLOTS;
+pub use virtio::{DiskSpec, MAX_SERIAL, NetSpec, VirtioSpec};
 
 /// Why a guest's description was refused.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,18 @@ pub enum SpecError {
     VirtioSlots {
         /// What was asked for.
         count: u32,
+    },
+    /// A disk of a size that none has.
+    #[error("a disk of {bytes} bytes; it has 1 to {} blocks of {BLOCK_SIZE} bytes", MAX_DISK_BYTES / BLOCK_SIZE as u64)]
+    DiskSize {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// A serial number that virtio cannot carry.
+    #[error("the disk's serial number {serial:?} is not up to {MAX_SERIAL} printable ASCII characters")]
+    Serial {
+        /// What was asked for, or its beginning.
+        serial: String,
     },
     /// A ring size that KVM does not take.
     #[error("a dirty ring of {entries} entries: it must be a power of two between 1024 and 65536")]
@@ -203,6 +218,8 @@ pub struct GuestSpec {
     pub tracker: TrackerKind,
     /// virtio-mmio windows; those without a device show device id 0, as the standard has it.
     pub virtio_slots: u32,
+    /// Its virtio devices.
+    pub virtio: VirtioSpec,
     /// Offer guest memory beyond what the host has available: for sparse guests.
     pub overcommit: bool,
     /// What it boots.
@@ -219,9 +236,15 @@ impl GuestSpec {
             cpu_model: CpuModel::default(),
             tracker: TrackerKind::default(),
             virtio_slots: 2,
+            virtio: VirtioSpec::default(),
             overcommit: false,
             boot,
         }
+    }
+
+    /// virtio-mmio windows that it has.
+    pub fn slots(&self) -> u32 {
+        self.virtio_slots.max(self.virtio.slots())
     }
 
     /// The files that it boots from: kernel or image first.
@@ -254,6 +277,7 @@ impl GuestSpec {
         if self.virtio_slots > MAX_VIRTIO_SLOTS {
             return Err(SpecError::VirtioSlots { count: self.virtio_slots });
         }
+        self.virtio.validate()?;
         if let TrackerKind::Ring { entries } = self.tracker
             && (!entries.is_power_of_two() || !(1024..=65_536).contains(&entries))
         {
@@ -271,8 +295,12 @@ impl GuestSpec {
     /// and the name are not in it: a state may move between trackers.
     pub fn digest(&self) -> u64 {
         let mut text = format!(
-            "memory={} vcpus={} virtio={} cpu={:?}",
-            self.memory_bytes, self.vcpus, self.virtio_slots, self.cpu_model
+            "memory={} vcpus={} virtio={} {:?} cpu={:?}",
+            self.memory_bytes,
+            self.vcpus,
+            self.slots(),
+            self.virtio,
+            self.cpu_model
         );
         match &self.boot {
             BootSource::Kernel { kernel, modules, command_line } => {

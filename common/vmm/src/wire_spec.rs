@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::machine::BuildError;
 use crate::memory::GuestMemory;
-use crate::spec::{BootFile, BootSource, CpuModel, GuestSpec, SpecError, TrackerKind};
+use crate::spec::{BootFile, BootSource, CpuModel, GuestSpec, SpecError, TrackerKind, VirtioSpec};
 use crate::synthetic::{SyntheticConfig, SyntheticError};
 use std::sync::Arc;
 
@@ -80,6 +80,7 @@ pub struct WireSpec {
     cpu_model: CpuModel,
     tracker: TrackerKind,
     virtio_slots: u32,
+    virtio: VirtioSpec,
     overcommit: bool,
     boot: WireBoot,
     /// The kernel or image first, then modules.
@@ -125,6 +126,7 @@ impl WireSpec {
             cpu_model: spec.cpu_model,
             tracker: spec.tracker,
             virtio_slots: spec.virtio_slots,
+            virtio: spec.virtio.clone(),
             overcommit: spec.overcommit,
             boot,
             files,
@@ -139,6 +141,11 @@ impl WireSpec {
     /// The CPU model that the guest was started with.
     pub fn cpu_model(&self) -> CpuModel {
         self.cpu_model
+    }
+
+    /// The guest's virtio devices.
+    pub fn virtio(&self) -> &VirtioSpec {
+        &self.virtio
     }
 
     /// How the guest's writes are tracked.
@@ -208,6 +215,7 @@ impl WireSpec {
             cpu_model: self.cpu_model,
             tracker: self.tracker,
             virtio_slots: self.virtio_slots,
+            virtio: self.virtio.clone(),
             overcommit: self.overcommit,
             boot,
         })

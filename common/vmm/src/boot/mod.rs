@@ -256,7 +256,7 @@ fn write_machine_tables(ram: &GuestRam, spec: &GuestSpec) -> Result<(), BootErro
     let failed = |what| move |source| BootError::Write { what, source };
     boot_regs::write_gdt(ram).map_err(failed("the boot GDT"))?;
     mptable::write(ram, spec.vcpus).map_err(failed("the MP table"))?;
-    acpi::write(ram, spec.vcpus, spec.virtio_slots).map_err(failed("the ACPI tables"))
+    acpi::write(ram, spec.vcpus, spec.slots()).map_err(failed("the ACPI tables"))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

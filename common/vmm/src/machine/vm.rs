@@ -94,7 +94,7 @@ impl Vm {
         let offers = HostCpu { supported, tsc_khz, tsc_moves: tsc_offset, frames };
         let cpu = GuestCpu { cpuid, tsc_khz, tsc_moves: tsc_offset };
         let lines: Arc<dyn InterruptLines> = fd.clone();
-        let devices = Devices::new(&lines, around.egress, spec.virtio_slots);
+        let devices = Devices::new(&lines, around.egress, spec.slots());
         let shared = Arc::new(around.share(tracker, devices));
         // Threads that were started end with it, whatever fails from here on.
         let vcpus = Vec::new();

@@ -1,0 +1,79 @@
+//! The disk behind a guest's virtio-blk: what keeps its bytes ([`Disk`]), and blocks on their way to a secondary.
+//!
+//! Everything counts in blocks of [`BLOCK_SIZE`] bytes, also where a guest wrote less: a block is in one epoch as a
+//! whole or not at all.
+
+mod file;
+
+pub use file::{DiskError, FileDisk};
+
+use bytes::Bytes;
+use colo_common::{BLOCK_SIZE, Block};
+use std::io;
+use std::ops::Range;
+
+/// Keeps the bytes of a guest's disk. Called by several threads at once; nobody has two calls under way for one block
+/// of which one changes it.
+pub trait Disk: Send + Sync {
+    /// Its size in bytes, whole blocks.
+    fn bytes(&self) -> u64;
+
+    /// Reads from `offset` on.
+    ///
+    /// # Errors
+    /// The medium fails, or the range is not within the disk.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Writes from `offset` on. Safe from a power cut after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), or the medium is full.
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes a range of whole blocks zero. With `unmap` their room is given back where that can be done.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn zero(&self, blocks: Range<Block>, unmap: bool) -> io::Result<()>;
+
+    /// Makes everything safe that was written before.
+    ///
+    /// # Errors
+    /// The medium fails; what was not safe before may be lost.
+    fn flush(&self) -> io::Result<()>;
+
+    /// The first run of blocks from `from` on that may hold something; all others are zero. Nothing if there is none.
+    ///
+    /// # Errors
+    /// The medium fails.
+    fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>>;
+}
+
+/// Whole blocks that a guest has written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskWrite {
+    /// The first of them.
+    pub first: Block,
+    /// What they hold now.
+    pub content: DiskContent,
+}
+
+/// What blocks hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskContent {
+    /// These bytes, whole blocks.
+    Bytes(Bytes),
+    /// Zeroes, in so many blocks.
+    Zeroes(u64),
+}
+
+impl DiskWrite {
+    /// The blocks.
+    pub fn blocks(&self) -> Range<Block> {
+        let count = match &self.content {
+            DiskContent::Bytes(bytes) => (bytes.len() / BLOCK_SIZE) as u64,
+            DiskContent::Zeroes(count) => *count,
+        };
+        self.first..Block(self.first.0 + count)
+    }
+}
