@@ -34,6 +34,9 @@ pub struct GuestConfig {
     pub ring_entries: u32,
     /// virtio-mmio windows, 0 to 8; default 2, and as many as there are devices at least.
     pub virtio_slots: u32,
+    /// Whether its virtio devices are named on its kernel's command line, for a Linux without ACPI; default false, since
+    /// others find them in the ACPI tables.
+    pub virtio_cmdline: bool,
     /// Whether it has a source of randomness; default true. A synthetic guest has none.
     pub rng: bool,
     /// Whether it has a virtio console (hvc0) beside the serial one; default false. What it says there is part of the
@@ -60,6 +63,7 @@ impl Default for GuestConfig {
             tracker: Tracker::default(),
             ring_entries: MAX_RING_ENTRIES,
             virtio_slots: 2,
+            virtio_cmdline: false,
             rng: true,
             virtio_console: false,
             console_input: ConsoleDevice::default(),

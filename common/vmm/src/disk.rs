@@ -7,6 +7,7 @@ mod file;
 
 pub use file::{DiskError, FileDisk};
 
+use crate::block_set::BlockSet;
 use bytes::Bytes;
 use colo_common::{BLOCK_SIZE, Block};
 use std::io;
@@ -75,5 +76,21 @@ impl DiskWrite {
             DiskContent::Zeroes(count) => *count,
         };
         self.first..Block(self.first.0 + count)
+    }
+}
+
+/// What a guest wrote to its disk between two cuts: whole blocks with their bytes, or only which ones.
+#[derive(Clone, Debug)]
+pub struct DiskDelta {
+    /// In the order in which the writes ended; where a block comes twice, the later one counts.
+    pub writes: Vec<DiskWrite>,
+    /// Blocks that hold something else too; the disk knows what.
+    pub blocks: BlockSet,
+}
+
+impl DiskDelta {
+    /// Of a guest that wrote nothing, or has no disk.
+    pub fn none() -> Self {
+        Self { writes: Vec::new(), blocks: BlockSet::new(0) }
     }
 }

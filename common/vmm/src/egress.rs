@@ -86,14 +86,17 @@ pub struct Egress {
 }
 
 impl Egress {
-    /// Appends a console byte. The console cannot refuse a byte that the guest has written, so this always
-    /// succeeds; whoever calls asks [`is_full`](Self::is_full) before it lets the guest write more.
-    pub fn push_console(&self, byte: u8) {
+    /// Appends console bytes. The console cannot refuse what the guest has written, so this always succeeds; whoever
+    /// calls asks [`is_full`](Self::is_full) before it lets the guest write more.
+    pub fn push_console(&self, said: &[u8]) {
+        if said.is_empty() {
+            return;
+        }
         let mut open = self.open();
-        open.end.console += 1;
+        open.end.console += said.len() as u64;
         match open.output.items.last_mut() {
-            Some(OutputItem::Console(bytes)) => bytes.push(byte),
-            _ => open.output.items.push(OutputItem::Console(vec![byte])),
+            Some(OutputItem::Console(bytes)) => bytes.extend_from_slice(said),
+            _ => open.output.items.push(OutputItem::Console(said.to_vec())),
         }
     }
 
@@ -162,15 +165,15 @@ mod tests {
     #[test]
     fn output_keeps_its_order_and_positions_across_epochs() {
         let egress = Egress::default();
-        b"ab".iter().for_each(|&b| egress.push_console(b));
+        egress.push_console(b"ab");
         egress.push_frame(1, vec![9]).unwrap();
-        egress.push_console(b'c');
+        egress.push_console(b"c");
         let first = egress.take();
         let frame = OutputItem::Frame { slot: 1, bytes: vec![9] };
         let items = vec![OutputItem::Console(b"ab".to_vec()), frame, OutputItem::Console(b"c".to_vec())];
         assert_eq!(first, Output { start: OutputPosition::default(), items });
         assert_eq!(first.console(), b"abc");
-        egress.push_console(b'd');
+        egress.push_console(b"d");
         assert_eq!(egress.take().start, OutputPosition { console: 3, frames: 1 });
         assert_eq!(egress.position(), OutputPosition { console: 4, frames: 1 });
     }
@@ -189,7 +192,7 @@ mod tests {
             Err(EgressError::FrameTooLong(MAX_FRAME + 1))
         );
         for _ in 0..MAX_EPOCH_CONSOLE {
-            egress.push_console(b'x');
+            egress.push_console(b"x");
         }
         assert!(egress.is_full());
     }
@@ -197,9 +200,9 @@ mod tests {
     #[test]
     fn a_restored_guest_goes_on_at_its_position() {
         let egress = Egress::default();
-        egress.push_console(b'x');
+        egress.push_console(b"x");
         egress.restore(OutputPosition { console: 41, frames: 7 });
-        egress.push_console(b'y');
+        egress.push_console(b"y");
         let output = egress.take();
         assert_eq!((output.start.console, output.console()), (41, b"y".to_vec()));
     }

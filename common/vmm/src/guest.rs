@@ -20,8 +20,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
+use crate::block_set::BlockSet;
 use crate::boot::BootError;
+use crate::devices::DiskTracking;
 use crate::dirty_set::DirtySet;
+use crate::disk::DiskDelta;
 use crate::egress::{Output, OutputPosition};
 use crate::host::remedy;
 use crate::memory::{GuestMemory, MemoryError};
@@ -183,8 +186,10 @@ pub enum GuestEvent {
     Failed(GuestFailure),
     /// Writes were lost; the next cut says so and repairs the tracker.
     TrackingLost(TrackingLoss),
-    /// The epoch holds as much output as it may; the guest waits for the cut.
+    /// The epoch holds as much output, or as many disk writes, as it may; more waits for the cut.
     OutputFull,
+    /// The guest has sent a frame, for which somebody may wait: it goes out the sooner the guest is cut.
+    Output,
 }
 
 /// How an owner that waits for more than one guest's events is woken; see
@@ -211,6 +216,8 @@ pub struct Cut {
     pub tracked: Tracked,
     /// What the guest said since the last cut.
     pub output: Output,
+    /// What it wrote to its disk since the last cut, as far as that is kept.
+    pub disk: DiskDelta,
     /// Why the guest cannot run on, if so: the state is of a guest that has failed.
     pub failed: Option<GuestFailure>,
     /// Where the time went.
@@ -320,6 +327,14 @@ pub trait ProtectedGuest: Send {
 
     /// Takes the output of a guest that is not protected, without a cut.
     fn drain_output(&mut self) -> Output;
+
+    /// Changes how writes to the disk are kept; see [`DiskTracking`]. What is kept at that moment is lost only if it is
+    /// turned off.
+    fn track_disk(&mut self, tracking: DiskTracking);
+
+    /// Adds the blocks that were written since the last cut or collect, and whose bytes are not kept, to `blocks`.
+    /// Writes that have not ended are told when they have.
+    fn collect_blocks(&mut self, blocks: &mut BlockSet);
 }
 
 const _: () = assert!(MAX_CONSOLE_INPUT >= 64, "the console's own queue must fit");

@@ -7,6 +7,7 @@
 
 pub mod admission;
 pub mod arch;
+pub mod block_set;
 pub mod boot;
 pub mod devices;
 mod dirty_ring;
@@ -25,12 +26,16 @@ pub mod sigbus;
 pub mod spec;
 pub mod state;
 pub mod synthetic;
+pub mod tap;
 pub mod tracker;
 mod vcpu;
 mod vcpu_exit;
 pub mod wire_spec;
 
+pub use block_set::BlockSet;
+pub use devices::{Backends, DiskTracking};
 pub use dirty_set::DirtySet;
+pub use disk::{Disk, DiskContent, DiskDelta, DiskWrite};
 pub use guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked};
 pub use machine::KvmGuest;
 pub use memory::GuestMemory;

@@ -4,7 +4,7 @@
 //! before it and the body (u64), body (postcard). Decoding checks, in this order, length, magic, version, declared
 //! length against [`MAX_MACHINE_STATE`], checksum, and then every count inside against its limit.
 //!
-//! Versions: 1, the first.
+//! Versions: 1, the first; 2, with virtio devices.
 
 use colo_common::limits::MAX_MACHINE_STATE;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use crate::machine::KvmState;
 use crate::synthetic::SyntheticState;
 
 /// Version that this build writes and reads.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"COLOSTAT";
 const HEADER: usize = 24;

@@ -5,10 +5,12 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::devices::Backends;
 use crate::machine::BuildError;
 use crate::memory::GuestMemory;
 use crate::spec::{BootFile, BootSource, CpuModel, GuestSpec, SpecError, TrackerKind, VirtioSpec};
 use crate::synthetic::{SyntheticConfig, SyntheticError};
+use crate::tracker::Cadence;
 use std::sync::Arc;
 
 /// Longest encoded description: names, a command line and the digests of a kernel and its modules.
@@ -234,7 +236,7 @@ pub enum GuestBuildError {
 }
 
 impl GuestKind {
-    /// Builds the guest around `memory`, neither booted nor restored.
+    /// Builds the guest around `memory`, with devices on these parts of the host; neither booted nor restored.
     ///
     /// # Errors
     /// The host or the description does not allow it.
@@ -242,11 +244,10 @@ impl GuestKind {
         &self,
         spec: GuestSpec,
         memory: Arc<GuestMemory>,
+        backends: &Backends,
     ) -> Result<Box<dyn crate::ProtectedGuest>, GuestBuildError> {
         Ok(match self {
-            Self::Kvm => {
-                Box::new(crate::KvmGuest::with_memory(spec, memory, crate::tracker::Cadence::default())?)
-            }
+            Self::Kvm => Box::new(crate::KvmGuest::on(spec, memory, backends, Cadence::default())?),
             Self::Synthetic(config) => {
                 Box::new(crate::synthetic::PacedGuest::new(spec, config.clone(), memory)?)
             }

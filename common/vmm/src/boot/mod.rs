@@ -231,23 +231,33 @@ pub fn load(ram: &GuestRam, layout: &MemoryLayout, spec: &GuestSpec) -> Result<E
     match &spec.boot {
         BootSource::Flat { image, address } => flat::load(&target, image, *address),
         BootSource::Kernel { kernel, modules, command_line } => match kind_of(&kernel.bytes) {
-            Some(Kind::BzImage) => linux::load_bzimage(&target, kernel, modules, command_line),
+            Some(Kind::BzImage) => {
+                linux::load_bzimage(&target, kernel, modules, &linux_line(spec, command_line))
+            }
             Some(Kind::Multiboot) => multiboot::load(&target, kernel, modules, command_line),
-            Some(Kind::Vmlinux) => linux::load_vmlinux(&target, kernel, modules, command_line),
+            Some(Kind::Vmlinux) => {
+                linux::load_vmlinux(&target, kernel, modules, &linux_line(spec, command_line))
+            }
             None => Err(BootError::NotAKernel { path: kernel.path.clone() }),
         },
     }
 }
 
-/// Kernel parameters that tell a Linux without ACPI where the virtio-mmio windows are, one for each of
-/// `slots` slots and each with a space before it, to be appended to a command line. A kernel that reads the
-/// ACPI tables finds the same windows there and must not be told twice.
-pub fn virtio_mmio_parameters(slots: u32) -> String {
+/// The command line of a Linux. Parameters of its own come first: after a `--` they would be init's.
+fn linux_line(spec: &GuestSpec, command_line: &str) -> String {
+    if !spec.virtio.on_command_line {
+        return command_line.to_owned();
+    }
+    virtio_mmio_parameters(spec.virtio.occupied()) + command_line
+}
+
+/// Kernel parameters that tell a Linux without ACPI where the virtio-mmio windows are, each with a space after it.
+fn virtio_mmio_parameters(slots: impl Iterator<Item = u32>) -> String {
     let mut text = String::new();
-    for slot in 0..slots {
+    for slot in slots {
         let address = VIRTIO_BASE + u64::from(slot) * VIRTIO_WINDOW;
         let (kib, irq) = (VIRTIO_WINDOW >> 10, VIRTIO_IRQ_BASE + slot);
-        write!(text, " virtio_mmio.device={kib}K@{address:#x}:{irq}").expect("a String takes everything");
+        write!(text, "virtio_mmio.device={kib}K@{address:#x}:{irq} ").expect("a String takes everything");
     }
     text
 }
@@ -416,10 +426,10 @@ mod tests {
 
     #[test]
     fn parameters_name_window_and_interrupt() {
-        assert_eq!(virtio_mmio_parameters(0), "");
+        assert_eq!(virtio_mmio_parameters([].into_iter()), "");
         assert_eq!(
-            virtio_mmio_parameters(2),
-            " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17"
+            virtio_mmio_parameters([0, 2].into_iter()),
+            "virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0002000:18 "
         );
     }
 

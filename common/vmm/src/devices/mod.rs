@@ -4,7 +4,9 @@
 //! work queue where no cut can see it.
 
 mod acpi_pm;
+mod input;
 mod serial;
+mod virtio;
 
 use colo_common::bounded::list;
 use colo_common::limits::MAX_CONSOLE_INPUT;
@@ -14,20 +16,20 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arch::x86_64::layout::{
-    COM1_PORT, DEBUG_EXIT_PORT, I8042_PORT, I8042_RESET, PM1_CONTROL_PORT, PM1_EVENT_PORT, RESET_PORT,
-    VIRTIO_BASE, VIRTIO_WINDOW,
+    COM1_PORT, DEBUG_EXIT_PORT, I8042_PORT, I8042_RESET, MAX_VIRTIO_SLOTS, PM1_CONTROL_PORT, PM1_EVENT_PORT,
+    RESET_PORT, VIRTIO_BASE, VIRTIO_WINDOW,
 };
 use crate::egress::Egress;
 use crate::guest::{Lifecycle, ResetCause};
+use crate::spec::GuestSpec;
 use crate::state::StateError;
 
 pub use acpi_pm::AcpiPmState;
+pub(crate) use input::ConsoleInput;
 pub use serial::SerialConsoleState;
+pub use virtio::{Backends, DiskTracking};
+pub(crate) use virtio::{SlotState, Virtio};
 
-/// First word of every virtio-mmio window: "virt".
-const VIRTIO_MAGIC: u32 = 0x7472_6976;
-/// The version of the virtio-mmio transport.
-const VIRTIO_VERSION: u32 = 2;
 /// Control bit of the reset register: reset the CPU (bit 1 alone chooses the kind).
 const RESET_NOW: u8 = 4;
 
@@ -55,6 +57,9 @@ pub struct DeviceState {
     #[serde(deserialize_with = "list::<_, _, MAX_INPUT>")]
     input: Vec<u8>,
     input_offset: u64,
+    /// By window.
+    #[serde(deserialize_with = "list::<_, _, { MAX_VIRTIO_SLOTS as usize }>")]
+    virtio: Vec<Option<SlotState>>,
 }
 
 impl DeviceState {
@@ -62,7 +67,18 @@ impl DeviceState {
         if self.input.len() > MAX_INPUT {
             return Err(StateError::Malformed(format!("{} bytes of console input", self.input.len())));
         }
+        self.virtio.iter().flatten().try_for_each(SlotState::check_limits)?;
         self.serial.check_limits()
+    }
+
+    /// The virtio windows.
+    pub(crate) fn virtio(&self) -> &[Option<SlotState>] {
+        &self.virtio
+    }
+
+    /// The same with other virtio windows.
+    pub(crate) fn with_virtio(self, virtio: Vec<Option<SlotState>>) -> Self {
+        Self { virtio, ..self }
     }
 
     pub(crate) fn input_offset(&self) -> u64 {
@@ -81,6 +97,8 @@ impl DeviceState {
 /// All devices of one guest; called by the vCPU threads.
 pub(crate) struct Devices {
     inner: Mutex<Inner>,
+    input: Arc<ConsoleInput>,
+    virtio: Arc<Virtio>,
     virtio_slots: u32,
 }
 
@@ -90,10 +108,20 @@ struct Inner {
 }
 
 impl Devices {
-    pub(crate) fn new(lines: &Arc<dyn InterruptLines>, egress: &Arc<Egress>, virtio_slots: u32) -> Self {
-        let serial = serial::SerialConsole::new(Arc::clone(lines), Arc::clone(egress));
+    /// The devices of a spec that interrupt by these lines; virtio and console input outlive them.
+    pub(crate) fn new(
+        lines: &Arc<dyn InterruptLines>,
+        egress: &Arc<Egress>,
+        input: &Arc<ConsoleInput>,
+        virtio: &Arc<Virtio>,
+        spec: &GuestSpec,
+    ) -> Self {
+        let typed = (!spec.virtio.console_input).then(|| Arc::clone(input));
+        let serial = serial::SerialConsole::new(Arc::clone(lines), Arc::clone(egress), typed);
         let acpi_pm = acpi_pm::AcpiPm::new(Arc::clone(lines));
-        Self { inner: Mutex::new(Inner { serial, acpi_pm }), virtio_slots }
+        virtio.attach(Arc::clone(lines));
+        let (input, virtio) = (Arc::clone(input), Arc::clone(virtio));
+        Self { inner: Mutex::new(Inner { serial, acpi_pm }), input, virtio, virtio_slots: spec.slots() }
     }
 
     /// An OUT of `data.len()` bytes (1, 2 or 4); may ask for a change of the guest's life.
@@ -140,37 +168,34 @@ impl Devices {
 
     /// A read of memory that is not RAM; outside the device windows it gives all ones.
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        data.fill(0xff);
-        if let Some(offset) = self.virtio_offset(address) {
-            // A window without a device: magic, version, device id 0, vendor 0; the rest reads as zero.
-            let word: u32 = match offset & !3 {
-                0 => VIRTIO_MAGIC,
-                4 => VIRTIO_VERSION,
-                _ => 0,
-            };
-            let bytes = word.to_le_bytes();
-            data.iter_mut()
-                .zip(offset as usize & 3..)
-                .for_each(|(b, i)| *b = bytes.get(i).copied().unwrap_or(0));
+        match self.virtio_offset(address) {
+            Some((slot, offset)) => self.virtio.read(slot, offset, data),
+            None => data.fill(0xff),
         }
     }
 
-    /// A write to memory that is not RAM; nothing listens yet.
+    /// A write to memory that is not RAM.
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
-        tracing::trace!(address, ?data, "MMIO write without a device");
+        match self.virtio_offset(address) {
+            Some((slot, offset)) => self.virtio.write(slot, offset, data),
+            None => tracing::trace!(address, ?data, "MMIO write without a device"),
+        }
     }
 
     /// Offers console input; returns how much was taken.
     pub(crate) fn input(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.inner().serial.input(bytes)
+        let taken = self.input.offer(bytes);
+        self.inner().serial.refill()?;
+        self.virtio.wake();
+        Ok(taken)
     }
 
     pub(crate) fn input_offset(&self) -> u64 {
-        self.inner().serial.input_offset()
+        self.input.offset()
     }
 
     pub(crate) fn count_input_from(&self, offset: u64) {
-        self.inner().serial.count_input_from(offset);
+        self.input.count_from(offset);
     }
 
     pub(crate) fn power_button(&self) -> io::Result<()> {
@@ -179,16 +204,18 @@ impl Devices {
 
     pub(crate) fn save(&self) -> DeviceState {
         let inner = self.inner();
-        let (serial, input, input_offset) = inner.serial.save();
-        DeviceState { serial, acpi_pm: inner.acpi_pm.save(), input, input_offset }
+        let (input, input_offset) = self.input.save();
+        let (serial, acpi_pm) = (inner.serial.save(), inner.acpi_pm.save());
+        DeviceState { serial, acpi_pm, input, input_offset, virtio: self.virtio.save() }
     }
 
-    /// Sets the devices, before the interrupt chips: what a device raises here is overwritten by theirs.
+    /// Sets the devices but virtio, before the interrupt chips: what a device raises here is overwritten by theirs.
     pub(crate) fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
         let refused =
             |e: io::Error| StateError::Refused { part: "devices".to_owned(), reason: e.to_string() };
         let mut inner = self.inner();
-        inner.serial.restore(&state.serial, &state.input, state.input_offset).map_err(refused)?;
+        self.input.restore(&state.input, state.input_offset);
+        inner.serial.restore(&state.serial).map_err(refused)?;
         inner.acpi_pm.restore(&state.acpi_pm);
         Ok(())
     }
@@ -198,9 +225,11 @@ impl Devices {
         self.inner().acpi_pm.update_line()
     }
 
-    fn virtio_offset(&self, address: u64) -> Option<u64> {
+    /// The window that the address is in, and its place there.
+    fn virtio_offset(&self, address: u64) -> Option<(usize, u32)> {
         let offset = address.checked_sub(VIRTIO_BASE)?;
-        (offset < u64::from(self.virtio_slots) * VIRTIO_WINDOW).then_some(offset % VIRTIO_WINDOW)
+        let inside = offset < u64::from(self.virtio_slots) * VIRTIO_WINDOW;
+        inside.then_some(((offset / VIRTIO_WINDOW) as usize, (offset % VIRTIO_WINDOW) as u32))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -218,12 +247,14 @@ fn little_endian(data: &[u8]) -> u32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{Devices, InterruptLines};
+    use super::{Backends, Devices, InterruptLines, Virtio};
     use crate::arch::x86_64::layout::{
         COM1_IRQ, COM1_PORT, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_IRQ, VIRTIO_BASE,
     };
     use crate::egress::Egress;
     use crate::guest::{Lifecycle, ResetCause};
+    use crate::memory::GuestMemory;
+    use crate::spec::{BootFile, BootSource, GuestSpec};
     use std::io;
     use std::sync::{Arc, Mutex};
 
@@ -239,8 +270,13 @@ pub(crate) mod tests {
 
     fn devices() -> (Devices, Arc<Lines>, Arc<Egress>) {
         let (lines, egress) = (Arc::new(Lines::default()), Arc::new(Egress::default()));
+        let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
+        let spec = GuestSpec::new("test", 1 << 20, BootSource::Flat { image, address: 0 });
+        let (memory, input) = (Arc::new(GuestMemory::new(1 << 20).unwrap()), Arc::default());
+        let virtio = Virtio::new(&spec, &Backends::default(), &memory, (&egress, &Arc::default()), None);
         let as_lines: Arc<dyn InterruptLines> = lines.clone();
-        (Devices::new(&as_lines, &egress, 2), lines, egress)
+        let devices = Devices::new(&as_lines, &egress, &input, &Arc::new(virtio.unwrap()), &spec);
+        (devices, lines, egress)
     }
 
     #[test]
@@ -342,8 +378,8 @@ pub(crate) mod tests {
         assert_eq!(word, [0; 4]);
         devices.mmio_read(VIRTIO_BASE + 0x2000, &mut word);
         assert_eq!(word, [0xff; 4]);
-        let mut wide = [0; 8];
+        let mut wide = [0xee; 8];
         devices.mmio_read(VIRTIO_BASE + 1, &mut wide);
-        assert_eq!(&wide, b"irt\0\0\0\0\0");
+        assert_eq!(wide, [0; 8], "registers are read whole");
     }
 }

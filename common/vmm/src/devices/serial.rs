@@ -1,15 +1,14 @@
-//! The console: a 16550 (vm-superio), with an input queue in front of its 64 bytes.
+//! The serial console: a 16550 (vm-superio), with what is typed waiting in front of its 64 bytes.
 
 use colo_common::bounded::list;
-use colo_common::limits::MAX_CONSOLE_INPUT;
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 
 use super::InterruptLines;
+use super::input::ConsoleInput;
 use crate::arch::x86_64::layout::COM1_IRQ;
 use crate::egress::Egress;
 use crate::state::StateError;
@@ -39,7 +38,7 @@ struct ToEgress(Arc<Egress>);
 
 impl io::Write for ToEgress {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        bytes.iter().for_each(|&byte| self.0.push_console(byte));
+        self.0.push_console(bytes);
         Ok(bytes.len())
     }
 
@@ -109,16 +108,18 @@ pub(super) struct SerialConsole {
     device: Serial<ConsoleIrq, NoEvents, ToEgress>,
     lines: Arc<dyn InterruptLines>,
     egress: Arc<Egress>,
-    /// Taken from outside, waiting for room in the device.
-    input: VecDeque<u8>,
-    /// Offset of the next byte that is taken.
-    input_offset: u64,
+    /// What waits for room in the device; none if it goes to another console.
+    input: Option<Arc<ConsoleInput>>,
 }
 
 impl SerialConsole {
-    pub(super) fn new(lines: Arc<dyn InterruptLines>, egress: Arc<Egress>) -> Self {
+    pub(super) fn new(
+        lines: Arc<dyn InterruptLines>,
+        egress: Arc<Egress>,
+        input: Option<Arc<ConsoleInput>>,
+    ) -> Self {
         let device = Serial::new(ConsoleIrq(Arc::clone(&lines)), ToEgress(Arc::clone(&egress)));
-        Self { device, lines, egress, input: VecDeque::new(), input_offset: 0 }
+        Self { device, lines, egress, input }
     }
 
     pub(super) fn write(&mut self, register: u8, value: u8) -> io::Result<()> {
@@ -138,50 +139,26 @@ impl SerialConsole {
         Ok(value)
     }
 
-    pub(super) fn input(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(MAX_CONSOLE_INPUT.saturating_sub(self.input.len()));
-        self.input.extend(&bytes[..taken]);
-        self.input_offset += taken as u64;
-        self.refill()?;
-        Ok(taken)
-    }
-
-    pub(super) fn input_offset(&self) -> u64 {
-        self.input_offset
-    }
-
-    pub(super) fn count_input_from(&mut self, offset: u64) {
-        self.input_offset = offset;
-    }
-
-    pub(super) fn save(&self) -> (SerialConsoleState, Vec<u8>, u64) {
-        let state = SerialConsoleState::from_device(self.device.state());
-        (state, self.input.iter().copied().collect(), self.input_offset)
+    pub(super) fn save(&self) -> SerialConsoleState {
+        SerialConsoleState::from_device(self.device.state())
     }
 
     /// Input that waits gets into the device when the guest next touches it, or with the next input.
-    pub(super) fn restore(
-        &mut self,
-        state: &SerialConsoleState,
-        input: &[u8],
-        offset: u64,
-    ) -> io::Result<()> {
+    pub(super) fn restore(&mut self, state: &SerialConsoleState) -> io::Result<()> {
         let (irq, out) = (ConsoleIrq(Arc::clone(&self.lines)), ToEgress(Arc::clone(&self.egress)));
         self.device = Serial::from_state(&state.to_device(), irq, NoEvents, out).map_err(failed)?;
-        self.input = input.iter().copied().collect();
-        self.input_offset = offset;
         Ok(())
     }
 
-    fn refill(&mut self) -> io::Result<()> {
-        let room = self.device.fifo_capacity().min(self.input.len());
-        if room > 0 {
-            let chunk: Vec<u8> = self.input.iter().take(room).copied().collect();
-            // In loopback the device takes nothing; the bytes wait.
-            let taken = self.device.enqueue_raw_bytes(&chunk).map_err(failed)?;
-            self.input.drain(..taken);
+    /// Moves input that waits into the device, as far as there is room. In loopback it takes nothing.
+    pub(super) fn refill(&mut self) -> io::Result<()> {
+        let room = self.device.fifo_capacity();
+        match &self.input {
+            Some(input) if room > 0 && !input.is_empty() => {
+                input.hand_over(room, |bytes| self.device.enqueue_raw_bytes(bytes).map_err(failed)).map(drop)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -17,8 +17,9 @@ use crate::arch::x86_64::clock::ClockState;
 use crate::arch::x86_64::cpuid::{CpuidError, CpuidTable};
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::arch::x86_64::vcpu_state::VcpuState;
+use crate::block_set::BlockSet;
 use crate::boot;
-use crate::devices::DeviceState;
+use crate::devices::{Backends, ConsoleInput, DeviceState, DiskTracking, Virtio};
 use crate::dirty_set::DirtySet;
 use crate::egress::{Egress, Output, OutputPosition};
 use crate::events::Events;
@@ -68,6 +69,17 @@ pub enum BuildError {
         what: &'static str,
         /// What KVM said.
         source: io::Error,
+    },
+    /// A device of the spec without its part of the host: an own bug of the caller.
+    #[error("the guest's {0} has nothing of the host behind it")]
+    NoBackend(&'static str),
+    /// A disk of another size than the spec's: an own bug of the caller.
+    #[error("the disk given has {found} bytes and the spec says {expected}")]
+    OtherDisk {
+        /// Bytes given.
+        found: u64,
+        /// Bytes wanted.
+        expected: u64,
     },
     /// A vCPU's thread cannot have the timer by which it harvests its dirty ring.
     #[error(
@@ -205,6 +217,9 @@ pub struct KvmGuest {
     vm: Option<Vm>,
     state: RunState,
     protected: bool,
+    /// After the VM, whose threads call it.
+    virtio: Arc<Virtio>,
+    input: Arc<ConsoleInput>,
     egress: Arc<Egress>,
     events: Arc<Events>,
     settled: Arc<Settled>,
@@ -238,7 +253,21 @@ impl KvmGuest {
         memory: Arc<GuestMemory>,
         cadence: Cadence,
     ) -> Result<Self, BuildError> {
+        Self::on(spec, memory, &Backends::default(), cadence)
+    }
+
+    /// A guest around memory, with devices on these parts of the host.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or a device has nothing behind it.
+    pub fn on(
+        spec: GuestSpec,
+        memory: Arc<GuestMemory>,
+        backends: &Backends,
+        cadence: Cadence,
+    ) -> Result<Self, BuildError> {
         spec.validate()?;
+        check_backends(&spec, backends)?;
         let (found, expected) = (memory.layout().bytes(), spec.memory_bytes);
         if found != expected {
             return Err(BuildError::OtherMemory { found, expected });
@@ -249,10 +278,26 @@ impl KvmGuest {
         kick::install();
         sigbus::install().map_err(|source| BuildError::Kvm { what: "handle SIGBUS", source })?;
         let (events, settled) = (Arc::default(), Arc::default());
-        let egress = Arc::new(Egress::default());
+        let (egress, input) = (Arc::new(Egress::default()), Arc::new(ConsoleInput::default()));
+        let typed = spec.virtio.console_input.then(|| Arc::clone(&input));
+        let virtio = Virtio::new(&spec, backends, &memory, (&egress, &events), typed);
+        let virtio = virtio.map_err(|source| BuildError::Kvm { what: "start the virtio devices", source })?;
         let (state, protected, digest) = (RunState::Built, false, spec.digest());
-        let mut guest =
-            Self { vm: None, state, protected, egress, events, settled, memory, host, spec, digest, cadence };
+        let mut guest = Self {
+            vm: None,
+            state,
+            protected,
+            virtio: Arc::new(virtio),
+            input,
+            egress,
+            events,
+            settled,
+            memory,
+            host,
+            spec,
+            digest,
+            cadence,
+        };
         guest.vm = Some(guest.build_vm()?);
         Ok(guest)
     }
@@ -282,6 +327,8 @@ impl KvmGuest {
             egress: &self.egress,
             events: &self.events,
             settled: &self.settled,
+            input: &self.input,
+            virtio: &self.virtio,
             cadence: self.cadence,
         })
     }
@@ -306,6 +353,13 @@ impl KvmGuest {
 
     /// Sets the machine and what goes with it.
     fn set_machine(&mut self, state: &KvmState, holds: Holds) -> Result<(), GuestError> {
+        let restored = self.virtio.restore(state.devices.virtio()).map_err(GuestError::from);
+        self.or_failed(restored)?;
+        self.set_vm(state, holds)
+    }
+
+    /// The same without the virtio devices.
+    fn set_vm(&mut self, state: &KvmState, holds: Holds) -> Result<(), GuestError> {
         let wanted = RunState::Failed.name();
         let vm = self.vm.as_mut().ok_or(GuestError::WrongState { wanted: "restore", state: wanted })?;
         let restored = vm.restore(state).map_err(GuestError::from);
@@ -338,7 +392,8 @@ impl KvmGuest {
         })?;
         built.set_logging(self.protected)?;
         self.vm = Some(built);
-        self.set_machine(state, holds)
+        // The virtio devices were stopped before and are as they were.
+        self.set_vm(state, holds)
     }
 
     fn cut_running(&mut self, dirty: &mut DirtySet) -> Result<Cut, GuestError> {
@@ -365,8 +420,8 @@ impl KvmGuest {
             pending,
             body: Body::Kvm(Box::new(kvm)),
         };
-        let output = self.egress.take();
-        Ok(Cut { state, tracked, output, failed, timing: CutTiming { stop, save, harvest } })
+        let (output, disk) = (self.egress.take(), self.virtio.take_disk());
+        Ok(Cut { state, tracked, output, disk, failed, timing: CutTiming { stop, save, harvest } })
     }
 
     fn stop_tracking(&mut self) -> Result<(), GuestError> {
@@ -548,6 +603,29 @@ impl ProtectedGuest for KvmGuest {
         if let Some(vm) = &self.vm {
             vm.shared().gate.notify();
         }
+        self.virtio.wake();
         output
+    }
+
+    fn track_disk(&mut self, tracking: DiskTracking) {
+        self.virtio.track_disk(tracking);
+    }
+
+    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
+        self.virtio.collect_blocks(blocks);
+    }
+}
+
+/// Whether each device of the host's has its part of it.
+fn check_backends(spec: &GuestSpec, backends: &Backends) -> Result<(), BuildError> {
+    match (&spec.virtio.disk, &backends.disk) {
+        (Some(_), None) => Err(BuildError::NoBackend("disk")),
+        (Some(disk), Some(backend)) if disk.bytes != backend.bytes() => {
+            Err(BuildError::OtherDisk { found: backend.bytes(), expected: disk.bytes })
+        }
+        _ if spec.virtio.net.is_some() && backends.tap.is_none() => {
+            Err(BuildError::NoBackend("network card"))
+        }
+        _ => Ok(()),
     }
 }

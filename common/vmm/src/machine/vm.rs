@@ -16,7 +16,7 @@ use crate::arch::x86_64::cpuid::CpuidTable;
 use crate::arch::x86_64::msrs;
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu, HostCpu};
 use crate::arch::x86_64::vcpu_state::{SaveAbility, VcpuState};
-use crate::devices::{Devices, InterruptLines};
+use crate::devices::{ConsoleInput, Devices, InterruptLines, Virtio};
 use crate::dirty_set::DirtySet;
 use crate::egress::Egress;
 use crate::events::Events;
@@ -37,6 +37,7 @@ pub(super) struct Vm {
     /// Stopped and joined by `drop` before the rest goes.
     vcpus: Vec<Vcpu>,
     shared: Arc<Shared>,
+    virtio: Arc<Virtio>,
     fd: Arc<VmFd>,
     ability: SaveAbility,
     /// What the guest has; a restored guest brings its own.
@@ -54,6 +55,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) egress: &'a Arc<Egress>,
     pub(super) events: &'a Arc<Events>,
     pub(super) settled: &'a Arc<Settled>,
+    pub(super) input: &'a Arc<ConsoleInput>,
+    pub(super) virtio: &'a Arc<Virtio>,
     pub(super) cadence: Cadence,
 }
 
@@ -94,11 +97,11 @@ impl Vm {
         let offers = HostCpu { supported, tsc_khz, tsc_moves: tsc_offset, frames };
         let cpu = GuestCpu { cpuid, tsc_khz, tsc_moves: tsc_offset };
         let lines: Arc<dyn InterruptLines> = fd.clone();
-        let devices = Devices::new(&lines, around.egress, spec.slots());
+        let devices = Devices::new(&lines, around.egress, around.input, around.virtio, spec);
         let shared = Arc::new(around.share(tracker, devices));
         // Threads that were started end with it, whatever fails from here on.
-        let vcpus = Vec::new();
-        let mut vm = Self { vcpus, shared, fd, ability, cpu, offers, power_on: None };
+        let (vcpus, virtio) = (Vec::new(), Arc::clone(around.virtio));
+        let mut vm = Self { vcpus, shared, virtio, fd, ability, cpu, offers, power_on: None };
         for (vcpu, fd) in (0..).zip(vcpu_fds) {
             let started = Vcpu::spawn(vcpu, &spec.name, fd, &vm.shared).map_err(|e| match e {
                 StartError::Thread(source) => BuildError::Kvm { what: "start a vCPU's thread", source },
@@ -118,7 +121,9 @@ impl Vm {
     pub(super) fn power_on(&self) -> KvmState {
         let power_on = self.power_on.clone().expect("read when the VM was built");
         let clock = ClockState { tsc_khz: self.cpu.tsc_khz, ..power_on.clock };
-        KvmState { cpuid: self.cpu.cpuid.clone(), clock, ..power_on }
+        // What virtio devices did outlives a VM.
+        let devices = power_on.devices.with_virtio(self.virtio.power_on());
+        KvmState { cpuid: self.cpu.cpuid.clone(), clock, devices, ..power_on }
     }
 
     /// The processor that the guest has. A TSC that does not move is the host's.
@@ -140,13 +145,17 @@ impl Vm {
         Ok(())
     }
 
+    /// Stops the vCPUs, then what is done beside them.
     pub(super) fn pause(&self) -> Result<(), GuestError> {
         let limit = "it did not leave the guest within 30 s, or its thread ended";
         vcpu::pause_all(&self.shared.gate, &self.vcpus)
-            .map_err(|vcpu| GuestError::Vcpu { vcpu, reason: limit.to_owned() })
+            .map_err(|vcpu| GuestError::Vcpu { vcpu, reason: limit.to_owned() })?;
+        self.virtio.pause();
+        Ok(())
     }
 
     pub(super) fn run(&self) {
+        self.virtio.resume();
         self.shared.gate.open();
     }
 
@@ -179,7 +188,7 @@ impl Vm {
         Ok(tracked)
     }
 
-    /// Sets the machine; vCPUs are stopped. Devices come first, since what they raise while they are set is
+    /// Sets the machine but its virtio devices; vCPUs are stopped. Devices come first, since what they raise while they are set is
     /// overwritten by the chips' own state, and the clock right before the guest runs.
     pub(super) fn restore(&mut self, state: &KvmState) -> Result<(), StateError> {
         if state.vcpus.len() != self.vcpus.len() {

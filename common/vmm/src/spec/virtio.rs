@@ -31,6 +31,9 @@ pub struct VirtioSpec {
     pub console: bool,
     /// Whether what is typed goes to that console.
     pub console_input: bool,
+    /// Whether a Linux is told of the devices on its command line, as one without ACPI has to be. One that reads the
+    /// ACPI tables finds them there and must not be told twice.
+    pub on_command_line: bool,
 }
 
 /// A network card as the guest sees it.
@@ -54,15 +57,20 @@ pub struct DiskSpec {
 }
 
 impl VirtioSpec {
-    /// Windows that are needed for them.
-    pub fn slots(&self) -> u32 {
+    /// The windows that have a device, ascending.
+    pub fn occupied(&self) -> impl Iterator<Item = u32> {
         let devices = [
             (self.net.is_some(), NET_SLOT),
             (self.disk.is_some(), DISK_SLOT),
             (self.rng, RNG_SLOT),
             (self.console, CONSOLE_SLOT),
         ];
-        devices.into_iter().filter(|(there, _)| *there).map(|(_, slot)| slot + 1).max().unwrap_or(0)
+        devices.into_iter().filter(|(there, _)| *there).map(|(_, slot)| slot)
+    }
+
+    /// Windows that are needed for them.
+    pub fn slots(&self) -> u32 {
+        self.occupied().last().map_or(0, |slot| slot + 1)
     }
 
     pub(super) fn validate(&self) -> Result<(), SpecError> {

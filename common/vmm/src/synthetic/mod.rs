@@ -36,7 +36,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
+use crate::block_set::BlockSet;
+use crate::devices::DiskTracking;
 use crate::dirty_set::DirtySet;
+use crate::disk::DiskDelta;
 use crate::egress::{Egress, Output, OutputPosition};
 use crate::guest::{
     Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
@@ -167,7 +170,7 @@ impl SyntheticGuest {
             Ok(ask) => self.pending = ask,
             Err(wrong) => {
                 self.state.failed = Some(wrong);
-                format!("colo-error {wrong}\n").bytes().for_each(|byte| self.egress.push_console(byte));
+                self.egress.push_console(format!("colo-error {wrong}\n").as_bytes());
             }
         }
         self.tracker.after_step(vcpu, self.state.time);
@@ -338,7 +341,8 @@ impl ProtectedGuest for SyntheticGuest {
         self.memory.take_writes(dirty);
         let tracked = self.tracker.close(dirty);
         let (failed, output) = (self.failure(), self.egress.take());
-        Ok(Cut { state, tracked, output, failed, timing: CutTiming::default() })
+        let disk = DiskDelta::none();
+        Ok(Cut { state, tracked, output, disk, failed, timing: CutTiming::default() })
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
@@ -390,4 +394,9 @@ impl ProtectedGuest for SyntheticGuest {
         }
         self.egress.take()
     }
+
+    /// It has no disk.
+    fn track_disk(&mut self, _: DiskTracking) {}
+
+    fn collect_blocks(&mut self, _: &mut BlockSet) {}
 }

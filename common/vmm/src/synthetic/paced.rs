@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::{Pace, SyntheticConfig, SyntheticError, SyntheticGuest};
 use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
+use crate::block_set::BlockSet;
+use crate::devices::DiskTracking;
 use crate::dirty_set::DirtySet;
 use crate::egress::{Output, OutputPosition};
 use crate::guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked, Wake};
@@ -170,5 +172,13 @@ impl ProtectedGuest for PacedGuest {
 
     fn drain_output(&mut self) -> Output {
         self.shared.guest().drain_output()
+    }
+
+    fn track_disk(&mut self, tracking: DiskTracking) {
+        self.shared.guest().track_disk(tracking);
+    }
+
+    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
+        self.shared.guest().collect_blocks(blocks);
     }
 }

@@ -235,7 +235,7 @@ impl Step<'_> {
     }
 
     fn say_bytes(&self, line: &[u8]) {
-        line.iter().chain(b"\n").for_each(|&byte| self.egress.push_console(byte));
+        self.egress.push_console(&[line, b"\n"].concat());
     }
 }
 
