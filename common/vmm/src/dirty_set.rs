@@ -126,6 +126,18 @@ impl DirtySet {
         place != 0 && self.chunks[place as usize - 1].words[(bit / 64) as usize] & (1 << (bit % 64)) != 0
     }
 
+    /// The first frame of the set from `from` on.
+    pub fn next(&self, from: Gfn) -> Option<Gfn> {
+        let first = usize::try_from(from.0 / CHUNK_FRAMES).ok()?;
+        let places = self.index.get(first..)?.iter().filter(|&&place| place != 0);
+        let mut words = places.flat_map(|&place| self.chunks[place as usize - 1].used_words());
+        words.find_map(|(at, bits)| {
+            let before = from.0.saturating_sub(at);
+            let bits = if before < 64 { bits & (u64::MAX << before) } else { 0 };
+            (bits != 0).then(|| Gfn(at + u64::from(bits.trailing_zeros())))
+        })
+    }
+
     /// Adds everything that `other` holds.
     ///
     /// # Panics
@@ -261,7 +273,10 @@ mod tests {
             prop_assert!(set.iter().map(|g| g.0).eq(model.iter().copied()));
             let from_runs = set.runs().flat_map(|(first, n)| first.0..first.0 + n);
             prop_assert!(from_runs.eq(model.iter().copied()));
-            for f in probes { prop_assert_eq!(set.contains(Gfn(f)), model.contains(&f)); }
+            for f in probes {
+                prop_assert_eq!(set.contains(Gfn(f)), model.contains(&f));
+                prop_assert_eq!(set.next(Gfn(f)).map(|g| g.0), model.range(f..).next().copied());
+            }
         }
     }
 

@@ -7,6 +7,7 @@
 
 pub mod admission;
 pub mod arch;
+pub mod block_set;
 pub mod boot;
 pub mod devices;
 mod dirty_ring;
@@ -30,6 +31,7 @@ mod vcpu;
 mod vcpu_exit;
 pub mod wire_spec;
 
+pub use block_set::BlockSet;
 pub use dirty_set::DirtySet;
 pub use guest::{Cut, GuestError, GuestEvent, ProtectedGuest, Tracked};
 pub use machine::KvmGuest;
