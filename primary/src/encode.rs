@@ -115,6 +115,8 @@ impl Encoder {
             frames: self.digest.frames(),
             data_pages: self.data_pages,
             zero_pages: self.zero_pages,
+            data_blocks: 0,
+            zero_blocks: 0,
             state_bytes: self.state_bytes,
             output_bytes: self.output_bytes,
             digest: self.digest.finish(),
@@ -133,8 +135,8 @@ impl Encoder {
     }
 
     fn page_frame(&mut self, runs: &[Run], body: Bytes) -> Frame {
-        self.data_pages += RunTable::data_pages(runs);
-        self.zero_pages += RunTable::zero_pages(runs);
+        self.data_pages += RunTable::data(runs);
+        self.zero_pages += RunTable::zero(runs);
         let table = Bytes::from(RunTable::encode(runs));
         let frame = Frame::new(Kind::Pages, self.vm, self.point, self.next(), table, body);
         self.add(frame)

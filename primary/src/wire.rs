@@ -23,7 +23,7 @@ pub enum WireError {
     Closed,
 }
 
-/// Reads the next frame; nothing at the end of the stream. Pages are read to page boundaries, which makes copying
+/// Reads the next frame; nothing at the end of the stream. Pages and blocks are read to page boundaries, which makes copying
 /// them on several times faster.
 ///
 /// # Errors
@@ -44,7 +44,7 @@ pub async fn read_frame(
     // The lengths were checked against the limits of their kind.
     let table = read_bytes(stream, header.table_len as usize).await?;
     let len = header.body_len as usize;
-    let body = if header.kind == Kind::Pages && len > 0 {
+    let body = if matches!(header.kind, Kind::Pages | Kind::Blocks) && len > 0 {
         let mut buffer = pool.take(len.div_ceil(colo_common::PAGE_SIZE));
         let part = buffer.bytes_mut().get_mut(..len).ok_or(WireError::Closed)?;
         stream.read_exact(part).await.map_err(|e| WireError::Lost(e.to_string()))?;

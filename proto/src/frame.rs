@@ -1,14 +1,14 @@
 //! The frame: what one epoch, one copy or one word between the nodes is cut into. The step of the way of a page
 //! between `primary/encode` and `primary/quic`, and again in `secondary/receiver`.
 //!
-//! A frame is a header of fixed length, a table (of a `Pages` frame only) and a body. All numbers are little endian.
+//! A frame is a header of fixed length, a table (of a `Pages` or `Blocks` frame only) and a body. All numbers are little endian.
 //!
 //! | at | bytes | what |
 //! |---|---|---|
 //! | 0 | 4 | magic, `COLF` |
 //! | 4 | 2 | version |
 //! | 6 | 1 | [`Kind`] |
-//! | 7 | 1 | flags; version 1 has none, so 0 |
+//! | 7 | 1 | flags; there are none, so 0 |
 //! | 8 | 8 | [`VmTag`] |
 //! | 16 | 8 | term of the point |
 //! | 24 | 8 | epoch of the point |
@@ -36,7 +36,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::message::{MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_HISTORY_BODY, Message};
 use crate::pages::MAX_TABLE;
-use crate::version::{PROTOCOL_VERSION, Versions};
+use crate::version::PROTOCOL_VERSION;
 
 /// Bytes of a frame's header.
 pub const HEADER_LEN: usize = 64;
@@ -80,7 +80,7 @@ impl Header {
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[..4].copy_from_slice(&MAGIC);
-        bytes[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+        bytes[4..6].copy_from_slice(&self.kind.version().to_le_bytes());
         bytes[6] = self.kind as u8;
         bytes[8..16].copy_from_slice(&self.vm.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.point.term.0.to_le_bytes());
@@ -108,16 +108,18 @@ impl Header {
         if found != expected {
             return Err(FrameError::HeaderChecksum { found, expected });
         }
-        let version = u16::from_le_bytes(array(bytes, 4));
-        if !Versions::OURS.contains(version) {
-            return Err(FrameError::Version { found: version });
+        let (found, kind) = (u16::from_le_bytes(array(bytes, 4)), Kind::from_byte(bytes[6]));
+        // A kind that this build does not know says less than the version that it is of.
+        let expected = kind.map_or(PROTOCOL_VERSION, Kind::version);
+        if found != expected {
+            return Err(FrameError::Version { found, expected });
         }
         let (flags, reserved) = (bytes[7], u32::from_le_bytes(array(bytes, 44)));
         if flags != 0 || reserved != 0 {
             return Err(FrameError::Reserved { flags, reserved });
         }
         let header = Self {
-            kind: Kind::from_byte(bytes[6]).ok_or(FrameError::Kind { found: bytes[6] })?,
+            kind: kind.ok_or(FrameError::Kind { found: bytes[6] })?,
             vm: VmTag(u64::from_le_bytes(array(bytes, 8))),
             point: Point {
                 term: Term(u64::from_le_bytes(array(bytes, 16))),
@@ -188,7 +190,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// A frame to send. `Pages` takes an encoded run table and the pages' bytes, `State` a part of the encoded state;
+    /// A frame to send. `Pages` and `Blocks` take an encoded run table and their bytes, `State` a part of the encoded state;
     /// all others are made from a [`Message`].
     ///
     /// # Panics
@@ -226,7 +228,7 @@ impl Frame {
         &self.header
     }
 
-    /// Its table; empty unless it carries pages.
+    /// Its table; empty unless it carries pages or blocks.
     pub fn table(&self) -> &Bytes {
         &self.table
     }
@@ -291,13 +293,13 @@ mod tests {
     #[test]
     fn what_is_wrong_with_a_header_is_named() {
         assert_eq!(refused(|b| b[3] = b'H'), FrameError::Magic { found: *b"COLH" });
-        assert_eq!(refused(|b| b[4] = 2), FrameError::Version { found: 2 });
+        assert_eq!(refused(|b| b[4] = 3), FrameError::Version { found: 3, expected: 2 });
         assert_eq!(refused(|b| b[7] = 1), FrameError::Reserved { flags: 1, reserved: 0 });
         assert_eq!(refused(|b| b[45] = 1), FrameError::Reserved { flags: 0, reserved: 256 });
-        assert_eq!(refused(|b| b[6] = 7), FrameError::Kind { found: 7 });
-        let error = refused(|b| b[4] = 2).to_string();
+        assert_eq!(refused(|b| b[6] = 8), FrameError::Kind { found: 8 });
+        let error = refused(|b| b[4] = 1).to_string();
         assert!(
-            error.starts_with("a frame has version 2, this build speaks version 1: run the same"),
+            error.starts_with("a frame has version 1, this build speaks version 2: run the same"),
             "{error}"
         );
         let mut damaged = GOOD.encode();
@@ -308,12 +310,26 @@ mod tests {
     }
 
     #[test]
+    fn nodes_of_different_versions_understand_why_they_part() {
+        for kind in Kind::ALL {
+            let stays = matches!(kind, Kind::Hello | Kind::Refused);
+            let header = Header { kind, table_len: 0, body_len: 0, ..GOOD };
+            let mut bytes = header.encode();
+            assert_eq!(bytes[4], if stays { 1 } else { 2 }, "{kind}");
+            bytes[4] = 3 - bytes[4];
+            let seal = xxh3_64(&bytes[..SEAL_AT]);
+            bytes[SEAL_AT..].copy_from_slice(&seal.to_le_bytes());
+            assert!(matches!(Header::decode(&bytes), Err(FrameError::Version { .. })), "{kind}");
+        }
+    }
+
+    #[test]
     fn lengths_are_held_against_the_limits_of_the_kind() {
         for kind in Kind::ALL {
             for (part, at, limit) in [("table", 36, kind.max_table()), ("body", 40, kind.max_body())] {
                 let header = |len: u32| {
                     sealed(|b| {
-                        b[6] = kind as u8;
+                        (b[4], b[6]) = (kind.version() as u8, kind as u8);
                         b[36..44].fill(0);
                         b[at..at + 4].copy_from_slice(&len.to_le_bytes());
                     })

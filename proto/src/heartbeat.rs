@@ -54,7 +54,7 @@ pub enum HeartbeatError {
         /// Version in it.
         found: u16,
     },
-    /// Something that version 1 has no meaning for.
+    /// Something that has no meaning yet.
     #[error("a heartbeat has {0:#x} in its reserved field, and version {PROTOCOL_VERSION} has 0")]
     Reserved(u16),
 }
@@ -121,7 +121,7 @@ mod tests {
         let good = sealed(|_| {});
         assert_eq!(Heartbeat::decode(&good[..47]), Err(HeartbeatError::Length(47)));
         assert_eq!(Heartbeat::decode(&sealed(|b| b[3] = b'F')), Err(HeartbeatError::Magic(*b"COLF")));
-        assert_eq!(Heartbeat::decode(&sealed(|b| b[4] = 2)), Err(HeartbeatError::Version { found: 2 }));
+        assert_eq!(Heartbeat::decode(&sealed(|b| b[4] = 1)), Err(HeartbeatError::Version { found: 1 }));
         assert_eq!(Heartbeat::decode(&sealed(|b| b[7] = 1)), Err(HeartbeatError::Reserved(256)));
         for bit in 0..HEARTBEAT_LEN * 8 {
             let mut bytes = good;

@@ -1,10 +1,11 @@
-//! The run table of a `Pages` frame: which frames of the guest's memory its body holds, and which are all zero. The step
-//! of the way of a page between `primary/encode` and `secondary/staging`.
+//! The run table of a `Pages` or `Blocks` frame: which pages of the guest's memory, or blocks of its disk, its body holds,
+//! and which are all zero. The step of the way of a page between `primary/encode` and `secondary/staging`.
 //!
-//! A run is 16 bytes, little endian: first frame (u64), number of frames (u32), and 0 for data or 1 for zero (u32). Runs
+//! A run is 16 bytes, little endian: first number (u64), how many (u32), and 0 for data or 1 for zero (u32). Runs
 //! ascend and do not overlap. The bytes of the data runs make up the body, in order; a zero run has none.
 
-use colo_common::{Gfn, PAGE_SIZE};
+use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE};
+use std::fmt::{Debug, Display};
 
 use crate::frame::MAX_FRAME_PAGES;
 
@@ -19,11 +20,52 @@ pub const MAX_RUNS: usize = 4096;
 pub const MAX_TABLE: usize = MAX_RUNS * RUN_LEN;
 
 const _: () = assert!(MAX_RUNS >= MAX_FRAME_PAGES);
+const _: () = assert!(BLOCK_SIZE == PAGE_SIZE, "a body is cut into pieces of one size");
 
-/// Bytes of one page.
+/// Bytes of one page, or of one block of a disk.
 pub type Page = [u8; PAGE_SIZE];
 
-/// What the pages of a run hold.
+/// What runs count.
+pub trait Place: Copy + Eq + Debug + Display {
+    /// What it is a part of, for messages.
+    const OF: &'static str;
+    /// Many of it, for messages.
+    const PLURAL: &'static str;
+
+    /// The one with this number.
+    fn at(number: u64) -> Self;
+
+    /// Its number.
+    fn number(self) -> u64;
+}
+
+impl Place for Gfn {
+    const OF: &'static str = "memory";
+    const PLURAL: &'static str = "pages";
+
+    fn at(number: u64) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u64 {
+        self.0
+    }
+}
+
+impl Place for Block {
+    const OF: &'static str = "disk";
+    const PLURAL: &'static str = "blocks";
+
+    fn at(number: u64) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// What the pages or blocks of a run hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Content {
     /// Bytes, which are in the body.
@@ -32,64 +74,69 @@ pub enum Content {
     Zero,
 }
 
-/// Frames that lie side by side.
+/// Pages, or blocks, that lie side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Run {
+pub struct Run<N = Gfn> {
     /// The first of them.
-    pub first: Gfn,
+    pub first: N,
     /// How many, at least one.
     pub count: u32,
     /// What they hold.
     pub content: Content,
 }
 
-impl Run {
-    /// The frames in it, ascending.
-    pub fn frames(&self) -> impl Iterator<Item = Gfn> + use<> {
-        (self.first.0..self.first.0.saturating_add(u64::from(self.count))).map(Gfn)
+impl<N: Place> Run<N> {
+    /// Those in it, ascending.
+    pub fn places(&self) -> impl Iterator<Item = N> + use<N> {
+        let first = self.first.number();
+        (first..first.saturating_add(u64::from(self.count))).map(N::at)
     }
 }
 
 /// Why a run table cannot be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PagesError {
+pub enum RunError<N: Place> {
     /// Not whole runs.
     #[error("a run table of {0} bytes is not made of runs of {RUN_LEN} bytes")]
     Length(usize),
     /// More runs than a frame may have.
     #[error("a run table has {0} runs, more than {MAX_RUNS}")]
     TooMany(usize),
-    /// A run of no frames.
+    /// A run of nothing.
     #[error("the run at {0} is empty")]
-    Empty(Gfn),
+    Empty(N),
     /// Neither data nor zero.
     #[error("the run at {first} has content {found}, not 0 (data) or 1 (zero)")]
     Content {
-        /// Its first frame.
-        first: Gfn,
+        /// Its first page or block.
+        first: N,
         /// What was found.
         found: u32,
     },
     /// It begins before the run before it ends.
     #[error("the run at {first} begins before {expected}, where the run before it ends")]
     Order {
-        /// Its first frame.
-        first: Gfn,
-        /// The first frame that it may have.
-        expected: Gfn,
+        /// Its first page or block.
+        first: N,
+        /// The first that it may have.
+        expected: N,
     },
-    /// Outside guest memory.
-    #[error("{count} pages from {first} go beyond the guest's memory, which ends at {}: do both nodes have the same spec?", Gfn(*.limit))]
+    /// Outside the guest's memory or disk.
+    #[error(
+        "{count} {} from {first} go beyond the guest's {}, which ends at {limit}: do both nodes have the same spec?",
+        N::PLURAL,
+        N::OF
+    )]
     Beyond {
-        /// The run's first frame.
-        first: Gfn,
-        /// Its frames.
+        /// The run's first page or block.
+        first: N,
+        /// How many.
         count: u32,
-        /// The guest's frame limit.
-        limit: u64,
+        /// The first that the guest does not have.
+        limit: N,
     },
     /// More data than a frame may have.
-    #[error("a run table has {0} pages with bytes, more than {MAX_FRAME_PAGES}")]
+    #[error("a run table has {0} {what} with bytes, more than {MAX_FRAME_PAGES}", what = N::PLURAL)]
     TooMuchData(u64),
     /// The body does not fit the table.
     #[error("the body has {found} bytes, and the run table needs {expected}")]
@@ -109,7 +156,7 @@ impl RunTable {
     ///
     /// # Panics
     /// The runs are not what [`decode`](Self::decode) takes: an own bug.
-    pub fn encode(runs: &[Run]) -> Vec<u8> {
+    pub fn encode<N: Place>(runs: &[Run<N>]) -> Vec<u8> {
         check_all(runs, u64::MAX).unwrap_or_else(|error| panic!("a run table to send: {error}"));
         let mut bytes = Vec::with_capacity(runs.len() * RUN_LEN);
         for run in runs {
@@ -117,38 +164,38 @@ impl RunTable {
                 Content::Data => 0,
                 Content::Zero => 1,
             };
-            bytes.extend_from_slice(&run.first.0.to_le_bytes());
+            bytes.extend_from_slice(&run.first.number().to_le_bytes());
             bytes.extend_from_slice(&run.count.to_le_bytes());
             bytes.extend_from_slice(&content.to_le_bytes());
         }
         bytes
     }
 
-    /// Reads the table of a guest whose frames all lie below `frame_limit`. Holes in its address map are not known
-    /// here; whoever applies the pages checks that each is memory.
+    /// Reads the table of a guest whose pages, or blocks, all lie below number `limit`. Holes in its address map are
+    /// not known here; whoever applies pages checks that each is memory.
     ///
     /// # Errors
     /// The first thing that is wrong with it.
-    pub fn decode(bytes: &[u8], frame_limit: u64) -> Result<Vec<Run>, PagesError> {
+    pub fn decode<N: Place>(bytes: &[u8], limit: u64) -> Result<Vec<Run<N>>, RunError<N>> {
         let (encoded, rest) = bytes.as_chunks::<RUN_LEN>();
         if !rest.is_empty() {
-            return Err(PagesError::Length(bytes.len()));
+            return Err(RunError::Length(bytes.len()));
         }
         if encoded.len() > MAX_RUNS {
-            return Err(PagesError::TooMany(encoded.len()));
+            return Err(RunError::TooMany(encoded.len()));
         }
         let runs = encoded.iter().map(decode_run).collect::<Result<Vec<_>, _>>()?;
-        check_all(&runs, frame_limit)?;
+        check_all(&runs, limit)?;
         Ok(runs)
     }
 
-    /// Pages whose bytes are in the body.
-    pub fn data_pages(runs: &[Run]) -> u64 {
+    /// Pages or blocks whose bytes are in the body.
+    pub fn data<N>(runs: &[Run<N>]) -> u64 {
         count(runs, Content::Data)
     }
 
-    /// Pages that are all zero.
-    pub fn zero_pages(runs: &[Run]) -> u64 {
+    /// Pages or blocks that are all zero.
+    pub fn zero<N>(runs: &[Run<N>]) -> u64 {
         count(runs, Content::Zero)
     }
 
@@ -156,67 +203,67 @@ impl RunTable {
     ///
     /// # Errors
     /// It does not.
-    pub fn check_body(runs: &[Run], body_len: usize) -> Result<(), PagesError> {
-        let expected = Self::data_pages(runs) * PAGE_SIZE as u64;
-        if body_len as u64 == expected { Ok(()) } else { Err(PagesError::Body { found: body_len, expected }) }
+    pub fn check_body<N: Place>(runs: &[Run<N>], body_len: usize) -> Result<(), RunError<N>> {
+        let expected = Self::data(runs) * PAGE_SIZE as u64;
+        if body_len as u64 == expected { Ok(()) } else { Err(RunError::Body { found: body_len, expected }) }
     }
 
-    /// The pages of the data runs with their bytes, ascending.
+    /// What the data runs hold, ascending.
     ///
     /// # Errors
     /// The body does not fit the runs.
-    pub fn data<'a>(
-        runs: &'a [Run],
+    pub fn bytes<'a, N: Place>(
+        runs: &'a [Run<N>],
         body: &'a [u8],
-    ) -> Result<impl Iterator<Item = (Gfn, &'a Page)>, PagesError> {
+    ) -> Result<impl Iterator<Item = (N, &'a Page)>, RunError<N>> {
         Self::check_body(runs, body.len())?;
-        let frames = runs.iter().filter(|run| run.content == Content::Data).flat_map(Run::frames);
-        Ok(frames.zip(body.as_chunks().0))
+        let places = runs.iter().filter(|run| run.content == Content::Data).flat_map(Run::places);
+        Ok(places.zip(body.as_chunks().0))
     }
 }
 
-fn count(runs: &[Run], content: Content) -> u64 {
+fn count<N>(runs: &[Run<N>], content: Content) -> u64 {
     runs.iter().filter(|run| run.content == content).map(|run| u64::from(run.count)).sum()
 }
 
-fn decode_run(bytes: &[u8; RUN_LEN]) -> Result<Run, PagesError> {
+fn decode_run<N: Place>(bytes: &[u8; RUN_LEN]) -> Result<Run<N>, RunError<N>> {
     let field = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-    let first = Gfn(u64::from(field(0)) | u64::from(field(4)) << 32);
+    let first = N::at(u64::from(field(0)) | u64::from(field(4)) << 32);
     let content = match field(12) {
         0 => Content::Data,
         1 => Content::Zero,
-        found => return Err(PagesError::Content { first, found }),
+        found => return Err(RunError::Content { first, found }),
     };
     Ok(Run { first, count: field(8), content })
 }
 
 /// The rules of a table, asked of what came and of what is to be sent.
-fn check_all(runs: &[Run], frame_limit: u64) -> Result<(), PagesError> {
+fn check_all<N: Place>(runs: &[Run<N>], limit: u64) -> Result<(), RunError<N>> {
     if runs.len() > MAX_RUNS {
-        return Err(PagesError::TooMany(runs.len()));
+        return Err(RunError::TooMany(runs.len()));
     }
     let mut free = 0;
     for run in runs {
         let (first, count) = (run.first, run.count);
         if count == 0 {
-            return Err(PagesError::Empty(first));
+            return Err(RunError::Empty(first));
         }
-        if first.0 < free {
-            return Err(PagesError::Order { first, expected: Gfn(free) });
+        if first.number() < free {
+            return Err(RunError::Order { first, expected: N::at(free) });
         }
-        free = match first.0.checked_add(u64::from(count)) {
-            Some(end) if end <= frame_limit => end,
-            _ => return Err(PagesError::Beyond { first, count, limit: frame_limit }),
+        free = match first.number().checked_add(u64::from(count)) {
+            Some(end) if end <= limit => end,
+            _ => return Err(RunError::Beyond { first, count, limit: N::at(limit) }),
         };
     }
-    let data = RunTable::data_pages(runs);
-    if data > MAX_FRAME_PAGES as u64 { Err(PagesError::TooMuchData(data)) } else { Ok(()) }
+    let data = RunTable::data(runs);
+    if data > MAX_FRAME_PAGES as u64 { Err(RunError::TooMuchData(data)) } else { Ok(()) }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Content, MAX_RUNS, MAX_TABLE, PagesError, RUN_LEN, Run, RunTable};
-    use colo_common::{Gfn, PAGE_SIZE};
+    use super::{Content, MAX_RUNS, MAX_TABLE, RUN_LEN, Run, RunError, RunTable};
+    use colo_common::{Block, Gfn, PAGE_SIZE};
     use proptest::prelude::{any, prop_assert_eq, proptest};
 
     fn run(first: u64, count: u32, content: Content) -> Run {
@@ -245,39 +292,50 @@ mod tests {
     fn what_is_wrong_with_a_table_is_named() {
         let gfn = Gfn;
         for (runs, expected) in [
-            (vec![(1, 0, 0)], PagesError::Empty(gfn(1))),
-            (vec![(1, 1, 2)], PagesError::Content { first: gfn(1), found: 2 }),
-            (vec![(1, 2, 0), (2, 1, 1)], PagesError::Order { first: gfn(2), expected: gfn(3) }),
-            (vec![(5, 1, 0), (1, 1, 0)], PagesError::Order { first: gfn(1), expected: gfn(6) }),
-            (vec![(99, 2, 0)], PagesError::Beyond { first: gfn(99), count: 2, limit: 100 }),
-            (vec![(u64::MAX, 1, 1)], PagesError::Beyond { first: gfn(u64::MAX), count: 1, limit: 100 }),
-            (vec![(0, u32::MAX, 1)], PagesError::Beyond { first: gfn(0), count: u32::MAX, limit: 100 }),
+            (vec![(1, 0, 0)], RunError::Empty(gfn(1))),
+            (vec![(1, 1, 2)], RunError::Content { first: gfn(1), found: 2 }),
+            (vec![(1, 2, 0), (2, 1, 1)], RunError::Order { first: gfn(2), expected: gfn(3) }),
+            (vec![(5, 1, 0), (1, 1, 0)], RunError::Order { first: gfn(1), expected: gfn(6) }),
+            (vec![(99, 2, 0)], RunError::Beyond { first: gfn(99), count: 2, limit: gfn(100) }),
+            (vec![(u64::MAX, 1, 1)], RunError::Beyond { first: gfn(u64::MAX), count: 1, limit: gfn(100) }),
+            (vec![(0, u32::MAX, 1)], RunError::Beyond { first: gfn(0), count: u32::MAX, limit: gfn(100) }),
         ] {
             assert_eq!(RunTable::decode(&raw(&runs), 100), Err(expected));
         }
-        assert_eq!(RunTable::decode(&[0; RUN_LEN + 1], 100), Err(PagesError::Length(RUN_LEN + 1)));
-        assert_eq!(RunTable::decode(&raw(&[(0, 257, 0)]), 1000), Err(PagesError::TooMuchData(257)));
+        assert_eq!(RunTable::decode::<Gfn>(&[0; RUN_LEN + 1], 100), Err(RunError::Length(RUN_LEN + 1)));
+        assert_eq!(RunTable::decode::<Gfn>(&raw(&[(0, 257, 0)]), 1000), Err(RunError::TooMuchData(257)));
         assert_eq!(
-            RunTable::decode(&vec![0; MAX_TABLE + RUN_LEN], 100),
-            Err(PagesError::TooMany(MAX_RUNS + 1))
+            RunTable::decode::<Gfn>(&vec![0; MAX_TABLE + RUN_LEN], 100),
+            Err(RunError::TooMany(MAX_RUNS + 1))
         );
         let most: Vec<_> = (0..MAX_RUNS as u64).map(|n| zero(n * 2, 1)).collect();
         assert_eq!(RunTable::decode(&RunTable::encode(&most), 1 << 20), Ok(most));
-        assert_eq!(RunTable::decode(&[], 0), Ok(vec![]));
+        assert_eq!(RunTable::decode::<Gfn>(&[], 0), Ok(vec![]));
     }
 
     #[test]
     fn data_runs_take_their_pages_from_the_body_in_order() {
         let runs = [data(3, 2), zero(5, 1 << 20), data(1 << 30, 1)];
-        assert_eq!((RunTable::data_pages(&runs), RunTable::zero_pages(&runs)), (3, 1 << 20));
+        assert_eq!((RunTable::data(&runs), RunTable::zero(&runs)), (3, 1 << 20));
         let body: Vec<u8> = (0..3).flat_map(|n| [n; PAGE_SIZE]).collect();
         let pages: Vec<_> =
-            RunTable::data(&runs, &body).unwrap().map(|(gfn, page)| (gfn.0, page[0])).collect();
+            RunTable::bytes(&runs, &body).unwrap().map(|(gfn, page)| (gfn.0, page[0])).collect();
         assert_eq!(pages, [(3, 0), (4, 1), (1 << 30, 2)]);
         for len in [0, body.len() - 1, body.len() + PAGE_SIZE] {
-            let expected = Err(PagesError::Body { found: len, expected: 3 * 4096 });
+            let expected = Err(RunError::Body { found: len, expected: 3 * 4096 });
             assert_eq!(RunTable::check_body(&runs, len), expected);
         }
+    }
+
+    #[test]
+    fn blocks_of_a_disk_are_told_by_their_own_name() {
+        let runs = [Run { first: Block(9), count: 2, content: Content::Zero }];
+        assert_eq!(RunTable::decode(&RunTable::encode(&runs), 11), Ok(runs.to_vec()));
+        let error = RunTable::decode::<Block>(&RunTable::encode(&runs), 10).unwrap_err().to_string();
+        assert!(
+            error.starts_with("2 blocks from block 0x9 go beyond the guest's disk, which ends at block 0xa"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -297,8 +355,8 @@ mod tests {
             }).collect();
             prop_assert_eq!(RunTable::decode(&RunTable::encode(&runs), free), Ok(runs.clone()));
             if !runs.is_empty() {
-                let beyond = RunTable::decode(&RunTable::encode(&runs), free - 1);
-                prop_assert_eq!(matches!(beyond, Err(PagesError::Beyond { .. })), true);
+                let beyond = RunTable::decode::<Gfn>(&RunTable::encode(&runs), free - 1);
+                prop_assert_eq!(matches!(beyond, Err(RunError::Beyond { .. })), true);
             }
         }
     }

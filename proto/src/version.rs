@@ -2,6 +2,7 @@
 //!
 //! Versions:
 //! - 1: the first. Frames, run tables, messages, heartbeats and the gRPC package `colo.v1`.
+//! - 2: disks. `Blocks`, `BlockDigestRequest` and `BlockDigests`; `EpochEnd` counts blocks.
 //!
 //! Every change of the wire adds a line here and a test against the version before. What never changes, so that
 //! nodes of any two versions understand why they part: the length of a frame's header, its magic, the places of
@@ -11,12 +12,15 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The newest version that this build speaks.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
-/// The oldest version that this build speaks.
-pub const OLDEST_VERSION: u16 = 1;
+/// The oldest version that this build speaks: the end of an epoch is another than in the one before.
+pub const OLDEST_VERSION: u16 = 2;
 
-const _: () = assert!(OLDEST_VERSION >= 1 && OLDEST_VERSION <= PROTOCOL_VERSION);
+/// The version of the frames that never change.
+pub const FIRST_VERSION: u16 = 1;
+
+const _: () = assert!(OLDEST_VERSION >= FIRST_VERSION && OLDEST_VERSION <= PROTOCOL_VERSION);
 
 /// A range of versions that a node speaks, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

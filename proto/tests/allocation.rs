@@ -2,11 +2,12 @@
 
 mod samples;
 
+use colo_common::Gfn;
 use colo_common::limits::MAX_HISTORY;
 use colo_proto::frame::MAX_BODY;
 use colo_proto::message::{
-    EpochBegin, Hello, MAX_DIGEST_RANGES, MAX_DIGESTS, MAX_OUTPUT_ITEMS, Message, MessageError, Output,
-    RangeDigests, Refused, SeedBegin,
+    BlockDigests, EpochBegin, Hello, MAX_DIGEST_RANGES, MAX_DIGESTS, MAX_OUTPUT_ITEMS, Message, MessageError,
+    Output, RangeDigests, Refused, SeedBegin,
 };
 use colo_proto::pages::{MAX_RUNS, MAX_TABLE, RunTable};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -82,13 +83,14 @@ fn a_length_that_lies_costs_nothing() {
     let ranges = 3 * (MAX_DIGEST_RANGES + 1) * 32 + 3 * (MAX_DIGESTS + 1) * 16 + 4096;
     for body in lying(&[0], 60_000).into_iter().chain(lying(&[0, 1, 1], 60_000)) {
         refused::<RangeDigests>(&body, ranges);
+        refused::<BlockDigests>(&body, ranges);
     }
     for body in lying(&[1], 1000).into_iter().chain(lying(&[1, 1], 1000)) {
         refused::<Refused>(&body, 4096);
         refused::<Hello>(&body, 4096);
     }
     let table = vec![0xff; 4 * MAX_TABLE];
-    assert!(peak(|| assert!(RunTable::decode(&table, u64::MAX).is_err())) < 4096);
-    let most = peak(|| drop(RunTable::decode(&RunTable::encode(&samples::runs()), 1 << 40)));
+    assert!(peak(|| assert!(RunTable::decode::<Gfn>(&table, u64::MAX).is_err())) < 4096);
+    let most = peak(|| drop(RunTable::decode::<Gfn>(&RunTable::encode(&samples::runs()), 1 << 40)));
     assert!(most <= MAX_RUNS * 24, "{most}");
 }

@@ -7,12 +7,13 @@ use bolero::check;
 use bolero::generator::produce;
 use bytes::Bytes;
 use colo_common::register::Entry;
+use colo_common::{Block, Gfn};
 use colo_proto::convert;
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag, check_body};
 use colo_proto::heartbeat::{HEARTBEAT_LEN, Heartbeat};
 use colo_proto::message::{
-    Ack, Control, DigestRequest, EpochBegin, EpochEnd, Goodbye, Hello, Message, Output, Progress,
-    RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
+    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, EpochBegin, EpochEnd, Goodbye, Hello,
+    Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{MAX_RUNS, RunTable};
 use colo_proto::v1;
@@ -133,10 +134,11 @@ fn run_table() {
         let Some((&limit, table)) = bytes.split_first() else { return };
         let nearly_right = nearly_right(table);
         for table in [table, nearly_right.as_slice()] {
-            if let Ok(runs) = RunTable::decode(table, 1 << (limit % 64)) {
+            let _ = RunTable::decode::<Block>(table, 1 << (limit % 64));
+            if let Ok(runs) = RunTable::decode::<Gfn>(table, 1 << (limit % 64)) {
                 assert!(runs.len() <= MAX_RUNS);
                 assert_eq!(RunTable::encode(&runs), table);
-                let _ = RunTable::data(&runs, bytes).map(Iterator::count);
+                let _ = RunTable::bytes(&runs, bytes).map(Iterator::count);
             }
         }
     });
@@ -203,6 +205,8 @@ messages! {
     term_changed: TermChanged = samples::term_changed();
     digest_request: DigestRequest = samples::digest_request();
     range_digests: RangeDigests = samples::range_digests();
+    block_digest_request: BlockDigestRequest = samples::block_digest_request();
+    block_digests: BlockDigests = samples::block_digests();
     yields: Yield = samples::yields();
     goodbye: Goodbye = Goodbye;
 }

@@ -1,4 +1,4 @@
-//! The bytes of version 1, as they are on the wire. A test here that fails means that two builds of the same version
+//! The bytes of version 2, as they are on the wire. A test here that fails means that two builds of the same version
 //! would not understand each other: add a version (see `version.rs`), or undo the change.
 
 mod samples;
@@ -8,7 +8,7 @@ use colo_common::history::point;
 use colo_common::{Gfn, PAGE_SIZE};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag};
 use colo_proto::heartbeat::Heartbeat;
-use colo_proto::message::{Message, TransferDigest};
+use colo_proto::message::{EpochEnd, Message, TransferDigest};
 use colo_proto::pages::RunTable;
 use std::fmt::Debug;
 
@@ -16,7 +16,7 @@ use std::fmt::Debug;
 fn is(what: &str, found: &[u8], golden: &str) {
     let hex: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
     let golden: String = golden.split_whitespace().collect();
-    assert_eq!(hex, golden, "{what} is not what version 1 has");
+    assert_eq!(hex, golden, "{what} is not what version 2 has");
 }
 
 fn message<M: Message + PartialEq + Debug>(message: &M, golden: &str) {
@@ -35,6 +35,7 @@ fn numbers_of_kinds_stay() {
         (4, "State"),
         (5, "Output"),
         (6, "EpochEnd"),
+        (7, "Blocks"),
         (16, "Hello"),
         (17, "Welcome"),
         (18, "Refused"),
@@ -45,6 +46,8 @@ fn numbers_of_kinds_stay() {
         (23, "RangeDigests"),
         (24, "Yield"),
         (25, "Goodbye"),
+        (26, "BlockDigestRequest"),
+        (27, "BlockDigests"),
     ];
     assert_eq!(numbers, golden.map(|(number, name)| (number, name.to_owned())));
 }
@@ -64,7 +67,7 @@ fn a_header() {
     is(
         "the header",
         &bytes,
-        "434f4c4601000200306345afb32ff7070300000000000000e80300000000000007000000200000000020000000000000efcdab89674523016289397e42b24ccb",
+        "434f4c4602000200306345afb32ff7070300000000000000e80300000000000007000000200000000020000000000000efcdab8967452301c1e8b81313579741",
     );
     assert_eq!(Header::decode(&bytes), Ok(header));
 }
@@ -85,7 +88,7 @@ fn a_frame_of_pages() {
     is(
         "its header",
         &head[..HEADER_LEN],
-        "434f4c460100020001000000000000000300000000000000e803000000000000070000003000000000300000000000008c3d3533d2ca871e3a0a77dfa8d706c5",
+        "434f4c460200020001000000000000000300000000000000e803000000000000070000003000000000300000000000008c3d3533d2ca871ed5990e6c5aa51ce9",
     );
     assert_eq!(&head[HEADER_LEN..], frame.table());
     let mut digest = TransferDigest::new();
@@ -95,12 +98,39 @@ fn a_frame_of_pages() {
 }
 
 #[test]
+fn a_frame_of_blocks() {
+    let runs = samples::block_runs();
+    let table = RunTable::encode(&runs);
+    is("the run table", &table, "0100000000000000010000000100000000000000010000000100000000000000");
+    assert_eq!(RunTable::decode(&table, 1 << 33), Ok(runs));
+    let body = Bytes::from(vec![0x11; PAGE_SIZE]);
+    let frame = Frame::new(Kind::Blocks, VmTag(1), point(3, 1000), 7, table.into(), body);
+    is(
+        "its header",
+        &frame.head()[..HEADER_LEN],
+        "434f4c460200070001000000000000000300000000000000e80300000000000007000000200000000010000000000000b18373ba2b2e3b66943a9189413249e0",
+    );
+}
+
+/// What a node of version 1 says, and is told.
+#[test]
+fn a_hello_of_version_1_is_understood() {
+    let hello = Frame::control(VmTag(1), &samples::hellos()[0]);
+    assert_eq!(hello.head()[..8], *b"COLF\x01\x00\x10\x00");
+    assert_eq!(Header::decode(hello.head()[..HEADER_LEN].try_into().unwrap()), Ok(*hello.header()));
+    let refused = Frame::control(VmTag(1), &samples::refusals()[0]);
+    assert_eq!(refused.head()[..8], *b"COLF\x01\x00\x12\x00");
+    // The end of an epoch is not: its body has other fields.
+    assert!(EpochEnd::decode(&[12, 0xac, 2, 4, 0xa0, 0x9c, 1, 9, 0xff, 1]).is_err());
+}
+
+#[test]
 fn a_heartbeat() {
     let beat = Heartbeat { vm: VmTag(0x1122), term: colo_common::Term(5), sequence: 9, sent_us: 1_000_000 };
     is(
         "the heartbeat",
         &beat.encode(),
-        "434f4c480100000022110000000000000500000000000000090000000000000040420f000000000003e704ecb3c67517",
+        "434f4c480200000022110000000000000500000000000000090000000000000040420f00000000002853a511b012737d",
     );
 }
 
@@ -109,7 +139,7 @@ fn messages_of_a_transfer() {
     message(&samples::seed_begin(), "0102010a03e807");
     message(&samples::epoch_begin(), "0103e70702010a03e807f0a2040c889b040b2a01");
     message(&samples::output(), "02000668656c6c6f0a010103aabbcc");
-    message(&samples::epoch_end(), "0cac0204a09c0109ffddf7e6bcd7eacc88ef99abc5e88c9111");
+    message(&samples::epoch_end(), "0cac0204820105a09c0109ffddf7e6bcd7eacc88ef99abc5e88c9111");
 }
 
 #[test]
@@ -120,7 +150,7 @@ fn messages_of_the_control_stream() {
         &link,
         "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd191010180a28899c3a895b3f790e6d4ba97f3eeeeff03",
     );
-    message(&samples::welcome(), "010162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
+    message(&samples::welcome(), "020162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
     message(&samples::ack(), "03e8070704");
     message(&samples::progress(), "0103e8070103e70700808040");
     message(&samples::term_changed(), "04");
@@ -128,6 +158,11 @@ fn messages_of_the_control_stream() {
     message(
         &samples::range_digests(),
         "80020200050102d8fc4d31a9d8d440556a649ec73d6d788ef18750e3f432af786b6b797e808d10",
+    );
+    message(&samples::block_digest_request(), "80048040");
+    message(
+        &samples::block_digests(),
+        "80040200050102d8fc4d31a9d8d440556a649ec73d6d788ef18750e3f432af786b6b797e808d10",
     );
     message(&samples::yields(), "01");
     message(&colo_proto::message::Goodbye, "");

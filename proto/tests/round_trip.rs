@@ -1,10 +1,10 @@
 //! What is encoded is decoded: messages with any values that they may have.
 
 use colo_common::history::point;
-use colo_common::{Gfn, History, Incarnation, PAGE_SIZE, Point, ReplicaId, Term};
+use colo_common::{Block, Gfn, History, Incarnation, PAGE_SIZE, Point, ReplicaId, Term};
 use colo_proto::message::{
-    Ack, DigestRange, EpochBegin, EpochEnd, Hello, MAX_POSITION, Message, Output, OutputItem, PageDigest,
-    Position, Progress, Purpose, RangeDigests,
+    Ack, BlockDigests, DigestRange, EpochBegin, EpochEnd, Hello, MAX_POSITION, Message, Output, OutputItem,
+    PageDigest, Position, Progress, Purpose, RangeDigests,
 };
 use colo_proto::version::Versions;
 use proptest::prelude::{Strategy, any, prop_assert_eq, prop_oneof, proptest};
@@ -38,8 +38,8 @@ fn items() -> impl Strategy<Value = OutputItem> {
 fn ranges() -> impl Strategy<Value = DigestRange> {
     let digests = proptest::collection::vec(any::<u8>().prop_map(|b| PageDigest::of(&[b; PAGE_SIZE])), 1..50);
     prop_oneof![
-        (1..10_000_u64).prop_map(|frames| DigestRange::Zero { frames }),
-        digests.prop_map(DigestRange::Pages)
+        (1..10_000_u64).prop_map(|count| DigestRange::Zero { count }),
+        digests.prop_map(DigestRange::Each)
     ]
 }
 
@@ -59,8 +59,11 @@ proptest! {
     }
 
     #[test]
-    fn ends(frames: u32, data_pages: u64, zero_pages: u64, state_bytes: u64, output_bytes: u64, digest: u128) {
-        same(&EpochEnd { frames, data_pages, zero_pages, state_bytes, output_bytes, digest })?;
+    fn ends(frames: u32, pages: (u64, u64), blocks: (u64, u64), state_bytes: u64, output_bytes: u64, digest: u128) {
+        let ((data_pages, zero_pages), (data_blocks, zero_blocks)) = (pages, blocks);
+        same(&EpochEnd {
+            frames, data_pages, zero_pages, data_blocks, zero_blocks, state_bytes, output_bytes, digest,
+        })?;
     }
 
     #[test]
@@ -70,6 +73,7 @@ proptest! {
 
     #[test]
     fn digests(first in 0..1_u64 << 28, ranges in proptest::collection::vec(ranges(), 1..20)) {
+        same(&BlockDigests { first: Block(first), ranges: ranges.clone() })?;
         same(&RangeDigests { first: Gfn(first), ranges })?;
     }
 

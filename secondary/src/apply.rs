@@ -2,9 +2,7 @@
 
 use colo_common::limits::MAX_GUEST_MEMORY;
 use colo_common::{Gfn, PAGE_SIZE, Point};
-use colo_proto::message::{
-    DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, PageDigest, RangeDigests,
-};
+use colo_proto::message::{DigestRequest, PageDigest, RangeDigests};
 use colo_vmm::GuestMemory;
 use colo_vmm::page_batch::is_zero;
 use crossbeam_channel::{Receiver, Sender};
@@ -12,6 +10,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::digests::Collector;
 use crate::image::{ApplyError, Image};
 use crate::staging::{StagedEpoch, StagedPart};
 
@@ -105,70 +104,24 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
 
 /// Tells what a range of frames holds; frames without memory behind them are zero and are not read.
 pub fn digests(memory: &GuestMemory, request: DigestRequest, send: &mut impl FnMut(RangeDigests)) {
-    let end = request.first.0.saturating_add(request.frames).min(MAX_GUEST_MEMORY);
+    let end = request.first.0.saturating_add(request.count).min(MAX_GUEST_MEMORY);
     let populated = memory.populated().unwrap_or_default();
-    let mut message = Collector { first: request.first, at: request.first.0, ranges: Vec::new(), digests: 0 };
+    let mut message = Collector::new(request.first);
     for (start, frames) in populated {
-        let (from, to) = (start.0.max(message.at), (start.0 + frames).min(end));
+        let (from, to) = (start.0.max(message.at()), (start.0 + frames).min(end));
         if from >= to {
             continue;
         }
-        message.zeros(from - message.at, send);
+        message.zeros(from - message.at(), send);
         for gfn in from..to {
             let mut page = [0; PAGE_SIZE];
             if memory.read_page(Gfn(gfn), &mut page).is_err() || is_zero(&page) {
                 message.zeros(1, send);
             } else {
-                message.page(PageDigest::of(&page), send);
+                message.one(PageDigest::of(&page), send);
             }
         }
     }
-    message.zeros(end.saturating_sub(message.at), send);
+    message.zeros(end.saturating_sub(message.at()), send);
     message.flush(send);
-}
-
-/// Puts digests into messages that are not too large.
-struct Collector {
-    first: Gfn,
-    at: u64,
-    ranges: Vec<DigestRange>,
-    digests: usize,
-}
-
-impl Collector {
-    fn zeros(&mut self, frames: u64, send: &mut impl FnMut(RangeDigests)) {
-        if frames == 0 {
-            return;
-        }
-        self.at += frames;
-        if let Some(DigestRange::Zero { frames: before }) = self.ranges.last_mut() {
-            *before += frames;
-            return;
-        }
-        self.ranges.push(DigestRange::Zero { frames });
-        self.flush_if_full(send);
-    }
-
-    fn page(&mut self, digest: PageDigest, send: &mut impl FnMut(RangeDigests)) {
-        self.at += 1;
-        self.digests += 1;
-        match self.ranges.last_mut() {
-            Some(DigestRange::Pages(pages)) => pages.push(digest),
-            _ => self.ranges.push(DigestRange::Pages(vec![digest])),
-        }
-        self.flush_if_full(send);
-    }
-
-    fn flush_if_full(&mut self, send: &mut impl FnMut(RangeDigests)) {
-        if self.digests == MAX_DIGESTS || self.ranges.len() == MAX_DIGEST_RANGES {
-            self.flush(send);
-        }
-    }
-
-    fn flush(&mut self, send: &mut impl FnMut(RangeDigests)) {
-        if !self.ranges.is_empty() {
-            send(RangeDigests { first: self.first, ranges: std::mem::take(&mut self.ranges) });
-        }
-        (self.first, self.digests) = (Gfn(self.at), 0);
-    }
 }

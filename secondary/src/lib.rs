@@ -7,6 +7,7 @@
 pub mod agreement;
 pub mod apply;
 pub mod detector;
+mod digests;
 pub mod image;
 pub mod node;
 pub mod pairing_service;

@@ -16,7 +16,7 @@ use colo_proto::message::{
     EpochBegin, EpochEnd, ITEM_COST, Message, MessageError, Output as WireOutput, OutputItem as WireItem,
     Position, SeedBegin, SeedMode, TransferDigest,
 };
-use colo_proto::pages::{Content, PagesError, Run, RunTable};
+use colo_proto::pages::{Content, Run, RunError, RunTable};
 use colo_vmm::MachineState;
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
@@ -183,7 +183,7 @@ pub enum StagingError {
     Message(#[from] MessageError),
     /// A run table that is none.
     #[error(transparent)]
-    Pages(#[from] PagesError),
+    Pages(#[from] RunError<Gfn>),
     /// A page that the guest does not have.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -343,10 +343,10 @@ impl Staging {
         for run in &runs {
             check_frames(run, memory)?;
         }
-        self.data_pages += RunTable::data_pages(&runs);
-        self.zero_pages += RunTable::zero_pages(&runs);
-        self.measures.pages += RunTable::data_pages(&runs);
-        self.measures.zero_pages += RunTable::zero_pages(&runs);
+        self.data_pages += RunTable::data(&runs);
+        self.zero_pages += RunTable::zero(&runs);
+        self.measures.pages += RunTable::data(&runs);
+        self.measures.zero_pages += RunTable::zero(&runs);
         let of = |content: Content| {
             let runs = runs.iter().filter(move |run| run.content == content);
             runs.map(|run| (run.first, u64::from(run.count))).collect::<Vec<_>>()

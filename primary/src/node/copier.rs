@@ -128,7 +128,7 @@ impl Copier {
         let mut at = 0;
         while at < limit {
             let window = DIGEST_WINDOW.min(limit - at);
-            self.link.request_digests(DigestRequest { first: Gfn(at), frames: window }).map_err(Stopped)?;
+            self.link.request_digests(DigestRequest { first: Gfn(at), count: window }).map_err(Stopped)?;
             let end = at + window;
             while at < end {
                 let digests = match self.inbox.recv() {
@@ -150,10 +150,10 @@ impl Copier {
     fn compare(&mut self, digests: RangeDigests, populated: &[(Gfn, u64)]) -> Result<(), Stopped> {
         let mut first = digests.first.0;
         for range in digests.ranges {
-            let frames = range.frames();
+            let frames = range.count();
             match range {
                 DigestRange::Zero { .. } => self.frames(&overlap(populated, first, frames))?,
-                DigestRange::Pages(theirs) => {
+                DigestRange::Each(theirs) => {
                     let mut differing = DirtySet::new(self.memory.layout().frame_limit());
                     for (gfn, theirs) in (first..).map(Gfn).zip(theirs) {
                         let mut page = [0; PAGE_SIZE];

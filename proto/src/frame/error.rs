@@ -1,7 +1,7 @@
 //! Why bytes are not a frame: what was found, what was expected, what to do.
 
 use super::{Kind, MAGIC, VmTag};
-use crate::version::{PROTOCOL_VERSION, Versions};
+use crate::version::PROTOCOL_VERSION;
 
 /// Why bytes are not a frame that can be taken. The link that it came by is not to be trusted any more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,14 +24,15 @@ pub enum FrameError {
     },
     /// Of another version.
     #[error(
-        "a frame has version {found}, this build speaks {}: run the same version of Colo on both nodes",
-        Versions::OURS
+        "a frame has version {found}, this build speaks version {expected}: run the same version of Colo on both nodes"
     )]
     Version {
         /// Version in the header.
         found: u16,
+        /// The version of frames of its kind.
+        expected: u16,
     },
-    /// Something that version 1 has no meaning for.
+    /// Something that has no meaning yet.
     #[error(
         "a frame has flags {flags:#04x} and {reserved:#x} in the reserved field, and version {PROTOCOL_VERSION} has 0 in both"
     )]

@@ -7,6 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::MAX_BODY;
 use crate::message::{MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_HISTORY_BODY};
 use crate::pages::MAX_TABLE;
+use crate::version::{FIRST_VERSION, PROTOCOL_VERSION};
 
 /// A vm's name in eight bytes: a frame that strayed to another vm's process is found at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +42,8 @@ pub enum Kind {
     Output = 5,
     /// An epoch is complete.
     EpochEnd = 6,
+    /// Blocks of the disk: a run table and the bytes of its data runs.
+    Blocks = 7,
     /// The first word of whoever connects.
     Hello = 16,
     /// The answer of a secondary that takes the link.
@@ -61,17 +64,22 @@ pub enum Kind {
     Yield = 24,
     /// The link ends on purpose.
     Goodbye = 25,
+    /// Asks for digests of blocks of the disk.
+    BlockDigestRequest = 26,
+    /// Digests of blocks of the disk.
+    BlockDigests = 27,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::SeedBegin,
         Self::Pages,
         Self::EpochBegin,
         Self::State,
         Self::Output,
         Self::EpochEnd,
+        Self::Blocks,
         Self::Hello,
         Self::Welcome,
         Self::Refused,
@@ -82,6 +90,8 @@ impl Kind {
         Self::RangeDigests,
         Self::Yield,
         Self::Goodbye,
+        Self::BlockDigestRequest,
+        Self::BlockDigests,
     ];
 
     pub(super) fn from_byte(byte: u8) -> Option<Self> {
@@ -93,10 +103,18 @@ impl Kind {
         (self as u8) < Self::Hello as u8
     }
 
+    /// The version that a header of it names: what two nodes of any versions part by stays as it was in the first.
+    pub const fn version(self) -> u16 {
+        match self {
+            Self::Hello | Self::Refused => FIRST_VERSION,
+            _ => PROTOCOL_VERSION,
+        }
+    }
+
     /// Bytes of the table at most.
     pub const fn max_table(self) -> usize {
         match self {
-            Self::Pages => MAX_TABLE,
+            Self::Pages | Self::Blocks => MAX_TABLE,
             _ => 0,
         }
     }
@@ -104,9 +122,9 @@ impl Kind {
     /// Bytes of the body at most.
     pub const fn max_body(self) -> usize {
         match self {
-            Self::Pages | Self::State | Self::Output => MAX_BODY,
+            Self::Pages | Self::Blocks | Self::State | Self::Output => MAX_BODY,
             Self::SeedBegin | Self::EpochBegin => MAX_HISTORY_BODY,
-            Self::RangeDigests => MAX_DIGEST_BODY,
+            Self::RangeDigests | Self::BlockDigests => MAX_DIGEST_BODY,
             _ => MAX_CONTROL_BODY,
         }
     }

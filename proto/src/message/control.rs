@@ -5,7 +5,9 @@ use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term, VmId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-use super::{DigestRequest, Message, MessageError, RangeDigests, check_range};
+use super::{
+    BlockDigestRequest, BlockDigests, DigestRequest, Message, MessageError, RangeDigests, check_range,
+};
 use crate::frame::{Frame, Kind, MAX_BODY};
 use crate::version::{NoCommonVersion, Versions};
 
@@ -262,6 +264,10 @@ pub enum Control {
     DigestRequest(DigestRequest),
     /// See [`RangeDigests`].
     RangeDigests(RangeDigests),
+    /// See [`BlockDigestRequest`].
+    BlockDigestRequest(BlockDigestRequest),
+    /// See [`BlockDigests`].
+    BlockDigests(BlockDigests),
     /// See [`Yield`].
     Yield(Yield),
     /// See [`Goodbye`].
@@ -284,10 +290,13 @@ impl Control {
             Kind::TermChanged => Self::TermChanged(TermChanged::decode(body)?),
             Kind::DigestRequest => Self::DigestRequest(DigestRequest::decode(body)?),
             Kind::RangeDigests => Self::RangeDigests(RangeDigests::decode(body)?),
+            Kind::BlockDigestRequest => Self::BlockDigestRequest(BlockDigestRequest::decode(body)?),
+            Kind::BlockDigests => Self::BlockDigests(BlockDigests::decode(body)?),
             Kind::Yield => Self::Yield(Yield::decode(body)?),
             Kind::Goodbye => Self::Goodbye(Goodbye::decode(body)?),
             Kind::SeedBegin
             | Kind::Pages
+            | Kind::Blocks
             | Kind::EpochBegin
             | Kind::State
             | Kind::Output
@@ -308,7 +317,7 @@ mod tests {
 
     fn welcome() -> Welcome {
         Welcome {
-            version: 1,
+            version: 2,
             node: "b".parse().unwrap(),
             incarnation: Incarnation(1),
             replica: None,
@@ -326,8 +335,8 @@ mod tests {
     #[test]
     fn a_welcome_that_nobody_can_follow_is_refused() {
         assert_eq!(Welcome::decode(&welcome().encode()), Ok(welcome()));
-        let error = refused(&Welcome { version: 2, ..welcome() });
-        assert!(error.contains("the peer speaks protocol version 2, this build speaks version 1"), "{error}");
+        let error = refused(&Welcome { version: 1, ..welcome() });
+        assert!(error.contains("the peer speaks protocol version 1, this build speaks version 2"), "{error}");
         for window in [0, 257] {
             let error = refused(&Welcome { window, ..welcome() });
             assert_eq!(

@@ -1,14 +1,16 @@
-//! The messages: what a frame's body says, unless it is raw (`Pages`, `State`). Postcard inside the frame; every list,
+//! The messages: what a frame's body says, unless it is raw (`Pages`, `Blocks`, `State`). Postcard inside the frame; every list,
 //! text and number that a peer could blow up is bounded, and nothing may follow what was read.
 //!
 //! ```text
 //!   primary                                secondary
 //!     | == control: Hello ==================> |      one bidirectional stream, the connection's first
 //!     | <================ Welcome | Refused = |
-//!     | == transfer: SeedBegin, Pages ... ==> |      one stream of the primary, in order
+//!     | == transfer: SeedBegin, Pages, Blocks ... ==> | one stream of the primary, in order
 //!     |      (Resync: DigestRequest ========> |
 //!     |       <==================== RangeDigests)
-//!     | == EpochBegin, Pages, State, Output, EpochEnd => |
+//!     |      (with a disk: BlockDigestRequest |
+//!     |       <==================== BlockDigests)
+//!     | == EpochBegin, Pages, Blocks, State, Output, EpochEnd => |
 //!     | <===================== Ack, Progress = |     control again
 //!     | == TermChanged, Yield, Goodbye ======> |
 //! ```
@@ -22,7 +24,10 @@ pub use control::{
     Ack, Control, Detail, Goodbye, Hello, MAX_DETAIL, MAX_WINDOW, MIN_EPOCH_BYTES, Progress, Purpose,
     Refusal, Refused, TermChanged, Welcome, Yield,
 };
-pub use digests::{DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, PageDigest, RangeDigests};
+pub use digests::{
+    BlockDigestRequest, BlockDigests, Compared, DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS,
+    PageDigest, RangeDigests,
+};
 pub use transfer::{
     EpochBegin, EpochEnd, ITEM_COST, MAX_OUTPUT_ITEMS, MAX_POSITION, Output, OutputItem, Position, SeedBegin,
     SeedMode, TransferDigest,

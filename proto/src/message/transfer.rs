@@ -1,12 +1,12 @@
 //! Messages of a transfer, from the primary to the secondary: what stands around the pages of a copy or an epoch.
 //!
 //! ```text
-//!   seed:   SeedBegin Pages*  EpochBegin(base: none) Pages* State+ Output* EpochEnd
-//!   epoch:                    EpochBegin(base)       Pages* State+ Output* EpochEnd
+//!   seed:   SeedBegin (Pages|Blocks)*  EpochBegin(base: none) (Pages|Blocks)* State+ Output* EpochEnd
+//!   epoch:                             EpochBegin(base)       (Pages|Blocks)* State+ Output* EpochEnd
 //! ```
 //!
 //! The point of a frame's header is that of the epoch; before the `EpochBegin` of a seed it is the newest point that
-//! was cut when the seed began. A page may come more than once in a transfer; the last version wins.
+//! was cut when the seed began. A page or block may come more than once in a transfer; the last version wins.
 
 use colo_common::limits::{MAX_EPOCH_FRAMES, MAX_FRAME};
 use colo_common::{History, Point};
@@ -20,7 +20,7 @@ use crate::frame::{Header, Kind, MAX_BODY};
 /// in an epoch fits and a body of empty items does not grow beyond it in memory.
 pub const MAX_OUTPUT_ITEMS: usize = 2 * MAX_EPOCH_FRAMES + 1;
 
-/// What a frame of pages and an item of output count for beside their bytes, against the `max_epoch_bytes` of a secondary.
+/// What a frame of pages or blocks and an item of output count for beside their bytes, against the `max_epoch_bytes` of a secondary.
 pub const ITEM_COST: u64 = 64;
 
 /// Console bytes or frames of a guest's whole life, as in a machine state: far from where counting overflows.
@@ -34,11 +34,13 @@ const _: () = assert!(MAX_FRAME + 2 * ITEM_OVERHEAD <= MAX_BODY);
 /// How a copy is made whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SeedMode {
-    /// All populated memory is sent. The secondary empties its copy first.
+    /// All populated memory is sent. The secondary empties its copy of it first. Of the disk the blocks whose digests
+    /// differ are sent.
     Full,
-    /// The pages whose digests differ are sent. What the secondary has is the base.
+    /// The pages and blocks whose digests differ are sent. What the secondary has is the base.
     Resync,
-    /// The pages that were written since this point are sent. The secondary's copy is whole and at exactly this point.
+    /// The pages and blocks that were written since this point are sent. The secondary's copy is whole and at exactly
+    /// this point.
     Since(Point),
 }
 
@@ -205,6 +207,10 @@ pub struct EpochEnd {
     pub data_pages: u64,
     /// Pages that came as zero.
     pub zero_pages: u64,
+    /// Blocks that came with bytes.
+    pub data_blocks: u64,
+    /// Blocks that came as zero.
+    pub zero_blocks: u64,
     /// Bytes of the encoded machine state.
     pub state_bytes: u64,
     /// Bytes of output.

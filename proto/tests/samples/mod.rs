@@ -4,11 +4,11 @@
 #![allow(dead_code)]
 
 use colo_common::history::point;
-use colo_common::{Gfn, History, Incarnation, PAGE_SIZE, ReplicaId, Term};
+use colo_common::{Block, Gfn, History, Incarnation, PAGE_SIZE, ReplicaId, Term};
 use colo_proto::message::{
-    Ack, Detail, DigestRange, DigestRequest, EpochBegin, EpochEnd, Hello, Output, OutputItem, PageDigest,
-    Position, Progress, Purpose, RangeDigests, Refusal, Refused, SeedBegin, SeedMode, TermChanged, Welcome,
-    Yield,
+    Ack, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, EpochBegin, EpochEnd, Hello,
+    Output, OutputItem, PageDigest, Position, Progress, Purpose, RangeDigests, Refusal, Refused, SeedBegin,
+    SeedMode, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{Content, Run};
 use colo_proto::version::Versions;
@@ -48,7 +48,16 @@ pub(crate) fn output() -> Output {
 }
 
 pub(crate) fn epoch_end() -> EpochEnd {
-    EpochEnd { frames: 12, data_pages: 300, zero_pages: 4, state_bytes: 20_000, output_bytes: 9, digest: ID }
+    EpochEnd {
+        frames: 12,
+        data_pages: 300,
+        zero_pages: 4,
+        data_blocks: 130,
+        zero_blocks: 5,
+        state_bytes: 20_000,
+        output_bytes: 9,
+        digest: ID,
+    }
 }
 
 pub(crate) fn hellos() -> [Hello; 2] {
@@ -66,7 +75,7 @@ pub(crate) fn hellos() -> [Hello; 2] {
 
 pub(crate) fn welcome() -> Welcome {
     Welcome {
-        version: 1,
+        version: 2,
         node: "b".parse().unwrap(),
         incarnation: Incarnation(ID),
         replica: Some(ReplicaId(7)),
@@ -111,15 +120,30 @@ pub(crate) fn term_changed() -> TermChanged {
 }
 
 pub(crate) fn digest_request() -> DigestRequest {
-    DigestRequest { first: Gfn(0x100), frames: 4096 }
+    DigestRequest { first: Gfn(0x100), count: 4096 }
 }
 
 pub(crate) fn range_digests() -> RangeDigests {
     let digests = [[1; PAGE_SIZE], [2; PAGE_SIZE]].map(|page| PageDigest::of(&page)).to_vec();
     RangeDigests {
         first: Gfn(0x100),
-        ranges: vec![DigestRange::Zero { frames: 5 }, DigestRange::Pages(digests)],
+        ranges: vec![DigestRange::Zero { count: 5 }, DigestRange::Each(digests)],
     }
+}
+
+pub(crate) fn block_digest_request() -> BlockDigestRequest {
+    BlockDigestRequest { first: Block(0x200), count: 8192 }
+}
+
+pub(crate) fn block_digests() -> BlockDigests {
+    BlockDigests { first: Block(0x200), ranges: range_digests().ranges }
+}
+
+pub(crate) fn block_runs() -> Vec<Run<Block>> {
+    vec![
+        Run { first: Block(1), count: 1, content: Content::Zero },
+        Run { first: Block(0x1_0000_0000), count: 1, content: Content::Data },
+    ]
 }
 
 pub(crate) fn yields() -> Yield {

@@ -304,7 +304,7 @@ impl Runner {
                 common.send(
                     peer.link,
                     Way::Say,
-                    Msg::DigestRequest(DigestRequest { first: Gfn(at), frames }),
+                    Msg::DigestRequest(DigestRequest { first: Gfn(at), count: frames }),
                 );
             } else if let Some(digests) = seed.digests.pop_front() {
                 assert_eq!(digests.first.0, at, "digests come in order");
@@ -390,7 +390,7 @@ impl SeedJob {
     fn compare(&mut self, digests: RangeDigests, memory: &colo_vmm::GuestMemory) {
         let mut first = digests.first.0;
         for range in digests.ranges {
-            let frames = range.frames();
+            let frames = range.count();
             let mut differing = DirtySet::new(FRAMES);
             match range {
                 DigestRange::Zero { .. } => {
@@ -400,7 +400,7 @@ impl SeedJob {
                         differing.insert(Gfn(gfn));
                     });
                 }
-                DigestRange::Pages(theirs) => {
+                DigestRange::Each(theirs) => {
                     for (gfn, theirs) in (first..).map(Gfn).zip(theirs) {
                         let mut page = [0; PAGE_SIZE];
                         memory.read_page(gfn, &mut page).expect("a frame of the guest");
