@@ -25,6 +25,7 @@ pub mod sigbus;
 pub mod spec;
 pub mod state;
 pub mod synthetic;
+pub mod tap;
 pub mod tracker;
 mod vcpu;
 mod vcpu_exit;
