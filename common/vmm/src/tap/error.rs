@@ -110,3 +110,22 @@ impl TapError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::TapError;
+    use std::io;
+
+    /// What no test host can be brought to say; the rest is shown with real interfaces, in tests/tests/tap.rs.
+    #[test]
+    fn a_host_without_tap_interfaces_is_told_from_one_that_keeps_them_back() {
+        let of = |errno| TapError::device(io::Error::from_raw_os_error(errno));
+        for errno in [libc::ENOENT, libc::ENODEV, libc::ENXIO] {
+            let error = of(errno);
+            assert!(matches!(error, TapError::Missing { .. }), "{error}");
+            assert!(error.to_string().contains("modprobe tun"), "{error}");
+        }
+        let error = of(libc::EACCES);
+        assert!(matches!(error, TapError::Device { .. }) && error.to_string().contains("root"), "{error}");
+    }
+}
