@@ -5,7 +5,7 @@
 # installs, and for what it cannot install the one line that helps. What guest images need, deploy/guest/prepare.sh
 # installs itself when it has to build one.
 #
-#   setup.sh [build]   a C and C++ toolchain with libclang (installed by apt), Rust (checked)
+#   setup.sh [build]   a C and C++ toolchain with libclang, ip(8) (installed by apt), Rust (checked)
 #   setup.sh check     that, rustfmt and clippy (checked), cargo-deny (built into the cache)
 #   setup.sh cache     only prints the cache directory: $COLO_CACHE, else colo/ in the user's cache directory, else
 #                      target/cache where that cannot be written
@@ -20,8 +20,8 @@ guest_dir=$clone/deploy/guest
 . "$guest_dir/lib/common.sh"
 
 # The payloads and the build scripts of crates need a C compiler and linker; RocksDB is C++, and its bindings are made
-# by libclang; make runs all of this.
-readonly packages=(gcc g++ make libc6-dev clang libclang-dev)
+# by libclang; make runs all of this. Tests and the demo build networks with ip(8).
+readonly packages=(gcc g++ make libc6-dev clang libclang-dev iproute2)
 readonly cargo_deny=0.20.2
 
 say() { echo "setup: $*" >&2; }

@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod dirtier;
 pub mod images;
+pub mod lab;
 pub mod load;
 pub mod measure;
 pub mod rig;

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 
 use crate::images::{Images, Kernel};
+use crate::lab::tap_of;
 
 /// Bytes of a small Linux guest's memory, in MiB.
 const LINUX_MIB: u64 = 128;
@@ -77,6 +78,9 @@ pub struct Options {
     pub interval_ms: u32,
     /// Whether nodes reach each other through links that can be cut.
     pub links: bool,
+    /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
+    /// made in the lab then.
+    pub network: bool,
 }
 
 impl Options {
@@ -92,6 +96,7 @@ impl Options {
             promote_delay_ms: 100,
             interval_ms: 25,
             links: false,
+            network: false,
         }
     }
 }
@@ -114,12 +119,13 @@ pub(super) fn primary(
 ) -> String {
     let mut text = common(vm, node, ports);
     text += &format!("[guest]\n{}", options.guest.lines);
+    text += &network(options, node);
     text += &replication("replication", options, secondary);
     text
 }
 
 pub(super) fn secondary(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
-    let mut text = common(vm, node, ports);
+    let mut text = common(vm, node, ports) + &network(options, node);
     let Options { ack, failover, heartbeat_ms, suspect_after_ms, promote_delay_ms, .. } = options;
     text += &format!(
         "[replication]\nlisten = \"{}\"\nack = \"{ack}\"\nfailover = \"{failover}\"\nheartbeat_ms = {heartbeat_ms}\n\
@@ -139,6 +145,11 @@ fn common(vm: &str, node: &str, ports: Ports) -> String {
          [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
         ports.admin
     )
+}
+
+fn network(options: &Options, node: &str) -> String {
+    let tap = options.network.then(|| format!("[network]\ntap = \"{}\"\n", tap_of(node)));
+    tap.unwrap_or_default()
 }
 
 fn replication(section: &str, options: &Options, secondary: Option<SocketAddr>) -> String {
