@@ -33,8 +33,11 @@ pub const MAX_XSAVE: usize = 64 << 10;
 /// Console bytes held in one epoch before the vCPU that writes them has to wait for the cut.
 pub const MAX_EPOCH_CONSOLE: usize = 1 << 20;
 
-/// Frames, and their bytes, held in one epoch before the sender has to wait for the cut.
-pub const MAX_EPOCH_FRAMES: usize = 8192;
+/// Frames held in one epoch before the sender has to wait for the cut.
+pub const MAX_EPOCH_FRAMES: usize = 4096;
+
+/// Bytes of those frames: with what was held before, they fit the smallest epoch that a secondary may ask for.
+pub const MAX_EPOCH_FRAME_BYTES: usize = 4 << 20;
 
 /// Bytes of one frame: the largest segment that offloads hand over (64 KiB) and its headers.
 pub const MAX_FRAME: usize = (64 << 10) + 256;
@@ -72,5 +75,5 @@ const _: () = assert!(MAX_SLOT_BYTES.is_multiple_of(PAGE_SIZE as u64));
 const _: () = assert!(MAX_GUEST_MEMORY / MAX_SLOT_BYTES < 32_000);
 const _: () = assert!(MAX_MACHINE_STATE > MAX_VCPUS as usize * (MAX_XSAVE + MAX_MSRS * 16));
 const _: () = assert!(
-    MAX_HELD_OUTPUT + MAX_EPOCH_CONSOLE + MAX_EPOCH_FRAMES * 2048 + MAX_FRAME <= MAX_MACHINE_STATE * 3 / 4
+    MAX_HELD_OUTPUT + MAX_EPOCH_CONSOLE + MAX_EPOCH_FRAME_BYTES + MAX_FRAME <= MAX_MACHINE_STATE * 3 / 4
 );

@@ -2,16 +2,17 @@
 //! the staging copy as it lies there.
 
 use bytes::Bytes;
-use colo_common::{Gfn, History, PAGE_SIZE, Point};
+use colo_common::{BLOCK_SIZE, Block, Gfn, History, PAGE_SIZE, Point};
 use colo_proto::frame::{Frame, Kind, MAX_BODY, MAX_FRAME_PAGES, VmTag};
 use colo_proto::message::{
     EpochBegin, EpochEnd, Output as WireOutput, OutputItem as WireItem, Position, SeedBegin, SeedMode,
     TransferDigest,
 };
 use colo_proto::pages::{Content, MAX_RUNS, Run, RunTable};
-use colo_vmm::PageBatch;
 use colo_vmm::egress::{OutputItem, OutputPosition};
 use colo_vmm::page_batch::{PageBuffer, is_zero};
+use colo_vmm::{DiskContent, DiskWrite, PageBatch};
+use std::collections::BTreeMap;
 
 use crate::transfer::Epoch;
 
@@ -31,6 +32,8 @@ pub struct Encoder {
     digest: TransferDigest,
     data_pages: u64,
     zero_pages: u64,
+    data_blocks: u64,
+    zero_blocks: u64,
     state_bytes: u64,
     output_bytes: u64,
 }
@@ -39,7 +42,19 @@ impl Encoder {
     /// A transfer that begins now.
     pub fn new(vm: VmTag, point: Point) -> Self {
         let digest = TransferDigest::new();
-        Self { vm, point, digest, data_pages: 0, zero_pages: 0, state_bytes: 0, output_bytes: 0 }
+        let (data_pages, zero_pages, data_blocks, zero_blocks) = (0, 0, 0, 0);
+        let (state_bytes, output_bytes) = (0, 0);
+        Self {
+            vm,
+            point,
+            digest,
+            data_pages,
+            zero_pages,
+            data_blocks,
+            zero_blocks,
+            state_bytes,
+            output_bytes,
+        }
     }
 
     /// The frame that begins a seed.
@@ -79,6 +94,37 @@ impl Encoder {
         }
     }
 
+    /// Blocks of the disk, of each its newest content.
+    pub fn blocks(&mut self, writes: &[DiskWrite], mut send: impl FnMut(Frame)) {
+        let mut newest: BTreeMap<u64, Option<&[u8]>> = BTreeMap::new();
+        for write in writes {
+            let blocks = write.blocks().start.0..write.blocks().end.0;
+            match &write.content {
+                DiskContent::Bytes(bytes) => newest.extend(blocks.zip(bytes.chunks(BLOCK_SIZE).map(Some))),
+                DiskContent::Zeroes(_) => newest.extend(blocks.map(|block| (block, None))),
+            }
+        }
+        let (mut runs, mut body): (Vec<Run<Block>>, Vec<u8>) = (Vec::new(), Vec::new());
+        for (number, bytes) in newest {
+            let content = if bytes.is_some() { Content::Data } else { Content::Zero };
+            let continues = runs.last().is_some_and(|run| {
+                run.content == content && run.first.0 + u64::from(run.count) == number && run.count < u32::MAX
+            });
+            let full = body.len() == MAX_FRAME_PAGES * BLOCK_SIZE && bytes.is_some();
+            if full || (!continues && runs.len() == MAX_RUNS) {
+                send(self.block_frame(&std::mem::take(&mut runs), std::mem::take(&mut body).into()));
+            }
+            match runs.last_mut().filter(|_| continues && !full) {
+                Some(run) => run.count += 1,
+                None => runs.push(Run { first: Block(number), count: 1, content }),
+            }
+            body.extend_from_slice(bytes.unwrap_or_default());
+        }
+        if !runs.is_empty() {
+            send(self.block_frame(&runs, body.into()));
+        }
+    }
+
     /// An epoch, which completes the transfer; answers the pages in it.
     pub fn epoch(&mut self, epoch: Epoch, mut send: impl FnMut(Frame)) -> PageCount {
         self.point = epoch.point;
@@ -95,6 +141,7 @@ impl Encoder {
         let frame = Frame::transfer(self.vm, self.point, self.next(), &begin);
         send(self.add(frame));
         self.pages(epoch.pages, &mut send);
+        self.blocks(&epoch.blocks, &mut send);
         let state = Bytes::from(epoch.state.encode());
         self.state_bytes = state.len() as u64;
         for at in (0..state.len()).step_by(MAX_BODY) {
@@ -115,8 +162,8 @@ impl Encoder {
             frames: self.digest.frames(),
             data_pages: self.data_pages,
             zero_pages: self.zero_pages,
-            data_blocks: 0,
-            zero_blocks: 0,
+            data_blocks: self.data_blocks,
+            zero_blocks: self.zero_blocks,
             state_bytes: self.state_bytes,
             output_bytes: self.output_bytes,
             digest: self.digest.finish(),
@@ -139,6 +186,14 @@ impl Encoder {
         self.zero_pages += RunTable::zero(runs);
         let table = Bytes::from(RunTable::encode(runs));
         let frame = Frame::new(Kind::Pages, self.vm, self.point, self.next(), table, body);
+        self.add(frame)
+    }
+
+    fn block_frame(&mut self, runs: &[Run<Block>], body: Bytes) -> Frame {
+        self.data_blocks += RunTable::data(runs);
+        self.zero_blocks += RunTable::zero(runs);
+        let table = Bytes::from(RunTable::encode(runs));
+        let frame = Frame::new(Kind::Blocks, self.vm, self.point, self.next(), table, body);
         self.add(frame)
     }
 }

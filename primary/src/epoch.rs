@@ -12,7 +12,13 @@ use crate::replicator::Phase;
 /// Time between two cuts unless something asks for an earlier one.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_millis(25);
 
-/// Paces cuts at a fixed interval.
+/// Between a cut and an early one, as often as the guest stood still for the cut before: so haste costs it a fifth of its
+/// time at most.
+const HASTE_FACTOR: u32 = 4;
+/// Between a cut and an early one at least: for what the guest says in one breath.
+const HASTE_LEAST: Duration = Duration::from_millis(1);
+
+/// Paces cuts at a fixed interval, and sooner when somebody outside waits for what the guest has said.
 ///
 /// The next cut is counted from when the last one was due, so a late cut does not shift all that follow; but
 /// a loop that fell behind by more than one interval does not catch up with a burst of cuts.
@@ -20,23 +26,41 @@ pub const DEFAULT_INTERVAL: Duration = Duration::from_millis(25);
 pub struct Pacer {
     interval: Duration,
     due: Instant,
+    /// The last cut, and how long the guest stood still for it.
+    last: Instant,
+    pause: Duration,
+    /// Somebody waits.
+    hurried: bool,
 }
 
 impl Pacer {
     /// The first cut is due one `interval` after `now`.
     pub fn new(interval: Duration, now: Instant) -> Self {
-        Self { interval, due: now + interval }
+        Self { interval, due: now + interval, last: now, pause: Duration::ZERO, hurried: false }
     }
 
     /// How long to wait at `now`; zero when a cut is due.
     pub fn wait(&self, now: Instant) -> Duration {
-        self.due.saturating_duration_since(now)
+        let early = self.last + (self.pause * HASTE_FACTOR).max(HASTE_LEAST);
+        let due = if self.hurried { self.due.min(early) } else { self.due };
+        due.saturating_duration_since(now)
+    }
+
+    /// Somebody waits for what the guest has said since the last cut.
+    pub fn hurry(&mut self) {
+        self.hurried = true;
+    }
+
+    /// The guest stood still for so long at the last cut.
+    pub fn paused(&mut self, pause: Duration) {
+        self.pause = pause;
     }
 
     /// A cut was made, whether it was due or asked for early.
     pub fn cut(&mut self, now: Instant) {
         let next = self.due + self.interval;
         self.due = if now < self.due || next < now { now + self.interval } else { next };
+        (self.last, self.hurried) = (now, false);
     }
 }
 
@@ -52,11 +76,12 @@ pub fn fits(pages: u64, limit: u64) -> bool {
     pages * (PAGE_SIZE + RUN_LEN) as u64 <= limit - limit / 8
 }
 
-/// Whether an epoch more may be in flight, with so many bytes of output held and epochs of at most `limit` bytes: what
-/// is held should fit one of them, for a secondary that comes back. With nothing in flight there is nothing to wait for.
-pub fn has_room(in_flight: usize, window: usize, held: usize, limit: u64) -> bool {
-    let bound = (limit / 2).min(MAX_HELD_OUTPUT as u64);
-    in_flight == 0 || (in_flight < window && (held as u64) < bound)
+/// Whether an epoch more may be in flight, with so much output held and epochs of at most `limit` bytes: what is held,
+/// and one epoch's more, should fit one of them, for a secondary that comes back. With nothing in flight there is nothing
+/// to wait for.
+pub fn has_room(in_flight: usize, window: usize, held: Size, limit: u64) -> bool {
+    let (bytes, items) = ((limit / 2).min(MAX_HELD_OUTPUT as u64), limit / 64 / ITEM_COST);
+    in_flight == 0 || (in_flight < window && (held.bytes as u64) < bytes && (held.items as u64) < items)
 }
 
 /// Whether so much output can be told in one epoch to a secondary that takes `limit` bytes. What its items count for
@@ -123,6 +148,7 @@ mod tests {
     use crate::release::Size;
     use crate::replicator::Phase;
     use colo_common::ReplicaId;
+    use colo_common::limits::{MAX_EPOCH_CONSOLE, MAX_EPOCH_FRAME_BYTES, MAX_EPOCH_FRAMES, MAX_FRAME};
     use std::time::{Duration, Instant};
 
     const MS: Duration = Duration::from_millis(1);
@@ -136,10 +162,23 @@ mod tests {
 
     #[test]
     fn a_guest_waits_for_acks_and_for_output_to_go_out() {
-        assert!(has_room(7, 8, 0, 1 << 28) && !has_room(8, 8, 0, 1 << 28));
-        assert!(has_room(1, 8, (16 << 20) - 1, 1 << 28) && !has_room(1, 8, 16 << 20, 1 << 28));
-        assert!(!has_room(1, 8, 8 << 20, 16 << 20), "it could not be told again in one epoch");
-        assert!(has_room(0, 8, 64 << 20, 16 << 20), "no ack would ever come");
+        let (nothing, held) = (Size::default(), |bytes| Size { bytes, items: 1 });
+        assert!(has_room(7, 8, nothing, 1 << 28) && !has_room(8, 8, nothing, 1 << 28));
+        assert!(has_room(1, 8, held((16 << 20) - 1), 1 << 28) && !has_room(1, 8, held(16 << 20), 1 << 28));
+        assert!(!has_room(1, 8, held(8 << 20), 16 << 20), "it could not be told again in one epoch");
+        assert!(has_room(0, 8, held(64 << 20), 16 << 20), "no ack would ever come");
+        assert!(!has_room(1, 8, Size { bytes: 0, items: 4096 }, 16 << 20), "nor so many frames");
+    }
+
+    #[test]
+    fn what_is_held_and_one_epoch_more_can_be_told_again_to_the_smallest_secondary() {
+        let limit = 16 << 20;
+        let most = Size { bytes: limit as usize / 2 - 1, items: 4095 };
+        assert!(has_room(1, 8, most, limit));
+        // Console bytes between any two frames.
+        let items = most.items + 2 * MAX_EPOCH_FRAMES + 1;
+        let bytes = most.bytes + MAX_EPOCH_FRAME_BYTES + MAX_FRAME + MAX_EPOCH_CONSOLE;
+        assert!(can_tell(Size { bytes, items }, limit));
     }
 
     #[test]
@@ -186,5 +225,22 @@ mod tests {
         assert_eq!(pacer.wait(start + 200 * MS), 25 * MS, "no burst after a stall");
         pacer.cut(start + 210 * MS);
         assert_eq!(pacer.wait(start + 210 * MS), 25 * MS, "an early cut begins a whole interval");
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_cut_soon_and_never_for_a_fifth_of_the_time() {
+        let start = Instant::now();
+        let mut pacer = Pacer::new(25 * MS, start);
+        pacer.hurry();
+        assert_eq!(pacer.wait(start), MS);
+        pacer.cut(start + MS);
+        pacer.paused(2 * MS);
+        assert_eq!(pacer.wait(start + 3 * MS), 23 * MS, "nobody waits");
+        pacer.hurry();
+        assert_eq!(pacer.wait(start + 3 * MS), 6 * MS);
+        pacer.cut(start + 9 * MS);
+        pacer.paused(100 * MS);
+        pacer.hurry();
+        assert_eq!(pacer.wait(start + 9 * MS), 25 * MS, "never later than without haste");
     }
 }

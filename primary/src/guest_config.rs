@@ -1,16 +1,20 @@
 //! From the configuration's `[guest]` to what the machine takes.
 
-use colo_common::config::{CpuModel as Model, GuestConfig, GuestKind as Kind, Tracker};
+use colo_common::config::{ConsoleDevice, CpuModel as Model, GuestConfig, GuestKind as Kind, Tracker};
 use colo_proto::v1;
-use colo_vmm::spec::SpecError;
+use colo_vmm::spec::{DiskSpec, NetSpec, SpecError, VirtioSpec};
 use colo_vmm::synthetic::{Program, SyntheticConfig};
 use colo_vmm::{BootFile, BootSource, CpuModel, GuestKind, GuestSpec, TrackerKind};
 
-/// The guest that a configuration describes; reads its boot files.
+/// The guest that a configuration describes, with this network card and disk; reads its boot files.
 ///
 /// # Errors
 /// A boot file cannot be read, or a number is out of its range.
-pub fn describe(name: &str, config: &GuestConfig) -> Result<(GuestSpec, GuestKind), SpecError> {
+pub fn describe(
+    name: &str,
+    config: &GuestConfig,
+    (net, disk): (Option<NetSpec>, Option<DiskSpec>),
+) -> Result<(GuestSpec, GuestKind), SpecError> {
     let (boot, kind) = match (config.kind, &config.kernel) {
         (Kind::Kvm, Some(kernel)) => {
             let kernel = BootFile::kernel(kernel)?;
@@ -27,6 +31,18 @@ pub fn describe(name: &str, config: &GuestConfig) -> Result<(GuestSpec, GuestKin
             (BootSource::Flat { image, address: 0 }, GuestKind::Synthetic(synthetic))
         }
     };
+    // A guest in software has no devices that could be told from its program.
+    let virtio = match kind {
+        GuestKind::Kvm => VirtioSpec {
+            net,
+            disk,
+            rng: config.rng,
+            console: config.virtio_console,
+            console_input: config.console_input == ConsoleDevice::Virtio,
+            on_command_line: config.virtio_cmdline,
+        },
+        GuestKind::Synthetic(_) => VirtioSpec::default(),
+    };
     let spec = GuestSpec {
         vcpus: config.vcpus,
         cpu_model: match config.cpu_model {
@@ -39,6 +55,7 @@ pub fn describe(name: &str, config: &GuestConfig) -> Result<(GuestSpec, GuestKin
             Tracker::Bitmap => TrackerKind::Bitmap,
         },
         virtio_slots: config.virtio_slots,
+        virtio,
         overcommit: config.overcommit,
         ..GuestSpec::new(name, config.memory_mib << 20, boot)
     };

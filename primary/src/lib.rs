@@ -6,6 +6,8 @@
 
 pub mod admin;
 pub mod arbiter_worker;
+pub mod backends;
+pub mod changes;
 pub mod checkpoint;
 pub mod console;
 pub mod encode;
@@ -14,6 +16,7 @@ pub mod guest_config;
 pub mod heartbeat;
 pub mod link;
 pub mod node;
+pub mod outlet;
 pub mod pairing;
 pub mod primary;
 pub mod pty;

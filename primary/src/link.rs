@@ -3,7 +3,7 @@
 //! waits for the network.
 
 use colo_common::{Incarnation, NodeId, Point, Term, VmId};
-use colo_proto::message::{DigestRequest, RangeDigests};
+use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, RangeDigests};
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
@@ -95,7 +95,7 @@ pub enum LinkEvent {
     /// How far the secondary is.
     Progress(Marks),
     /// Digests that were asked for.
-    Digests(RangeDigests),
+    Digests(Digests),
     /// An epoch's frames are written.
     Sent {
         /// The epoch.
@@ -105,6 +105,24 @@ pub enum LinkEvent {
         /// Pages in it.
         pages: PageCount,
     },
+}
+
+/// Digests of what the secondary has.
+#[derive(Debug)]
+pub enum Digests {
+    /// Of memory.
+    Pages(RangeDigests),
+    /// Of the disk.
+    Blocks(BlockDigests),
+}
+
+/// A question for digests.
+#[derive(Clone, Copy, Debug)]
+pub enum Ask {
+    /// Of memory.
+    Pages(DigestRequest),
+    /// Of the disk.
+    Blocks(BlockDigestRequest),
 }
 
 /// Makes links.
@@ -123,7 +141,7 @@ pub enum Outgoing {
     /// In order, on the stream of transfers.
     Transfer(Transfer),
     /// On the control stream.
-    Digests(DigestRequest),
+    Digests(Ask),
     /// Answered when everything before it is written.
     Barrier(Sender<()>),
 }
@@ -201,8 +219,8 @@ impl LinkHandle {
     ///
     /// # Errors
     /// The link is down.
-    pub fn request_digests(&self, request: DigestRequest) -> Result<(), String> {
-        self.outgoing.blocking_send(Outgoing::Digests(request)).map_err(|_| "the link is down".to_owned())
+    pub fn request_digests(&self, ask: Ask) -> Result<(), String> {
+        self.outgoing.blocking_send(Outgoing::Digests(ask)).map_err(|_| "the link is down".to_owned())
     }
 
     /// Tells the secondary of a newer term.

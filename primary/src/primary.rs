@@ -15,10 +15,12 @@ use std::time::Duration;
 use tonic::service::Routes;
 
 use crate::admin::Plane;
+use crate::backends;
 use crate::console::Console;
 use crate::guest_config::{account, describe};
 use crate::node::Beginning;
 use crate::node::status::Board;
+use crate::outlet::{Network, Outlet};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::serve::{self, Runner, Security};
@@ -45,11 +47,13 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     }
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
     let arbiter = serve::arbiter(&config.arbiter)?;
-    let (spec, kind) = describe(config.vm.as_str(), &config.guest)?;
+    let opened = backends::open(&config.vm, config.network.as_ref(), config.disk.as_ref())?;
+    let network = opened.net.zip(opened.backends.tap.clone());
+    let (spec, kind) = describe(config.vm.as_str(), &config.guest, (opened.net, opened.disk))?;
     admission::check(&spec)?;
     let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
     let wire = WireSpec::new(&spec, kind.clone());
-    let mut guest = kind.build(spec.clone(), Arc::clone(&memory))?;
+    let mut guest = kind.build(spec.clone(), Arc::clone(&memory), &opened.backends)?;
     guest.boot()?;
     let known = directory.runner()?;
     // A start that was cut off is gone on with as the same process.
@@ -79,7 +83,9 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         spec: wire,
         replicator,
         release: Release::new(begins),
-        console,
+        disk: opened.backends.disk,
+        outlet: Outlet::new(console, network.map(|(net, tap)| Network::new(tap, net.mac, []))),
+        moved: false,
         promotions: 0,
     };
     let runner = Runner {

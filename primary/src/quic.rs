@@ -17,7 +17,8 @@ use tokio::sync::mpsc;
 use crate::encode::{Encoder, PageCount};
 use crate::heartbeat::{Pulse, Rhythm, beat};
 use crate::link::{
-    Connector, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent, Welcomed,
+    Ask, Connector, Digests, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent,
+    Welcomed,
 };
 use crate::node::Event;
 use crate::node::status::Marks;
@@ -195,7 +196,8 @@ impl Link {
                     persisted: progress.persisted,
                     backlog_bytes: progress.backlog_bytes,
                 })),
-                Control::RangeDigests(digests) => self.tell(LinkEvent::Digests(digests)),
+                Control::RangeDigests(digests) => self.tell(LinkEvent::Digests(Digests::Pages(digests))),
+                Control::BlockDigests(digests) => self.tell(LinkEvent::Digests(Digests::Blocks(digests))),
                 Control::Refused(refused) => {
                     self.tell(LinkEvent::Refused(refused.detail.to_string()));
                     return refused.detail.to_string();
@@ -210,11 +212,14 @@ impl Link {
         &self,
         mut stream: SendStream,
         mut urgent: mpsc::UnboundedReceiver<Urgent>,
-        mut digests: mpsc::Receiver<colo_proto::message::DigestRequest>,
+        mut digests: mpsc::Receiver<Ask>,
     ) -> String {
         loop {
             let said = tokio::select! {
-                Some(request) = digests.recv() => write_control(&mut stream, self.vm, &request).await,
+                Some(ask) = digests.recv() => match ask {
+                    Ask::Pages(request) => write_control(&mut stream, self.vm, &request).await,
+                    Ask::Blocks(request) => write_control(&mut stream, self.vm, &request).await,
+                },
                 word = urgent.recv() => match word {
                     Some(Urgent::Term(term)) => write_control(&mut stream, self.vm, &TermChanged { term }).await,
                     Some(Urgent::Yield) => write_control(&mut stream, self.vm, &Yield { failed: true }).await,
@@ -235,7 +240,7 @@ impl Link {
         &self,
         connection: &Connection,
         mut outgoing: mpsc::Receiver<Outgoing>,
-        digests: mpsc::Sender<colo_proto::message::DigestRequest>,
+        digests: mpsc::Sender<Ask>,
         tip: Point,
     ) -> String {
         let mut stream = match connection.open_uni().await {
@@ -251,8 +256,8 @@ impl Link {
                     let _ = done.send(());
                     continue;
                 }
-                Outgoing::Digests(request) => {
-                    let _ = digests.send(request).await;
+                Outgoing::Digests(ask) => {
+                    let _ = digests.send(ask).await;
                     continue;
                 }
             };
@@ -286,6 +291,7 @@ fn encode(encoder: &mut Encoder, transfer: Transfer) -> (Vec<Frame>, PageCount) 
         Transfer::SeedBegin { mode, history } => frames.push(encoder.seed(mode, history)),
         Transfer::SeedPages(batch) => encoder.pages(batch, |frame| frames.push(frame)),
         Transfer::SeedZeros(runs) => encoder.zeros(&runs, |frame| frames.push(frame)),
+        Transfer::SeedBlocks(writes) => encoder.blocks(&writes, |frame| frames.push(frame)),
         Transfer::Epoch(epoch) => pages = encoder.epoch(*epoch, |frame| frames.push(frame)),
     }
     (frames, pages)

@@ -28,14 +28,14 @@ pub struct Release {
     held: VecDeque<(Epoch, Output)>,
     /// Everything before this is out.
     released: OutputPosition,
-    /// Bytes held, of console and frames.
-    bytes: usize,
+    /// How much is held.
+    size: Size,
 }
 
 impl Release {
     /// Nothing held; everything before `released` is out.
     pub fn new(released: OutputPosition) -> Self {
-        Self { held: VecDeque::new(), released, bytes: 0 }
+        Self { held: VecDeque::new(), released, size: Size::default() }
     }
 
     /// Holds the output of an epoch.
@@ -47,7 +47,7 @@ impl Release {
         if output.items.is_empty() {
             return;
         }
-        self.bytes += size(&output);
+        self.size.add(&output);
         self.held.push_back((epoch, output));
     }
 
@@ -59,7 +59,7 @@ impl Release {
             Entitled::Nothing => false,
         };
         while let Some((_, output)) = self.held.pop_front_if(|(epoch, _)| allowed(*epoch)) {
-            self.bytes -= size(&output);
+            self.size.subtract(&output);
             self.released = end_of(&output);
             sink.let_out(output);
         }
@@ -69,7 +69,7 @@ impl Release {
     pub fn let_out_to(&mut self, position: OutputPosition, sink: &mut dyn Sink) {
         let known = |end: OutputPosition| end.console <= position.console && end.frames <= position.frames;
         while let Some((_, output)) = self.held.pop_front_if(|(_, output)| known(end_of(output))) {
-            self.bytes -= size(&output);
+            self.size.subtract(&output);
             self.released = end_of(&output);
             sink.let_out(output);
         }
@@ -85,19 +85,17 @@ impl Release {
         self.held.back().map_or(self.released, |(_, output)| end_of(output))
     }
 
-    /// Bytes that are held.
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    /// How much is held.
+    pub fn size(&self) -> Size {
+        self.size
     }
 
-    /// How much is held of one epoch; or of all.
-    pub fn size_of(&self, epoch: Option<Epoch>) -> Size {
-        let wanted = |of: Epoch| epoch.is_none_or(|epoch| epoch == of);
-        let held = self.held.iter().filter(|(of, _)| wanted(*of));
-        held.fold(Size::default(), |sum, (_, output)| Size {
-            bytes: sum.bytes + size(output),
-            items: sum.items + output.items.len(),
-        })
+    /// How much is held of one epoch: of the newest, mostly.
+    pub fn size_of(&self, epoch: Epoch) -> Size {
+        let mut size = Size::default();
+        let newest = self.held.iter().rev().skip_while(|(of, _)| *of > epoch);
+        newest.take_while(|(of, _)| *of == epoch).for_each(|(_, output)| size.add(output));
+        size
     }
 
     /// What is held of one epoch.
@@ -115,7 +113,19 @@ impl Release {
     }
 }
 
-fn size(output: &Output) -> usize {
+impl Size {
+    fn add(&mut self, output: &Output) {
+        self.bytes += bytes(output);
+        self.items += output.items.len();
+    }
+
+    fn subtract(&mut self, output: &Output) {
+        self.bytes -= bytes(output);
+        self.items -= output.items.len();
+    }
+}
+
+fn bytes(output: &Output) -> usize {
     let of = |item: &OutputItem| match item {
         OutputItem::Console(bytes) | OutputItem::Frame { bytes, .. } => bytes.len(),
     };
@@ -203,7 +213,10 @@ mod tests {
         release.let_out(Entitled::Nothing, &mut world);
         assert_eq!(world.0, b"");
         release.let_out(Entitled::UpTo(Epoch(2)), &mut world);
-        assert_eq!((world.0.as_slice(), release.released().console, release.bytes()), (&b"ab"[..], 2, 2));
+        assert_eq!(
+            (world.0.as_slice(), release.released().console, release.size().bytes),
+            (&b"ab"[..], 2, 2)
+        );
         assert_eq!(release.all_held(), console(2, "cd"));
         release.let_out(Entitled::All, &mut world);
         assert_eq!((world.0.as_slice(), release.released()), (&b"abcd"[..], release.end()));

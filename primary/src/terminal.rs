@@ -67,7 +67,7 @@ fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> 
         let taken = guest.console_input(&typed);
         typed.drain(..taken);
         match event {
-            None | Some(GuestEvent::OutputFull) => {}
+            None | Some(GuestEvent::OutputFull | GuestEvent::Output) => {}
             Some(GuestEvent::Failed(failure)) => bail!("the guest cannot run on: {failure}"),
             Some(GuestEvent::TrackingLost(loss)) => bail!("{loss} in a guest that is not tracked"),
             Some(GuestEvent::Lifecycle(lifecycle)) => {

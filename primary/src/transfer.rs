@@ -3,7 +3,7 @@
 use colo_common::Point;
 use colo_proto::message::SeedMode;
 use colo_vmm::egress::{Output, OutputPosition};
-use colo_vmm::{MachineState, PageBatch};
+use colo_vmm::{DiskWrite, MachineState, PageBatch};
 use std::time::Instant;
 
 /// An epoch on its way.
@@ -17,6 +17,8 @@ pub struct Epoch {
     pub history: Vec<Point>,
     /// Every page that changed since the base.
     pub pages: PageBatch,
+    /// Blocks of the disk that changed since the base; where one comes twice, the later counts.
+    pub blocks: Vec<DiskWrite>,
     /// The machine.
     pub state: MachineState,
     /// Output that the secondary does not know yet, or may not.
@@ -43,6 +45,8 @@ pub enum Transfer {
     SeedPages(PageBatch),
     /// Frames of a seed that are zero: (first frame, frames).
     SeedZeros(Vec<(colo_common::Gfn, u64)>),
+    /// Blocks of the disk.
+    SeedBlocks(Vec<DiskWrite>),
     /// An epoch.
     Epoch(Box<Epoch>),
 }

@@ -68,6 +68,7 @@ impl Source {
             base,
             history: vec![point],
             pages,
+            blocks: Vec::new(),
             state: self.state.clone(),
             output: Output { start, items: Vec::new() },
             released: start,

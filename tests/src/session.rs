@@ -2,7 +2,9 @@
 
 use anyhow::{Context, bail, ensure};
 use colo_vmm::guest::{GuestEvent, GuestFailure, Lifecycle};
-use colo_vmm::{GuestSpec, KvmGuest, ProtectedGuest};
+use colo_vmm::tracker::Cadence;
+use colo_vmm::{Backends, GuestMemory, GuestSpec, KvmGuest, ProtectedGuest};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often output is taken while nothing else happens.
@@ -28,7 +30,16 @@ impl Session {
     /// # Errors
     /// It cannot be built or booted.
     pub fn start(spec: GuestSpec) -> anyhow::Result<Self> {
-        let mut guest = KvmGuest::new(spec)?;
+        Self::start_on(spec, &Backends::default())
+    }
+
+    /// The same, with devices on these parts of the host.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_on(spec: GuestSpec, backends: &Backends) -> anyhow::Result<Self> {
+        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        let mut guest = KvmGuest::on(spec, memory, backends, Cadence::default())?;
         guest.boot()?;
         guest.resume()?;
         Ok(Self { guest, console: Vec::new(), seen: 0, ended: None })

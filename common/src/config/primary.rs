@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
-    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, NetworkConfig,
-    OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
+    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, GuestKind,
+    NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.
@@ -81,6 +81,14 @@ impl PrimaryConfig {
         let peer = self.replication.secondary.as_ref();
         check_promotions(self.max_promotions)?;
         self.guest.check()?;
+        let device = [("network", self.network.is_some()), ("disk", self.disk.is_some())];
+        if let Some((key, _)) =
+            device.into_iter().find(|(_, there)| *there && self.guest.kind == GuestKind::Synthetic)
+        {
+            let text =
+                "a synthetic guest has no such device; remove this section, or set guest.kind = \"kvm\"";
+            return Err(Problem::new(key, text));
+        }
         self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;
         check_serial(self.disk.as_ref().and_then(|disk| disk.serial.as_deref()))?;
         self.replication.check("replication")?;

@@ -5,7 +5,7 @@
 //! a promotion the same output can be offered again and be recognised. The hold is bounded: when it is full,
 //! whoever makes output waits for the cut that takes it; nothing is ever dropped.
 
-use colo_common::limits::{MAX_EPOCH_CONSOLE, MAX_EPOCH_FRAMES, MAX_FRAME};
+use colo_common::limits::{MAX_EPOCH_CONSOLE, MAX_EPOCH_FRAME_BYTES, MAX_EPOCH_FRAMES, MAX_FRAME};
 use colo_common::{Term, life};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
@@ -153,7 +153,7 @@ impl Open {
         let frames = self.end.frames - self.output.start.frames;
         console >= MAX_EPOCH_CONSOLE as u64
             || frames >= MAX_EPOCH_FRAMES as u64
-            || self.frame_bytes >= MAX_EPOCH_FRAMES * 2048
+            || self.frame_bytes >= MAX_EPOCH_FRAME_BYTES
     }
 }
 

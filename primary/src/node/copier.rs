@@ -1,32 +1,33 @@
-//! The thread that reads guest memory behind the running guest and sends it to a secondary.
+//! The thread that reads the guest's memory and disk behind the running guest and sends them to a secondary.
 
-use colo_common::{Gfn, PAGE_SIZE, Point};
-use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests, SeedMode};
+mod compare;
+
+use colo_common::{Block, Gfn, Point};
+use colo_proto::message::SeedMode;
 use colo_vmm::page_batch::is_zero;
-use colo_vmm::{DirtySet, GuestMemory, PageBatch, PagePool};
+use colo_vmm::{Disk, DiskWrite, GuestMemory, PageBatch, PagePool};
 use crossbeam_channel::{Receiver, Sender};
 use std::sync::Arc;
 
 use super::Event;
 use super::seeding::SeedEvent;
-use crate::link::LinkHandle;
+use crate::changes::{Changes, read_blocks};
+use crate::link::{Digests, LinkHandle};
 use crate::transfer::Transfer;
 
 /// Pages copied and sent at once.
 const CHUNK_PAGES: u64 = 256;
-/// Frames whose digests are asked for at once: 256 MiB, for which the answer has at most 1 MiB.
-const DIGEST_WINDOW: u64 = 1 << 16;
 /// Pages between two reports of progress.
 const REPORT_PAGES: u64 = 8192;
 
-/// What is sent before the rounds of dirty pages.
+/// What is sent before the rounds of what changed meanwhile.
 pub(super) enum First {
-    /// All populated memory.
+    /// All populated memory, and the blocks that differ.
     Populated,
     /// What differs, by digests that the secondary is asked for.
     Differing,
-    /// What was written since this point: (first frame, frames).
-    Since(Point, Vec<(Gfn, u64)>),
+    /// What was written since this point.
+    Since(Point, Round),
 }
 
 impl First {
@@ -45,26 +46,52 @@ impl std::fmt::Display for First {
         match self {
             Self::Populated => f.write_str("all populated memory is sent"),
             Self::Differing => f.write_str("what differs is sent"),
-            Self::Since(point, runs) => {
-                let pages: u64 = runs.iter().map(|(_, frames)| frames).sum();
-                write!(f, "{pages} pages that were written since {point} are sent")
+            Self::Since(point, round) => {
+                let (pages, blocks) = (sum(&round.pages), sum(&round.blocks));
+                write!(f, "{pages} pages and {blocks} blocks that were written since {point} are sent")
             }
         }
     }
 }
 
+/// Pages and blocks to send, as runs: the first and how many.
+pub(super) struct Round {
+    pages: Vec<(Gfn, u64)>,
+    blocks: Vec<(Block, u64)>,
+}
+
+impl Round {
+    /// Everything that has changed, which is none after that.
+    pub(super) fn of(changes: &mut Changes) -> Self {
+        changes.forget_bytes();
+        let round = Self { pages: changes.pages.runs().collect(), blocks: changes.blocks.runs().collect() };
+        changes.pages.clear();
+        changes.blocks.clear();
+        round
+    }
+
+    fn len(&self) -> u64 {
+        sum(&self.pages) + sum(&self.blocks)
+    }
+}
+
+fn sum<N>(runs: &[(N, u64)]) -> u64 {
+    runs.iter().map(|(_, count)| count).sum()
+}
+
 /// What the thread is to do next.
 pub(super) enum Order {
     /// Digests of what the secondary has; the first pass goes by them.
-    Digests(RangeDigests),
-    /// Send these frames.
-    Round(Vec<(Gfn, u64)>),
+    Digests(Digests),
+    /// Send these.
+    Round(Round),
 }
 
-/// The thread that reads guest memory and sends it.
+/// The thread that reads the guest and sends it.
 pub(super) struct Copier {
     number: u64,
     memory: Arc<GuestMemory>,
+    disk: Option<Arc<dyn Disk>>,
     link: LinkHandle,
     inbox: Receiver<Order>,
     outbox: Sender<Event>,
@@ -73,19 +100,20 @@ pub(super) struct Copier {
     total: u64,
 }
 
-/// Why a copier stops: the link or the node is gone, or memory cannot be read.
+/// Why a copier stops: the link or the node is gone, or something cannot be read.
 struct Stopped(String);
 
 impl Copier {
     /// A copier for the link with this number.
     pub(super) fn new(
         number: u64,
-        memory: Arc<GuestMemory>,
+        (memory, disk): (Arc<GuestMemory>, Option<Arc<dyn Disk>>),
         link: LinkHandle,
         inbox: Receiver<Order>,
         outbox: Sender<Event>,
     ) -> Self {
-        Self { number, memory, link, inbox, outbox, pool: PagePool::default(), done: 0, total: 0 }
+        let pool = PagePool::default();
+        Self { number, memory, disk, link, inbox, outbox, pool, done: 0, total: 0 }
     }
 
     /// Copies until the node drops the seed.
@@ -97,76 +125,42 @@ impl Copier {
 
     fn copy(&mut self, begin: Transfer, first: First) -> Result<(), Stopped> {
         self.send(begin)?;
-        let (runs, compared) = match first {
-            First::Since(_, runs) => (runs, false),
-            First::Populated => (self.populated()?, false),
-            First::Differing => (self.populated()?, true),
-        };
-        self.total = runs.iter().map(|&(_, frames)| frames).sum();
-        if compared { self.by_digests(&runs) } else { self.frames(&runs) }?;
-        // J must not wait behind what is only queued.
+        match first {
+            First::Since(_, round) => self.round(&round)?,
+            First::Populated => self.everything(false)?,
+            First::Differing => self.everything(true)?,
+        }
+        self.rest()?;
+        while let Ok(order) = self.inbox.recv() {
+            if let Order::Round(round) = order {
+                self.round(&round)?;
+                self.rest()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// J must not wait behind what is only queued.
+    fn rest(&self) -> Result<(), Stopped> {
         self.link.drain().map_err(Stopped)?;
         self.tell(SeedEvent::Idle);
-        while let Ok(order) = self.inbox.recv() {
-            if let Order::Round(runs) = order {
-                self.total += runs.iter().map(|&(_, frames)| frames).sum::<u64>();
-                self.frames(&runs)?;
-                self.link.drain().map_err(Stopped)?;
-                self.tell(SeedEvent::Idle);
-            }
-        }
         Ok(())
     }
 
-    fn populated(&self) -> Result<Vec<(Gfn, u64)>, Stopped> {
-        self.memory.populated().map_err(|e| Stopped(e.to_string()))
+    fn everything(&mut self, compared: bool) -> Result<(), Stopped> {
+        let populated = self.memory.populated().map_err(|e| Stopped(e.to_string()))?;
+        let disk = self.disk.clone();
+        self.total = sum(&populated) + disk.as_deref().map_or(Ok(0), compare::data_blocks)?;
+        if compared { self.memory_by_digests(&populated) } else { self.frames(&populated) }?;
+        disk.map_or(Ok(()), |disk| self.disk_by_digests(&*disk))
     }
 
-    /// A frame that is equal is passed over: it would be dirty if it were written after it was looked at.
-    fn by_digests(&mut self, populated: &[(Gfn, u64)]) -> Result<(), Stopped> {
-        let limit = self.memory.layout().frame_limit();
-        let mut at = 0;
-        while at < limit {
-            let window = DIGEST_WINDOW.min(limit - at);
-            self.link.request_digests(DigestRequest { first: Gfn(at), count: window }).map_err(Stopped)?;
-            let end = at + window;
-            while at < end {
-                let digests = match self.inbox.recv() {
-                    Ok(Order::Digests(digests)) => digests,
-                    Ok(Order::Round(_)) => continue,
-                    Err(_) => return Err(Stopped("the seed was given up".to_owned())),
-                };
-                if digests.first.0 != at || digests.end().0 > end || digests.end().0 == at {
-                    return Err(Stopped(format!("digests from {} where {at:#x} was next", digests.first)));
-                }
-                at = digests.end().0;
-                self.compare(digests, populated)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends what differs from what the secondary has.
-    fn compare(&mut self, digests: RangeDigests, populated: &[(Gfn, u64)]) -> Result<(), Stopped> {
-        let mut first = digests.first.0;
-        for range in digests.ranges {
-            let frames = range.count();
-            match range {
-                DigestRange::Zero { .. } => self.frames(&overlap(populated, first, frames))?,
-                DigestRange::Each(theirs) => {
-                    let mut differing = DirtySet::new(self.memory.layout().frame_limit());
-                    for (gfn, theirs) in (first..).map(Gfn).zip(theirs) {
-                        let mut page = [0; PAGE_SIZE];
-                        self.memory.read_page(gfn, &mut page).map_err(|e| Stopped(e.to_string()))?;
-                        if PageDigest::of(&page) != theirs {
-                            differing.insert(gfn);
-                        }
-                    }
-                    self.done += frames - differing.len();
-                    self.frames(&differing.runs().collect::<Vec<_>>())?;
-                }
-            }
-            first += frames;
+    fn round(&mut self, round: &Round) -> Result<(), Stopped> {
+        self.total += round.len();
+        self.frames(&round.pages)?;
+        let Some(disk) = self.disk.clone() else { return Ok(()) };
+        for &(first, count) in &round.blocks {
+            self.blocks(&*disk, first, count)?;
         }
         Ok(())
     }
@@ -176,10 +170,7 @@ impl Copier {
             for offset in (0..frames).step_by(CHUNK_PAGES as usize) {
                 let count = CHUNK_PAGES.min(frames - offset);
                 self.chunk(Gfn(first.0 + offset), count)?;
-                self.done += count;
-                if self.done % REPORT_PAGES < count {
-                    self.tell(SeedEvent::Progress { done: self.done, total: self.total.max(self.done) });
-                }
+                self.count(count);
             }
         }
         Ok(())
@@ -194,40 +185,32 @@ impl Copier {
         self.send(Transfer::SeedPages(batch))
     }
 
+    /// A run of blocks as they are now.
+    fn blocks(&mut self, disk: &dyn Disk, first: Block, count: u64) -> Result<(), Stopped> {
+        let (mut sent, mut done) = (Ok(()), 0);
+        let read = read_blocks(disk, first, count, |write: DiskWrite| {
+            done += write.blocks().end.0 - write.blocks().start.0;
+            if sent.is_ok() {
+                sent = self.send(Transfer::SeedBlocks(vec![write]));
+            }
+        });
+        read.map_err(|e| Stopped(format!("the guest's disk cannot be read: {e}")))?;
+        self.count(done);
+        sent
+    }
+
+    fn count(&mut self, count: u64) {
+        self.done += count;
+        if self.done % REPORT_PAGES < count {
+            self.tell(SeedEvent::Progress { done: self.done, total: self.total.max(self.done) });
+        }
+    }
+
     fn send(&self, transfer: Transfer) -> Result<(), Stopped> {
         self.link.send_waiting(transfer).map_err(Stopped)
     }
 
     fn tell(&self, event: SeedEvent) {
         drop(self.outbox.send(Event::Seed(self.number, event)));
-    }
-}
-
-/// The parts of `runs` (ascending) that lie in `frames` frames from `first` on.
-fn overlap(runs: &[(Gfn, u64)], first: u64, frames: u64) -> Vec<(Gfn, u64)> {
-    let end = first + frames;
-    let at = runs.partition_point(|&(start, count)| start.0 + count <= first);
-    let parts = runs[at..].iter().take_while(|(start, _)| start.0 < end);
-    parts
-        .map(|&(start, count)| {
-            let (from, to) = (start.0.max(first), end.min(start.0 + count));
-            (Gfn(from), to - from)
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::overlap;
-    use colo_common::Gfn;
-
-    #[test]
-    fn runs_are_cut_to_a_range() {
-        let runs = [(Gfn(2), 3), (Gfn(10), 10)];
-        assert_eq!(overlap(&runs, 0, 100), runs);
-        assert_eq!(overlap(&runs, 3, 9), [(Gfn(3), 2), (Gfn(10), 2)]);
-        assert_eq!(overlap(&runs, 5, 5), []);
-        assert_eq!(overlap(&runs, 15, 1), [(Gfn(15), 1)]);
-        assert_eq!(overlap(&runs, 20, 9), []);
     }
 }

@@ -2,14 +2,14 @@
 
 use colo_common::limits::MAX_HISTORY;
 use colo_vmm::guest::Lifecycle;
-use colo_vmm::{Cut, DirtySet};
+use colo_vmm::{Cut, DiskDelta};
 use std::time::Instant;
 
 use super::telling::SentEpoch;
 use super::{Node, NodeError};
 use crate::checkpoint::{Standing, Timing, copy_out};
 use crate::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
-use crate::replicator::Request;
+use crate::replicator::{Phase, Request};
 use crate::transfer::{Epoch, Transfer};
 
 impl Node {
@@ -29,22 +29,32 @@ impl Node {
 
     /// Takes what is known to be dirty without stopping the guest.
     pub(super) fn collect(&mut self) -> Result<(), NodeError> {
-        let tracked = self.guest.collect(&mut self.dirty)?;
+        let tracked = self.guest.collect(&mut self.dirty.pages)?;
+        self.guest.collect_blocks(&mut self.dirty.blocks);
         self.check_tracked(tracked);
         Ok(())
     }
 
     fn cut(&mut self, now: Instant) -> Result<(), NodeError> {
         self.cut_now = false;
-        let mut cut = self.guest.cut(&mut self.dirty)?;
-        self.check_tracked(cut.tracked);
-        // It is of the epoch that this cut ends, whenever that is sent.
-        let output = std::mem::take(&mut cut.output);
-        self.release.hold(self.replicator.next_point().epoch, output);
+        let cut = self.stop_guest()?;
         self.pacer.cut(now);
         let failed = cut.failed.clone();
         self.standing = Some(Standing { cut, since: now });
         failed.map_or(Ok(()), |failure| self.guest_failed(failure))
+    }
+
+    /// Cuts the guest. What it said and wrote is of the epoch that this cut ends, whenever that is sent.
+    fn stop_guest(&mut self) -> Result<Cut, NodeError> {
+        let mut cut = self.guest.cut(&mut self.dirty.pages)?;
+        self.check_tracked(cut.tracked);
+        let output = std::mem::take(&mut cut.output);
+        self.release.hold(self.replicator.next_point().epoch, output);
+        self.dirty.add_disk(std::mem::replace(&mut cut.disk, DiskDelta::none()));
+        if !self.is_shipping() {
+            self.dirty.forget_bytes();
+        }
+        Ok(cut)
     }
 
     /// Sends a guest's epoch that stands still, as soon as there is room, and lets the guest go on.
@@ -74,8 +84,7 @@ impl Node {
     /// Nobody has to hold this epoch: it only gives the guest's request a place in the order of things.
     fn number_alone(&mut self) -> Result<(), NodeError> {
         let Some(Standing { cut, .. }) = self.standing.take() else { return Ok(()) };
-        let nothing = DirtySet::new(self.dirty.frames());
-        let (_, _, actions) = self.replicator.cut(nothing, request(&cut), false);
+        let (_, _, actions) = self.replicator.cut(self.dirty.fresh(), request(&cut), false);
         self.go_on(cut)?;
         self.act(actions)
     }
@@ -89,14 +98,20 @@ impl Node {
 
     /// Sends the epoch. The guest goes on before anything is on the wire.
     pub(super) fn ship(&mut self, join: bool) -> Result<(), NodeError> {
+        let blocks = match self.dirty.disk_part(self.disk.as_deref()) {
+            Ok(blocks) => blocks,
+            Err(e) => return self.disk_failed(&e),
+        };
         let Some(Standing { cut, since }) = self.standing.take() else { return Ok(()) };
-        let (pages, copy) = copy_out(self.guest.memory(), &self.dirty, &self.pool)?;
-        let fresh = DirtySet::new(self.dirty.frames());
+        let (pages, copy) = copy_out(self.guest.memory(), &self.dirty.pages, &self.pool)?;
+        let fresh = self.dirty.fresh();
         let carried = std::mem::replace(&mut self.dirty, fresh);
         let (point, shipped, actions) = self.replicator.cut(carried, request(&cut), join);
         assert!(shipped, "{point} was to be sent in {:?}", self.replicator.phase());
         let timing = Timing { cut: cut.timing, copy, pause: since.elapsed() };
+        self.pacer.paused(timing.cut.stop + timing.cut.save + timing.cut.harvest + copy);
         let state = cut.state.clone();
+        self.track_disk();
         self.go_on(cut)?;
         let Some(peer) = &mut self.peer else { return self.act(actions) };
         let output =
@@ -109,6 +124,7 @@ impl Node {
             base: peer.base.replace(point),
             history: history[history.len().saturating_sub(MAX_HISTORY)..].to_vec(),
             pages,
+            blocks,
             state,
             output,
             released: self.release.released(),
@@ -121,6 +137,17 @@ impl Node {
             return self.lose_link();
         }
         self.act(actions)
+    }
+
+    /// The disk cannot be read, so no epoch can be made of what was written to it: this node asks to run alone.
+    fn disk_failed(&mut self, error: &std::io::Error) -> Result<(), NodeError> {
+        let why = format!("the guest's disk cannot be read, so it cannot be protected: {error}");
+        tracing::error!(vm = %self.vm, "{why}");
+        self.board.error(why);
+        if matches!(self.replicator.phase(), Phase::Paired { .. } | Phase::Pairing { .. }) {
+            return self.give_up_epochs();
+        }
+        self.lose_link()
     }
 
     /// Lets the guest go on after its cut, unless it asked for something: then it rests until that is carried out.
@@ -148,11 +175,7 @@ impl Node {
             self.resting = Some(cut);
         }
         if self.resting.is_none() {
-            let mut cut = self.guest.cut(&mut self.dirty)?;
-            self.check_tracked(cut.tracked);
-            let output = std::mem::take(&mut cut.output);
-            self.release.hold(self.replicator.next_point().epoch, output);
-            self.resting = Some(cut);
+            self.resting = Some(self.stop_guest()?);
         }
         Ok(())
     }
@@ -166,25 +189,26 @@ impl Node {
     }
 
     fn has_room(&self) -> bool {
-        let (in_flight, held) = (self.replicator.in_flight(), self.release.bytes());
+        let (in_flight, held) = (self.replicator.in_flight(), self.release.size());
         self.replicator.is_linked() && has_room(in_flight, self.settings.window, held, self.epoch_limit())
     }
 
     fn is_epoch_full(&self) -> bool {
-        is_full(self.dirty.len(), self.epoch_limit())
+        is_full(self.dirty.count(), self.epoch_limit())
     }
 
     /// Whether the next epoch's output, and what has to be told again with it, is not too much for the secondary.
     fn can_tell(&self) -> bool {
         self.peer.as_ref().is_none_or(|peer| {
             let next = self.replicator.next_point().epoch;
-            can_tell(self.release.size_of(Some(next).filter(|_| !peer.resend_output)), peer.max_epoch_bytes)
+            let told = if peer.resend_output { self.release.size() } else { self.release.size_of(next) };
+            can_tell(told, peer.max_epoch_bytes)
         })
     }
 
     /// Whether the open set makes an epoch that the secondary takes.
     pub(super) fn fits_epoch(&self) -> bool {
-        fits(self.dirty.len(), self.epoch_limit())
+        fits(self.dirty.count(), self.epoch_limit())
     }
 
     /// Bytes of pages in an epoch at most.

@@ -18,21 +18,22 @@ pub mod status;
 mod telling;
 
 use colo_common::register::{Answer, StopReason};
-use colo_common::{Incarnation, NodeId, Point, VmId};
+use colo_common::{BLOCK_SIZE, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
-use colo_vmm::{DirtySet, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
+use colo_vmm::{Disk, DiskTracking, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::arbiter_worker::{ArbiterWorker, Found};
+use crate::changes::Changes;
 use crate::checkpoint::Standing;
-use crate::console::Console;
 use crate::epoch::Pacer;
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
+use crate::outlet::Outlet;
 use crate::release::Release;
-use crate::replicator::{Action, End, Entitled, Phase, Replicator};
+use crate::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
 pub use operator::{Command, CommandError};
 pub use seeding::SeedEvent;
 use seeding::SeedJob;
@@ -95,11 +96,15 @@ pub struct Beginning {
     /// Its description, for a secondary.
     pub spec: WireSpec,
     /// The register names this process.
-    pub replicator: Replicator<DirtySet>,
+    pub replicator: Replicator<Changes>,
     /// Output that is held.
     pub release: Release,
-    /// Where console output goes.
-    pub console: Console,
+    /// The disk behind it.
+    pub disk: Option<Arc<dyn Disk>>,
+    /// Where output goes.
+    pub outlet: Outlet,
+    /// Whether it ran elsewhere before: the network is told where it is now.
+    pub moved: bool,
     /// Promotions in a row because the guest had failed.
     pub promotions: u32,
 }
@@ -154,11 +159,15 @@ pub struct Node {
     guest: Box<dyn ProtectedGuest>,
     spec: WireSpec,
     settings: Settings,
-    replicator: Replicator<DirtySet>,
+    replicator: Replicator<Changes>,
     release: Release,
-    console: Console,
-    /// The open dirty set.
-    dirty: DirtySet,
+    outlet: Outlet,
+    moved: bool,
+    disk: Option<Arc<dyn Disk>>,
+    /// How the guest's writes to it are kept.
+    tracking: DiskTracking,
+    /// What changed since the last epoch that was sent.
+    dirty: Changes,
     pool: PagePool,
     pacer: Pacer,
     /// A cut guest that could not go on yet.
@@ -211,12 +220,24 @@ impl Node {
         (outbox, inbox): (Sender<Event>, Receiver<Event>),
         board: Board,
     ) -> Self {
-        let Beginning { vm, me, incarnation, mut guest, spec, replicator, release, console, promotions } =
-            beginning;
+        let Beginning {
+            vm,
+            me,
+            incarnation,
+            mut guest,
+            spec,
+            replicator,
+            release,
+            disk,
+            outlet,
+            moved,
+            promotions,
+        } = beginning;
         let wake = outbox.clone();
         // A full inbox wakes the node as well.
         guest.on_event(Arc::new(move || drop(wake.try_send(Event::Guest))));
-        let (dirty, now) = (DirtySet::new(guest.memory().layout().frame_limit()), Instant::now());
+        let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+        let (dirty, now) = (Changes::none(guest.memory().layout().frame_limit(), blocks), Instant::now());
         board.begins_to_run();
         // Just read, or just written.
         board.change(|status| status.found(Some(replicator.register())));
@@ -228,7 +249,10 @@ impl Node {
             spec,
             replicator,
             release,
-            console,
+            outlet,
+            moved,
+            disk,
+            tracking: DiskTracking::Off,
             dirty,
             pool: PagePool::default(),
             pacer: Pacer::new(settings.interval, now),
@@ -268,6 +292,7 @@ impl Node {
     /// # Errors
     /// The guest cannot go on here; the other node will take over.
     pub fn run(mut self) -> Result<End, NodeError> {
+        self.outlet.plug_in(self.moved, Instant::now());
         self.guest.resume()?;
         self.board.ran();
         loop {
@@ -321,12 +346,14 @@ impl Node {
             self.offer_hand_back();
             self.forget_if_late(now)?;
         }
+        self.track_disk();
         if self.promotions > 0 && self.failure.is_none() && now.duration_since(self.began) > STEADY {
             self.promotions = 0;
         }
         self.cut_if_due(now)?;
         self.ship_if_possible()?;
         self.let_out();
+        self.outlet.announce_if_due(now);
         self.tell();
         Ok(())
     }
@@ -352,6 +379,7 @@ impl Node {
             match event {
                 GuestEvent::Lifecycle(_) | GuestEvent::TrackingLost(_) => self.cut_now = true,
                 GuestEvent::OutputFull => self.cut_now |= self.is_shipping(),
+                GuestEvent::Output => self.pacer.hurry(),
                 GuestEvent::Failed(failure) => self.guest_failed(failure)?,
             }
         }
@@ -414,12 +442,12 @@ impl Node {
     }
 
     /// Does what the protocol asks for.
-    fn act(&mut self, actions: Vec<Action<DirtySet>>) -> Result<(), NodeError> {
+    fn act(&mut self, actions: Vec<Action<Changes>>) -> Result<(), NodeError> {
         for action in actions {
             match action {
                 Action::Propose(proposal) => self.arbiter.propose(proposal),
                 Action::MergeBack(set) => {
-                    self.dirty.union_with(&set);
+                    self.dirty.merge(set);
                     self.send_resting_again();
                 }
                 Action::Detach => {
@@ -429,10 +457,12 @@ impl Node {
                 Action::ResetGuest => self.reset_guest()?,
                 Action::Park => {
                     self.parked = true;
+                    self.outlet.unplug();
                     self.park()?;
                 }
                 Action::Unpark => {
                     self.parked = false;
+                    self.outlet.plug_in(true, Instant::now());
                     self.standing = None;
                     self.resting = None;
                     self.keep_or_forget()?;
@@ -452,12 +482,12 @@ impl Node {
     /// Output that may go out, does.
     fn let_out(&mut self) {
         let entitled = self.replicator.entitled();
-        self.release.let_out(entitled, &mut self.console);
+        self.release.let_out(entitled, &mut self.outlet);
         if entitled == Entitled::All && !self.parked && self.standing.is_none() {
             let epoch = self.replicator.next_point().epoch;
             let output = self.guest.drain_output();
             self.release.hold(epoch, output);
-            self.release.let_out(entitled, &mut self.console);
+            self.release.let_out(entitled, &mut self.outlet);
         }
     }
 
@@ -467,6 +497,26 @@ impl Node {
             self.replicator.phase(),
             Phase::Joining { .. } | Phase::Pairing { .. } | Phase::Paired { .. }
         )
+    }
+
+    /// Has the guest's disk writes kept as they are needed: with their bytes for epochs, else only which blocks, for a
+    /// copy that is being made or may come back.
+    fn track_disk(&mut self) {
+        let wanted = if self.is_shipping() {
+            DiskTracking::Bytes
+        } else if matches!(self.replicator.phase(), Phase::Seeding { .. }) || self.kept_since.is_some() {
+            DiskTracking::Blocks
+        } else {
+            DiskTracking::Off
+        };
+        if wanted == self.tracking {
+            return;
+        }
+        self.tracking = wanted;
+        self.guest.track_disk(wanted);
+        if wanted != DiskTracking::Bytes {
+            self.dirty.forget_bytes();
+        }
     }
 
     /// An incomplete set: whatever follows, the memory has to be compared as a whole.

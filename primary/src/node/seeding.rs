@@ -1,21 +1,20 @@
 //! The copy of everything that a secondary lacks, while the guest runs, and the epoch that makes that copy whole.
 //!
-//! Logging is on before the [`copier`](super::copier) starts, so whatever it reads torn is dirty and comes again. Rounds
-//! of dirty pages follow until few are left; those go with J.
+//! Logging is on before the [`copier`](super::copier) starts, so whatever it reads torn is dirty and comes again, of the
+//! memory as of the disk. Rounds of dirty pages and blocks follow until few are left; those go with J.
 //!
 //! A secondary that was lost may come back with its copy. For a while the guest's writes are still tracked, so that it
 //! is sent only those; else everything is compared by digests, or sent.
 
 use colo_common::Point;
-use colo_proto::message::RangeDigests;
-use colo_vmm::DirtySet;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::copier::{Copier, First, Order};
+use super::copier::{Copier, First, Order, Round};
 use super::{Node, NodeError};
-use crate::link::LinkHandle;
+use crate::changes::Changes;
+use crate::link::{Digests, LinkHandle};
 use crate::replicator::{Offer, Phase};
 use crate::transfer::Transfer;
 
@@ -66,6 +65,8 @@ impl Node {
         offer: &Offer,
         base: Option<Point>,
     ) -> Result<(), NodeError> {
+        // Before anything is read: what is written from now on is known.
+        self.track_disk();
         let first = self.first_pass(offer, base)?;
         let mode = first.mode();
         self.board.seed_begins(mode);
@@ -73,7 +74,8 @@ impl Node {
         let begin = Transfer::SeedBegin { mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
         let memory = Arc::clone(self.guest.memory());
-        let copier = Copier::new(number, memory, link.clone(), inbox, self.outbox.clone());
+        let copier =
+            Copier::new(number, (memory, self.disk.clone()), link.clone(), inbox, self.outbox.clone());
         let thread = std::thread::Builder::new().name(format!("seed-{}", self.vm));
         thread.spawn(move || copier.run(begin, first)).map_err(NodeError::Thread)?;
         self.seed = Some(SeedJob { number, orders, busy: true, rounds: 0, waits_for_rest: false });
@@ -85,14 +87,13 @@ impl Node {
         if let Some(base) = base.filter(|_| !self.send_all) {
             self.collect()?;
             if !self.unknown {
-                let runs = self.dirty.runs().collect();
-                self.dirty.clear();
-                return Ok(First::Since(base, runs));
+                let round = Round::of(&mut self.dirty);
+                return Ok(First::Since(base, round));
             }
         }
         self.guest.unprotect()?;
         self.guest.protect()?;
-        self.dirty = DirtySet::new(self.dirty.frames());
+        self.dirty = self.dirty.fresh();
         self.unknown = false;
         Ok(match offer.staged.filter(|_| !self.send_all) {
             Some(_) => First::Differing,
@@ -116,7 +117,7 @@ impl Node {
     pub(super) fn forget_if_late(&mut self, now: Instant) -> Result<(), NodeError> {
         let Some(since) = self.kept_since.filter(|_| self.peer.is_none()) else { return Ok(()) };
         self.collect()?;
-        let much = self.dirty.len() > self.dirty.frames() / KEEP_SHARE;
+        let much = self.dirty.pages.len() > self.dirty.pages.frames() / KEEP_SHARE;
         if self.unknown || much || now.duration_since(since) > KEEP_LIMIT {
             return self.forget_copy();
         }
@@ -127,7 +128,8 @@ impl Node {
         self.kept_since = None;
         self.replicator.forget_copy();
         self.guest.unprotect()?;
-        self.dirty = DirtySet::new(self.dirty.frames());
+        self.track_disk();
+        self.dirty = self.dirty.fresh();
         self.unknown = false;
         Ok(())
     }
@@ -155,7 +157,7 @@ impl Node {
             return Ok(());
         }
         self.collect()?;
-        let (dirty, limit) = (self.dirty.len(), JOIN_PAGES);
+        let (dirty, limit) = (self.dirty.count(), JOIN_PAGES);
         let Some(seed) = &mut self.seed else { return Ok(()) };
         if dirty > limit && seed.rounds < MAX_ROUNDS {
             seed.rounds += 1;
@@ -189,15 +191,13 @@ impl Node {
 
 impl SeedJob {
     /// Passes digests on that were asked for; false if there are more than that.
-    pub(super) fn compare(&self, digests: RangeDigests) -> bool {
+    pub(super) fn compare(&self, digests: Digests) -> bool {
         self.orders.try_send(Order::Digests(digests)).is_ok()
     }
 
-    fn order(&mut self, dirty: &mut DirtySet) {
-        let runs = dirty.runs().collect();
-        dirty.clear();
+    fn order(&mut self, dirty: &mut Changes) {
         self.busy = true;
         // Its thread ends only with the link, which is told on its own.
-        drop(self.orders.send(Order::Round(runs)));
+        drop(self.orders.send(Order::Round(Round::of(dirty))));
     }
 }

@@ -203,7 +203,8 @@ impl Follower {
             Some(image) => image,
             None => (Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| build(&e))?), None),
         };
-        let guest = spec.kind.build(full, Arc::clone(&memory)).map_err(|e| build(&e))?;
+        let backends = colo_vmm::Backends::default();
+        let guest = spec.kind.build(full, Arc::clone(&memory), &backends).map_err(|e| build(&e))?;
         let image = Image::new(Arc::clone(&memory), point);
         Ok((Warm { guest, spec, digest, memory }, image))
     }

@@ -9,6 +9,7 @@ use colo_common::{Incarnation, NodeId, Point, Term};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Promoted, Role};
+use colo_primary::outlet::Outlet;
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
 use colo_vmm::MachineState;
@@ -247,7 +248,9 @@ impl Follower {
             spec: warm.spec,
             replicator,
             release: std::mem::take(&mut self.held),
-            console: self.console.clone(),
+            disk: None,
+            outlet: Outlet::new(self.console.clone(), None),
+            moved: true,
             promotions: self.promotions + self.yielded,
         };
         Ok(Outcome::Run(Box::new(beginning), promotion))

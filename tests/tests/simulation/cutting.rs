@@ -129,6 +129,7 @@ impl Runner {
             base: peer.base.replace(point),
             history: self.replicator.history().points().to_vec(),
             pages,
+            blocks: Vec::new(),
             state,
             output,
             released: self.release.released(),
@@ -183,7 +184,7 @@ impl Runner {
     }
 
     pub(crate) fn has_room(&self, common: &Common) -> bool {
-        let (in_flight, held) = (self.replicator.in_flight(), self.release.bytes());
+        let (in_flight, held) = (self.replicator.in_flight(), self.release.size());
         self.replicator.is_linked() && has_room(in_flight, common.plan.window, held, self.epoch_limit(common))
     }
 
@@ -194,7 +195,8 @@ impl Runner {
     fn can_tell(&self) -> bool {
         self.peer.as_ref().is_none_or(|peer| {
             let next = self.replicator.next_point().epoch;
-            can_tell(self.release.size_of(Some(next).filter(|_| !peer.resend_output)), peer.max_epoch_bytes)
+            let told = if peer.resend_output { self.release.size() } else { self.release.size_of(next) };
+            can_tell(told, peer.max_epoch_bytes)
         })
     }
 

@@ -157,6 +157,8 @@ impl Runner {
             match event {
                 GuestEvent::Lifecycle(_) | GuestEvent::TrackingLost(_) => self.cut_now = true,
                 GuestEvent::OutputFull => self.cut_now |= self.is_shipping(),
+                // Its frames are made as steps go by, and nobody waits for one.
+                GuestEvent::Output => {}
                 GuestEvent::Failed(_) => self.guest_failed(common),
             }
         }

@@ -1,0 +1,173 @@
+//! The first pass where histories do not tell what differs: the secondary says by digests what it has, of memory where
+//! its copy is a base, of the disk always. So a seed that broke off goes on where it was, and an empty disk costs
+//! nothing.
+
+use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE};
+use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests};
+use colo_proto::pages::Place;
+use colo_vmm::{BlockSet, DirtySet, Disk};
+
+use super::{Copier, Order, Stopped};
+use crate::link::{Ask, Digests};
+
+/// Pages or blocks whose digests are asked for at once: 256 MiB, for which the answer has at most 1 MiB.
+const DIGEST_WINDOW: u64 = 1 << 16;
+
+/// Blocks that may hold something.
+pub(super) fn data_blocks(disk: &dyn Disk) -> Result<u64, Stopped> {
+    let (mut count, mut at) = (0, Block(0));
+    while let Some(run) = disk.next_data(at).map_err(|e| unreadable(&e))? {
+        count += run.end.0 - run.start.0;
+        at = run.end;
+    }
+    Ok(count)
+}
+
+fn unreadable(error: &std::io::Error) -> Stopped {
+    Stopped(format!("the guest's disk cannot be read: {error}"))
+}
+
+impl Copier {
+    /// A frame that is equal is passed over: it would be dirty if it were written after it was looked at.
+    pub(super) fn memory_by_digests(&mut self, populated: &[(Gfn, u64)]) -> Result<(), Stopped> {
+        let limit = self.memory.layout().frame_limit();
+        let ask = |first, count| Ask::Pages(DigestRequest { first: Gfn(first), count });
+        let pages = |digests| match digests {
+            Digests::Pages(digests) => Some(digests),
+            Digests::Blocks(_) => None,
+        };
+        self.by_digests(limit, ask, pages, |this, digests| this.compare_pages(digests, populated))
+    }
+
+    /// The same of the disk.
+    pub(super) fn disk_by_digests(&mut self, disk: &dyn Disk) -> Result<(), Stopped> {
+        let limit = disk.bytes() / BLOCK_SIZE as u64;
+        let ask = |first, count| Ask::Blocks(DigestRequest { first: Block(first), count });
+        let blocks = |digests| match digests {
+            Digests::Blocks(digests) => Some(digests),
+            Digests::Pages(_) => None,
+        };
+        self.by_digests(limit, ask, blocks, |this, digests| this.compare_blocks(digests, disk))
+    }
+
+    /// Asks for digests of everything below `limit`, window by window, and compares what comes.
+    fn by_digests<N: Place>(
+        &mut self,
+        limit: u64,
+        ask: impl Fn(u64, u64) -> Ask,
+        wanted: impl Fn(Digests) -> Option<RangeDigests<N>>,
+        mut compare: impl FnMut(&mut Self, RangeDigests<N>) -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        let mut at = 0;
+        while at < limit {
+            let window = DIGEST_WINDOW.min(limit - at);
+            self.link.request_digests(ask(at, window)).map_err(Stopped)?;
+            let end = at + window;
+            while at < end {
+                let digests = match self.inbox.recv() {
+                    Ok(Order::Digests(digests)) => digests,
+                    Ok(Order::Round(_)) => continue,
+                    Err(_) => return Err(Stopped("the seed was given up".to_owned())),
+                };
+                let digests =
+                    wanted(digests).ok_or_else(|| Stopped("digests of something else".to_owned()))?;
+                let to = digests.end().number();
+                if digests.first.number() != at || to > end || to == at {
+                    return Err(Stopped(format!("digests from {} where {at:#x} was next", digests.first)));
+                }
+                at = to;
+                compare(self, digests)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what differs from what the secondary has.
+    fn compare_pages(&mut self, digests: RangeDigests, populated: &[(Gfn, u64)]) -> Result<(), Stopped> {
+        let mut first = digests.first.0;
+        for range in digests.ranges {
+            let frames = range.count();
+            match range {
+                DigestRange::Zero { .. } => self.frames(&overlap(populated, first, frames))?,
+                DigestRange::Each(theirs) => {
+                    let mut differing = DirtySet::new(self.memory.layout().frame_limit());
+                    for (gfn, theirs) in (first..).map(Gfn).zip(theirs) {
+                        let mut page = [0; PAGE_SIZE];
+                        self.memory.read_page(gfn, &mut page).map_err(|e| Stopped(e.to_string()))?;
+                        if PageDigest::of(&page) != theirs {
+                            differing.insert(gfn);
+                        }
+                    }
+                    self.done += frames - differing.len();
+                    self.frames(&differing.runs().collect::<Vec<_>>())?;
+                }
+            }
+            first += frames;
+        }
+        Ok(())
+    }
+
+    fn compare_blocks(&mut self, digests: RangeDigests<Block>, disk: &dyn Disk) -> Result<(), Stopped> {
+        let mut first = digests.first.0;
+        for range in digests.ranges {
+            let count = range.count();
+            match range {
+                DigestRange::Zero { .. } => {
+                    let (mut at, end) = (Block(first), Block(first + count));
+                    while let Some(run) = disk.next_data(at).map_err(|e| unreadable(&e))? {
+                        if run.start >= end {
+                            break;
+                        }
+                        at = run.end.min(end);
+                        self.blocks(disk, run.start, at.0 - run.start.0)?;
+                    }
+                }
+                DigestRange::Each(theirs) => {
+                    let mut differing = BlockSet::new(first + count);
+                    for (block, theirs) in (first..).map(Block).zip(theirs) {
+                        let mut bytes = [0; BLOCK_SIZE];
+                        disk.read(block.offset(), &mut bytes).map_err(|e| unreadable(&e))?;
+                        if PageDigest::of(&bytes) != theirs {
+                            differing.insert(block);
+                        }
+                    }
+                    self.done += count - differing.len();
+                    for (first, count) in differing.runs().collect::<Vec<_>>() {
+                        self.blocks(disk, first, count)?;
+                    }
+                }
+            }
+            first += count;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of `runs` (ascending) that lie in `frames` frames from `first` on.
+fn overlap(runs: &[(Gfn, u64)], first: u64, frames: u64) -> Vec<(Gfn, u64)> {
+    let end = first + frames;
+    let at = runs.partition_point(|&(start, count)| start.0 + count <= first);
+    let parts = runs[at..].iter().take_while(|(start, _)| start.0 < end);
+    parts
+        .map(|&(start, count)| {
+            let (from, to) = (start.0.max(first), end.min(start.0 + count));
+            (Gfn(from), to - from)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::overlap;
+    use colo_common::Gfn;
+
+    #[test]
+    fn runs_are_cut_to_a_range() {
+        let runs = [(Gfn(2), 3), (Gfn(10), 10)];
+        assert_eq!(overlap(&runs, 0, 100), runs);
+        assert_eq!(overlap(&runs, 3, 9), [(Gfn(3), 2), (Gfn(10), 2)]);
+        assert_eq!(overlap(&runs, 5, 5), []);
+        assert_eq!(overlap(&runs, 15, 1), [(Gfn(15), 1)]);
+        assert_eq!(overlap(&runs, 20, 9), []);
+    }
+}
