@@ -18,6 +18,7 @@ use colo_common::bounded::list;
 use colo_common::limits::MAX_EPOCH_DISK;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -27,7 +28,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::Queue;
 
 use super::device::{Device, DeviceBody, Served};
-use super::queue::{Broken, give_back, listen, pop, put_back, wants_interrupt};
+use super::queue::{Broken, give_back, pop, put_back, serve, wants_interrupt};
 use super::transport::Identity;
 use crate::memory::GuestRam;
 use crate::spec::DiskSpec;
@@ -228,17 +229,12 @@ impl Device for Block {
     fn serve(&mut self, _index: usize, queue: &mut Queue, ram: &GuestRam) -> Result<Served, Broken> {
         self.take_ended();
         let mut served = Served { interrupt: self.give_back_ended(queue, ram)?, ..Served::default() };
-        loop {
+        serve(queue, ram, |queue| {
             served = served.and(self.take(queue, ram)?);
             self.go_on();
-            // A driver that saw no need to notify has put something there before this.
-            if served.full || served.more || !listen(queue, ram)? {
-                break;
-            }
-            if self.is_full() {
-                break;
-            }
-        }
+            // What has no room comes again with a request that ends.
+            Ok(if self.is_full() { ControlFlow::Break(()) } else { served.goes_on() })
+        })?;
         served.interrupt = served.interrupt && wants_interrupt(queue, ram)?;
         Ok(served)
     }

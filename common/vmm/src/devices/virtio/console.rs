@@ -1,12 +1,13 @@
 //! virtio-console: a console without a register for each byte. What the guest says is in the one order of its output;
 //! what is typed comes from the same input as the serial console's, if the spec says that it goes here.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use virtio_queue::Queue;
 
 use super::super::input::ConsoleInput;
 use super::device::{Device, DeviceBody, Served};
-use super::queue::{Broken, give_back, listen, pop, put_back, wants_interrupt};
+use super::queue::{Broken, give_back, pop, put_back, serve, wants_interrupt};
 use super::transport::Identity;
 use crate::egress::Egress;
 use crate::memory::GuestRam;
@@ -76,13 +77,11 @@ impl Device for Console {
 
     fn serve(&mut self, index: usize, queue: &mut Queue, ram: &GuestRam) -> Result<Served, Broken> {
         let mut served = Served::default();
-        loop {
+        serve(queue, ram, |queue| {
             served = served.and(if index == INPUT { self.hear(queue, ram)? } else { self.say(queue, ram)? });
-            let idle = index == INPUT && self.input.as_ref().is_none_or(|input| input.is_empty());
-            if idle || served.full || served.more || !listen(queue, ram)? {
-                break;
-            }
-        }
+            let nothing = index == INPUT && self.input.as_ref().is_none_or(|input| input.is_empty());
+            Ok(if nothing { ControlFlow::Break(()) } else { served.goes_on() })
+        })?;
         served.interrupt = served.interrupt && wants_interrupt(queue, ram)?;
         Ok(served)
     }

@@ -2,6 +2,7 @@
 //! disk or a console does.
 
 use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
 use virtio_queue::Queue;
 
 use super::block::BlockState;
@@ -24,6 +25,11 @@ pub(super) struct Served {
 }
 
 impl Served {
+    /// Whether what is left can be taken now.
+    pub(super) fn goes_on(self) -> ControlFlow<()> {
+        if self.full || self.more { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
     /// Both together.
     pub(super) fn and(self, other: Self) -> Self {
         Self {

@@ -41,6 +41,9 @@ use queue::Broken;
 use transport::{Effect, Transport, TransportState, read_empty};
 use worker::Worker;
 
+#[cfg(test)]
+mod tests;
+
 /// What of the host stands behind a guest's devices.
 #[derive(Clone, Default)]
 pub struct Backends {

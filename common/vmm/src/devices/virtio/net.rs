@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::Queue;
 
 use super::device::{Device, DeviceBody, Served};
-use super::queue::{Broken, Chain, give_back, listen, pop, put_back, wants_interrupt};
+use super::queue::{Broken, Chain, give_back, listen_beyond, pop, put_back, serve, wants_interrupt};
 use super::transport::Identity;
 use crate::egress::{Egress, EgressError};
 use crate::memory::GuestRam;
@@ -241,14 +241,17 @@ impl Device for Net {
 
     fn serve(&mut self, index: usize, queue: &mut Queue, ram: &GuestRam) -> Result<Served, Broken> {
         let mut served = Served::default();
-        loop {
-            served =
-                served.and(if index == RECEIVE { self.receive(queue, ram)? } else { self.send(queue, ram)? });
-            // New buffers are of interest only to a frame that waits for them.
-            let idle = index == RECEIVE && self.waiting.is_none();
-            if idle || served.full || served.more || !listen(queue, ram)? {
-                break;
+        if index == RECEIVE {
+            served = self.receive(queue, ram)?;
+            // New buffers are of interest only to a frame that waits for them; they may have come just now.
+            if self.waiting.is_some() && listen_beyond(queue, ram)? {
+                served = served.and(self.receive(queue, ram)?);
             }
+        } else {
+            serve(queue, ram, |queue| {
+                served = served.and(self.send(queue, ram)?);
+                Ok(served.goes_on())
+            })?;
         }
         served.interrupt = served.interrupt && wants_interrupt(queue, ram)?;
         Ok(served)

@@ -3,6 +3,8 @@
 
 use colo_common::bounded::list;
 use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -145,10 +147,42 @@ pub(super) fn wants_interrupt(queue: &mut Queue, ram: &GuestRam) -> Result<bool,
     queue.needs_notification(ram).map_err(|_| Broken("its available ring is not within the guest's memory"))
 }
 
-/// Has the driver notify of what it makes available from now on; whether something came in the meantime.
-pub(super) fn listen(queue: &mut Queue, ram: &GuestRam) -> Result<bool, Broken> {
-    queue.enable_notification(ram).map_err(|_| Broken("its rings are not within the guest's memory"))
+/// Serves a queue until nothing is left in it, and then has the driver notify. `step` takes what it can and says whether
+/// it goes on: not if what is left has to wait for something else.
+pub(super) fn serve(
+    queue: &mut Queue,
+    ram: &GuestRam,
+    mut step: impl FnMut(&mut Queue) -> Result<ControlFlow<()>, Broken>,
+) -> Result<(), Broken> {
+    let mut idle = false;
+    loop {
+        let before = queue.next_avail();
+        if step(queue)?.is_break() || !listen(queue, ram)? {
+            return Ok(());
+        }
+        // A driver that saw no need to notify has put something there just before; but then there is something to take.
+        if queue.next_avail() == before && std::mem::replace(&mut idle, true) {
+            return Err(Broken("its available ring announces what it does not have"));
+        }
+    }
 }
+
+/// Has the driver notify of what it makes available from now on; whether something came in the meantime.
+fn listen(queue: &mut Queue, ram: &GuestRam) -> Result<bool, Broken> {
+    queue.enable_notification(ram).map_err(|_| OUTSIDE_RINGS)
+}
+
+/// The same beyond what is there already and is not enough.
+pub(super) fn listen_beyond(queue: &mut Queue, ram: &GuestRam) -> Result<bool, Broken> {
+    let at = queue.next_avail();
+    let end = queue.avail_idx(ram, Ordering::Acquire).map_err(|_| OUTSIDE_RINGS)?;
+    queue.set_next_avail(end.0);
+    let more = listen(queue, ram);
+    queue.set_next_avail(at);
+    more
+}
+
+const OUTSIDE_RINGS: Broken = Broken("its rings are not within the guest's memory");
 
 /// A queue at a cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use virtio_queue::Queue;
 
 use super::device::{Device, DeviceBody, Served};
-use super::queue::{Broken, give_back, listen, pop, wants_interrupt};
+use super::queue::{Broken, give_back, pop, serve, wants_interrupt};
 use super::transport::Identity;
 use crate::memory::GuestRam;
 use crate::state::StateError;
@@ -32,26 +32,10 @@ impl Device for Rng {
 
     fn serve(&mut self, _index: usize, queue: &mut Queue, ram: &GuestRam) -> Result<Served, Broken> {
         let mut served = Served::default();
-        let mut left = BATCH;
-        loop {
-            let Some(chain) = pop(queue, ram)? else {
-                if listen(queue, ram)? {
-                    continue;
-                }
-                break;
-            };
-            let mut bytes = vec![0; chain.writable.len().min(MAX_BYTES)];
-            // A host without randomness for now gives none, and the driver asks again.
-            let got = if getrandom::fill(&mut bytes).is_ok() { bytes.len() } else { 0 };
-            let given = chain.writable.write(ram, &bytes[..got])?;
-            give_back(queue, ram, chain.head, given)?;
-            served.interrupt = true;
-            left -= 1;
-            if left == 0 {
-                served.more = true;
-                break;
-            }
-        }
+        serve(queue, ram, |queue| {
+            served = served.and(self.give(queue, ram)?);
+            Ok(served.goes_on())
+        })?;
         served.interrupt = served.interrupt && wants_interrupt(queue, ram)?;
         Ok(served)
     }
@@ -62,5 +46,21 @@ impl Device for Rng {
 
     fn restore(&mut self, _: &DeviceBody, _: Option<u64>, _: &GuestRam) -> Result<(), StateError> {
         Ok(())
+    }
+}
+
+impl Rng {
+    fn give(&self, queue: &mut Queue, ram: &GuestRam) -> Result<Served, Broken> {
+        let mut served = Served::default();
+        for _ in 0..BATCH {
+            let Some(chain) = pop(queue, ram)? else { return Ok(served) };
+            let mut bytes = vec![0; chain.writable.len().min(MAX_BYTES)];
+            // A host without randomness for now gives none, and the driver asks again.
+            let got = if getrandom::fill(&mut bytes).is_ok() { bytes.len() } else { 0 };
+            let given = chain.writable.write(ram, &bytes[..got])?;
+            give_back(queue, ram, chain.head, given)?;
+            served.interrupt = true;
+        }
+        Ok(Served { more: true, ..served })
     }
 }
