@@ -80,6 +80,10 @@ impl Store {
     /// A block is not the guest's, or the device fails or is full.
     pub fn activate(&mut self, term: Term, blocks: &[BlockRun<'_>]) -> Result<(), StoreError> {
         let disk = self.disk_for(blocks)?;
+        if let Some(disk) = disk.iter().find(|_| self.meta.copy == MetaCopy::Inconsistent) {
+            // What a seed wrote into the file.
+            disk.settle().map_err(|source| self.disk_error(source))?;
+        }
         // What a mark left in `pending` is part of the disk, and there may be much of it.
         self.fold()?;
         let mut batch = Batch::default();
