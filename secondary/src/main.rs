@@ -35,6 +35,24 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         rate: u64,
     },
+    /// Writes the guest's disk, as a secondary that does not run has it, into a raw image file.
+    ExportDisk {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// The file to write; there must be none.
+        #[arg(long)]
+        to: PathBuf,
+    },
+    /// Prints the point, the size and the digest of the guest's disk: equal for equal content, written or sparse.
+    DiskDigest {
+        /// Configuration file (TOML) of a secondary that does not run.
+        #[arg(long, conflicts_with = "image", required_unless_present = "image")]
+        config: Option<PathBuf>,
+        /// A raw image file instead.
+        #[arg(long)]
+        image: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -42,7 +60,12 @@ fn main() -> ExitCode {
     colo_common::telemetry::end_on_panic();
     let done = match Args::parse().command {
         Command::Start { config, again } => colo_secondary::secondary::start(&config, again),
-        Command::Scrub { config, rate } => colo_secondary::secondary::scrub(&config, rate << 20),
+        Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),
+        Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
+        Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),
+        Command::DiskDigest { image, .. } => {
+            colo_secondary::offline::image_digest(&image.unwrap_or_default())
+        }
     };
     done.unwrap_or_else(|e| {
         tracing::error!("{}", colo_common::telemetry::one_line(&*e));

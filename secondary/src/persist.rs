@@ -1,27 +1,35 @@
 //! The persist thread: owns the store and takes staged epochs into it. What waits together is folded into one mark;
-//! of each page the newest version goes in.
+//! of each page and block of the disk the newest version goes in.
 
 use colo_common::{Gfn, Point, ReplicaId, Term};
+use colo_proto::message::{BlockDigestRequest, BlockDigests};
 use colo_vmm::MachineState;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::memory::Page;
 use crossbeam_channel::{Receiver, Sender};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::staging::{StagedEpoch, StagedPart};
-use crate::store::{Base, Mark, PageContent, Store, StoreError};
+use crate::disk::{DiskImage, block_digests};
+use crate::staging::{StagedBlocks, StagedEpoch, StagedPart};
+use crate::store::{Base, BlockRun, Mark, NewestBlocks, PageContent, Store, StoreError};
 
 /// Jobs that may wait; what their epochs hold is bounded by the memory budget. The thread never waits for whoever
 /// orders them.
 const MAX_WAITING: usize = 1024;
 /// Epochs folded into one mark at most.
 const MAX_FOLDED: usize = 64;
+/// What the one batch of a promotion may take beside the rest: with more, the epochs that are not stored are stored as
+/// any others first.
+const MAX_LAST_BLOCKS: u64 = 64 << 20;
+/// What a block of zeroes counts for in it.
+const ZERO_COST: u64 = 64;
 
 /// What is stored as a point's state: the machine, and the output that may not be out yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +111,12 @@ pub enum Job {
     Begin(Base),
     /// Pages of a seed, and the room that they take until they are stored.
     Seed(StagedPart, Option<OwnedSemaphorePermit>),
+    /// Blocks of a seed, and the room that they take.
+    SeedBlocks(StagedBlocks, Option<OwnedSemaphorePermit>),
+    /// Digests of the disk as it is now, for the link with this number.
+    BlockDigests(u64, BlockDigestRequest),
+    /// The image file of the guest's disk, of so many bytes, is to be opened and folded into from now on.
+    OpenDisk(PathBuf, u64, Sender<Result<Arc<DiskImage>, String>>),
     /// The epoch that makes the copy whole.
     Complete(ToStore),
     /// An epoch of a whole copy.
@@ -132,6 +146,8 @@ pub enum Persisted {
     IdStored(ReplicaId),
     /// The id is forgotten, synced.
     IdErased(ReplicaId),
+    /// Digests of the disk, in order, for the link with this number.
+    Digests(u64, BlockDigests),
     /// The store is of no more use to this process.
     Failed(String),
 }
@@ -154,7 +170,8 @@ impl Persister {
         let (jobs, inbox) = crossbeam_channel::bounded(MAX_WAITING);
         let builder = std::thread::Builder::new().name("persist".to_owned());
         let ending = Arc::new(AtomicBool::new(false));
-        let worker = Worker { store, failed: false, ending: Arc::clone(&ending), tell };
+        let ended = Arc::clone(&ending);
+        let worker = Worker { store, failed: false, ending: ended, skipped: Vec::new(), tell };
         let thread = builder.spawn(move || worker.run(&inbox))?;
         Ok(Self { jobs, ending, thread })
     }
@@ -167,7 +184,7 @@ impl Persister {
     }
 
     /// The register names this process, so the stored copy ends with [`Job::Activate`]: nobody waits for epochs that are
-    /// not stored yet. What was acked under `disk` is stored already.
+    /// not stored yet. What was acked under `disk` is stored already. What they wrote to the disk goes with the end.
     pub fn end_copy(&self) {
         self.ending.store(true, Ordering::SeqCst);
     }
@@ -186,6 +203,8 @@ struct Worker<T> {
     store: Store,
     failed: bool,
     ending: Arc<AtomicBool>,
+    /// Epochs that are not stored because the copy ends.
+    skipped: Vec<ToStore>,
     tell: T,
 }
 
@@ -207,7 +226,7 @@ impl<T: Fn(Persisted)> Worker<T> {
                             }
                         }
                     }
-                    self.persist(&epochs)
+                    self.persist(epochs)
                 }
                 other => self.other(other),
             };
@@ -223,6 +242,15 @@ impl<T: Fn(Persisted)> Worker<T> {
             Job::Epoch(_) => {}
             Job::Begin(base) => self.store.begin_copy(base)?,
             Job::Seed(part, _room) => self.store.write_pages(contents(&part))?,
+            Job::SeedBlocks(part, _room) => self.store.write_blocks(part.runs())?,
+            Job::BlockDigests(link, request) => self.digests(link, request)?,
+            Job::OpenDisk(path, bytes, reply) => {
+                let opened = self.store.open_disk(&path, bytes).map_err(|e| e.to_string());
+                let folding =
+                    opened.and_then(|disk| disk.start_folding().map(|()| disk).map_err(|e| e.to_string()));
+                // Whoever asked has left only if this process is ending.
+                let _ = reply.send(folding);
+            }
             Job::Complete(first) => self.complete(&first)?,
             Job::StoreId(id) => {
                 self.store.store_replica_id(id)?;
@@ -235,7 +263,7 @@ impl<T: Fn(Persisted)> Worker<T> {
             Job::Term(term) => self.store.see_term(term)?,
             Job::Spec(digest) => self.store.see_spec(digest)?,
             Job::Activate(term, reply) => {
-                let done = self.store.activate(term, []);
+                let done = self.activate(term);
                 // Whoever asked has left only if this process is ending.
                 let _ = reply.send(done.map_err(|e| e.to_string()));
             }
@@ -252,23 +280,52 @@ impl<T: Fn(Persisted)> Worker<T> {
         for part in &epoch.parts {
             self.store.write_pages(contents(part))?;
         }
-        let state = StoredState::new(epoch, held).encode();
-        self.store.complete(mark(epoch, &state), None)?;
+        let (state, blocks) = (StoredState::new(epoch, held).encode(), newest(std::slice::from_ref(first)));
+        self.store.complete(mark(epoch, &state, &blocks), None)?;
         (self.tell)(Persisted::Point(*replica, epoch.point));
         Ok(())
     }
 
     /// Moves the mark over all of them at once.
-    fn persist(&mut self, epochs: &[ToStore]) -> Result<(), StoreError> {
-        let Some(last) = epochs.last().filter(|_| !self.ending.load(Ordering::SeqCst)) else { return Ok(()) };
-        let mut newest: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
-        for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
-            newest.extend(contents(part));
+    fn persist(&mut self, epochs: Vec<ToStore>) -> Result<(), StoreError> {
+        if self.ending.load(Ordering::SeqCst) {
+            self.skipped.extend(epochs);
+            return Ok(());
         }
-        let state = StoredState::new(&last.epoch, &last.held).encode();
-        self.store.persist(newest, mark(&last.epoch, &state))?;
+        self.store_epochs(&epochs)
+    }
+
+    fn store_epochs(&mut self, epochs: &[ToStore]) -> Result<(), StoreError> {
+        let Some(last) = epochs.last() else { return Ok(()) };
+        let mut newest_pages: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
+        for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
+            newest_pages.extend(contents(part));
+        }
+        let (state, blocks) = (StoredState::new(&last.epoch, &last.held).encode(), newest(epochs));
+        self.store.persist(newest_pages, mark(&last.epoch, &state, &blocks))?;
         (self.tell)(Persisted::Point(last.replica, last.epoch.point));
         Ok(())
+    }
+
+    /// The guest runs from the newest epoch. Of those that are not stored, the disk's blocks are still missing.
+    fn activate(&mut self, term: Term) -> Result<(), StoreError> {
+        let skipped = std::mem::take(&mut self.skipped);
+        let blocks = newest(&skipped);
+        let cost =
+            |run: &BlockRun<'_>| run.bytes().map_or(run.count() * ZERO_COST, |bytes| bytes.len() as u64);
+        if blocks.iter().map(cost).sum::<u64>() <= MAX_LAST_BLOCKS {
+            return self.store.activate(term, &blocks);
+        }
+        for epochs in skipped.chunks(MAX_FOLDED) {
+            self.store_epochs(epochs)?;
+        }
+        self.store.activate(term, &[])
+    }
+
+    fn digests(&self, link: u64, request: BlockDigestRequest) -> Result<(), StoreError> {
+        let Some(disk) = self.store.disk() else { return Ok(()) };
+        let tell = |digests| (self.tell)(Persisted::Digests(link, digests));
+        block_digests(disk.as_ref(), request, tell).map_err(|source| self.store.disk_error(source))
     }
 
     /// Said once; a store that failed takes nothing more.
@@ -287,6 +344,15 @@ fn contents(part: &StagedPart) -> impl Iterator<Item = (Gfn, PageContent<'_>)> {
     zeros.chain(pages.map(|(gfn, page): (Gfn, &Page)| (gfn, PageContent::Bytes(page))))
 }
 
-fn mark<'a>(epoch: &'a StagedEpoch, state: &'a [u8]) -> Mark<'a> {
-    Mark { point: epoch.point, history: &epoch.history, state, blocks: &[], now: SystemTime::now() }
+/// What the epochs wrote to the disk, of each block the newest version.
+fn newest(epochs: &[ToStore]) -> Vec<BlockRun<'_>> {
+    let mut newest = NewestBlocks::default();
+    for part in epochs.iter().flat_map(|epoch| &epoch.epoch.blocks) {
+        newest.extend(part.runs());
+    }
+    newest.into_runs()
+}
+
+fn mark<'a>(epoch: &'a StagedEpoch, state: &'a [u8], blocks: &'a [BlockRun<'a>]) -> Mark<'a> {
+    Mark { point: epoch.point, history: &epoch.history, state, blocks, now: SystemTime::now() }
 }

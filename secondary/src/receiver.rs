@@ -7,8 +7,8 @@ use colo_primary::heartbeat::{Pulse, Rhythm, beat};
 use colo_primary::wire::{WireError, read_control, read_frame, write_control};
 use colo_proto::frame::VmTag;
 use colo_proto::message::{
-    Ack, Control, DigestRequest, Goodbye, Hello, Progress, RangeDigests, Refusal, Refused, SeedMode, Welcome,
-    Yield,
+    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, Goodbye, Hello, Progress, RangeDigests,
+    Refusal, Refused, SeedMode, Welcome, Yield,
 };
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{GuestMemory, PagePool};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::node::Event;
-use crate::staging::{StagedEpoch, StagedPart, Staging, Step};
+use crate::staging::{StagedBlocks, StagedEpoch, StagedPart, Staging, Step};
 
 /// How long a runner may take to say what it wants.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -62,6 +62,8 @@ pub enum Say {
     Progress(Progress),
     /// Digests that were asked for.
     Digests(RangeDigests),
+    /// Digests of the disk that were asked for.
+    BlockDigests(BlockDigests),
     /// The link is over, and why.
     Refused(Refused),
 }
@@ -88,6 +90,8 @@ pub struct Agreed {
     pub welcome: Welcome,
     /// The guest's memory: frames are checked against it.
     pub memory: Arc<GuestMemory>,
+    /// Blocks of its disk; 0 without one.
+    pub disk_blocks: u64,
     /// Digest of its spec.
     pub spec_digest: u64,
     /// Its processor; nothing for a guest in software.
@@ -105,12 +109,16 @@ pub enum LinkEvent {
     },
     /// A part of a seed.
     SeedPages(StagedPart, OwnedSemaphorePermit),
+    /// Blocks of a seed.
+    SeedBlocks(StagedBlocks, OwnedSemaphorePermit),
     /// A whole epoch.
     Epoch(Box<StagedEpoch>, OwnedSemaphorePermit),
     /// The runner's term is newer.
     Term(Term),
     /// Digests are wanted.
     Digests(DigestRequest),
+    /// Digests of the disk are wanted.
+    BlockDigests(BlockDigestRequest),
     /// The runner's guest does not run any more: take over.
     Yield(Yield),
     /// The runner ended the link on purpose.
@@ -230,6 +238,7 @@ impl Receiver {
             let event = match message {
                 Control::TermChanged(changed) => LinkEvent::Term(changed.term),
                 Control::DigestRequest(request) => LinkEvent::Digests(request),
+                Control::BlockDigestRequest(request) => LinkEvent::BlockDigests(request),
                 Control::Yield(word) => LinkEvent::Yield(word),
                 Control::Goodbye(Goodbye) => LinkEvent::Goodbye,
                 other => return format!("the runner said {other:?}, which is not its part"),
@@ -254,7 +263,7 @@ impl Receiver {
         let memory = &*agreed.memory;
         let limit = memory.layout().frame_limit();
         let staging = Staging::new(limit, agreed.welcome.max_epoch_bytes, agreed.spec_digest);
-        let mut staging = staging.with_cpu(agreed.cpu.clone());
+        let mut staging = staging.with_cpu(agreed.cpu.clone()).with_disk(agreed.disk_blocks);
         let pool = PagePool::default();
         loop {
             let frame = match read_frame(&mut stream, vm, &pool).await {
@@ -296,6 +305,12 @@ impl Receiver {
                 };
                 self.tell(number, LinkEvent::SeedPages(part, room)).await;
             }
+            Step::SeedBlocks(part) => {
+                let Some(room) = self.budget.take(part.bytes() + UNIT).await else {
+                    return Err("the node has ended".to_owned());
+                };
+                self.tell(number, LinkEvent::SeedBlocks(part, room)).await;
+            }
             Step::Whole(epoch) => {
                 let Some(room) = self.budget.take(epoch.bytes).await else {
                     return Err("the node has ended".to_owned());
@@ -333,6 +348,7 @@ async fn speak(mut stream: SendStream, mut words: mpsc::UnboundedReceiver<Say>, 
             Say::Ack(ack) => write_control(&mut stream, vm, ack).await,
             Say::Progress(progress) => write_control(&mut stream, vm, progress).await,
             Say::Digests(digests) => write_control(&mut stream, vm, digests).await,
+            Say::BlockDigests(digests) => write_control(&mut stream, vm, digests).await,
             Say::Refused(refused) => write_control(&mut stream, vm, refused).await,
         };
         if let Err(e) = said {

@@ -170,10 +170,13 @@ impl Secondary {
         let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
         let settings = settings(config, quic_port, self.directory.boot());
-        let loaded = crate::node::load(&mut store, &settings).map_err(|why| {
+        let mut loaded = crate::node::load(&mut store, &settings).map_err(|why| {
             let path = self.directory.path().display();
             anyhow!("the copy in {path} cannot be used: {why}; remove the directory, and this node will be seeded anew")
         })?;
+        if let Some(loaded) = &mut loaded {
+            loaded.open_disk(&mut store, &settings)?;
+        }
         let tray = Tray::new(self.outbox.clone());
         let tell = tray.clone();
         let persister = Persister::start(store, move |persisted| tell.persisted(persisted));
@@ -244,30 +247,6 @@ impl Secondary {
     }
 }
 
-/// Checks the store of a secondary that does not run.
-///
-/// # Errors
-/// The store cannot be opened, or something in it is damaged.
-pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
-    let config = SecondaryConfig::load(path)?;
-    let directory = VmDirectory::open(&config.directory, &config.vm)?;
-    let mut store = Store::open(&directory.store(), &config.vm)?;
-    if !matches!(store.summary().copy, StoredCopy::Whole(_)) {
-        tracing::info!("the store in {} holds no whole copy: nothing to check", directory.path().display());
-        return Ok(ExitCode::SUCCESS);
-    }
-    let rate = if bytes_per_second == 0 { u64::MAX } else { bytes_per_second };
-    let scrub = store.scrub(rate, |_| std::ops::ControlFlow::Continue(()))?;
-    if scrub.is_clean() {
-        tracing::info!("the store in {} is as it was written", directory.path().display());
-        return Ok(ExitCode::SUCCESS);
-    }
-    bail!(
-        "the store in {} is damaged: {scrub:?}; remove the directory, and this node will be seeded anew",
-        directory.path().display()
-    )
-}
-
 fn settings(config: &SecondaryConfig, quic_port: u16, boot_directory: std::path::PathBuf) -> Settings {
     let follow = &config.replication;
     Settings {
@@ -278,6 +257,7 @@ fn settings(config: &SecondaryConfig, quic_port: u16, boot_directory: std::path:
         window: WINDOW,
         quic_port: follow.advertise_port.map_or(quic_port, std::num::NonZeroU16::get),
         boot_directory,
+        disk: config.disk.as_ref().map(|disk| disk.path.clone()),
     }
 }
 

@@ -2,14 +2,18 @@
 //! adds up. What comes out is an epoch that can be applied as one step.
 //!
 //! ```text
-//!   Idle --SeedBegin--> Seed --Pages*--> (pages go out as they come: the copy is inconsistent anyway)
+//!   Idle --SeedBegin--> Seed --Pages, Blocks--> (go out as they come: the copy is inconsistent anyway)
 //!    |                   |
-//!    +---EpochBegin------+--EpochBegin--> Epoch --Pages, State, Output--> EpochEnd: a StagedEpoch, then Idle
+//!    +---EpochBegin------+--EpochBegin--> Epoch --Pages, Blocks, State, Output--> EpochEnd: a StagedEpoch, then Idle
 //! ```
+
+mod blocks;
+
+pub use blocks::StagedBlocks;
 
 use bytes::Bytes;
 use colo_common::limits::MAX_MACHINE_STATE;
-use colo_common::{Gfn, History, PAGE_SIZE, Point};
+use colo_common::{Block, Gfn, History, PAGE_SIZE, Point};
 use colo_primary::release::end_of;
 use colo_proto::frame::{Frame, HEADER_LEN, Kind};
 use colo_proto::message::{
@@ -111,6 +115,8 @@ pub struct StagedEpoch {
     pub history: History,
     /// Pages, part by part; where a frame comes twice, the later one counts.
     pub parts: Vec<StagedPart>,
+    /// Blocks of the disk, part by part; of a block the later version counts.
+    pub blocks: Vec<StagedBlocks>,
     /// The machine.
     pub state: MachineState,
     /// Output of the epoch, and perhaps of some before it.
@@ -147,6 +153,8 @@ pub enum Step {
     Seed(SeedMode),
     /// Pages of a seed.
     SeedPages(StagedPart),
+    /// Blocks of a seed.
+    SeedBlocks(StagedBlocks),
     /// A whole epoch.
     Whole(Box<StagedEpoch>),
 }
@@ -184,6 +192,12 @@ pub enum StagingError {
     /// A run table that is none.
     #[error(transparent)]
     Pages(#[from] RunError<Gfn>),
+    /// A run table of blocks that is none.
+    #[error(transparent)]
+    Blocks(#[from] RunError<Block>),
+    /// Blocks for a guest without a disk.
+    #[error("blocks of a disk came, and the guest has none: do both nodes have the same spec?")]
+    NoDisk,
     /// A page that the guest does not have.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -232,6 +246,7 @@ struct Epoch {
     point: Point,
     begin: EpochBegin,
     parts: Vec<StagedPart>,
+    blocks: Vec<StagedBlocks>,
     state: Vec<u8>,
     output: Vec<OutputItem>,
 }
@@ -247,31 +262,39 @@ pub struct Staging {
     stage: Stage,
     /// Frames of the guest's address map end here.
     frame_limit: u64,
+    /// Blocks of the guest's disk; 0 without one.
+    disk_blocks: u64,
     max_epoch_bytes: u64,
     spec_digest: u64,
     cpu: Option<GuestCpu>,
     digest: TransferDigest,
     data_pages: u64,
     zero_pages: u64,
+    data_blocks: u64,
+    zero_blocks: u64,
     output_bytes: u64,
-    /// Bytes of pages in the open epoch.
+    /// Bytes of pages and blocks in the open epoch.
     page_bytes: u64,
     /// Of the open epoch.
     measures: Measures,
 }
 
 impl Staging {
-    /// For a guest in software whose frames lie below `frame_limit`, in epochs of at most `max_epoch_bytes` of pages.
+    /// For a guest in software whose frames lie below `frame_limit`, in epochs of at most `max_epoch_bytes` of pages
+    /// and blocks.
     pub fn new(frame_limit: u64, max_epoch_bytes: u64, spec_digest: u64) -> Self {
         Self {
             stage: Stage::Idle,
             frame_limit,
+            disk_blocks: 0,
             max_epoch_bytes,
             spec_digest,
             cpu: None,
             digest: TransferDigest::new(),
             data_pages: 0,
             zero_pages: 0,
+            data_blocks: 0,
+            zero_blocks: 0,
             output_bytes: 0,
             page_bytes: 0,
             measures: Measures::default(),
@@ -282,6 +305,12 @@ impl Staging {
     #[must_use]
     pub fn with_cpu(self, cpu: Option<GuestCpu>) -> Self {
         Self { cpu, ..self }
+    }
+
+    /// For a guest with a disk of so many blocks.
+    #[must_use]
+    pub fn with_disk(self, disk_blocks: u64) -> Self {
+        Self { disk_blocks, ..self }
     }
 
     /// Takes the next frame.
@@ -317,6 +346,7 @@ impl Staging {
                 self.begin(header.point, EpochBegin::decode(frame.body())?)
             }
             (Kind::Pages, Stage::Seed | Stage::Epoch(_)) => self.pages(frame, memory),
+            (Kind::Blocks, Stage::Seed | Stage::Epoch(_)) => self.blocks(frame),
             (Kind::State, Stage::Epoch(_)) => self.state(frame.body()),
             (Kind::Output, Stage::Epoch(_)) => self.output(WireOutput::decode(frame.body())?),
             (kind, stage) => Err(StagingError::OutOfPlace { kind, state: stage.name() }),
@@ -332,8 +362,8 @@ impl Staging {
             return Err(StagingError::History { point, tip: begin.history.tip() });
         }
         self.page_bytes = 0;
-        let (parts, state, output) = (Vec::new(), Vec::new(), Vec::new());
-        self.stage = Stage::Epoch(Box::new(Epoch { point, begin, parts, state, output }));
+        let (parts, blocks, state, output) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        self.stage = Stage::Epoch(Box::new(Epoch { point, begin, parts, blocks, state, output }));
         Ok(Step::More)
     }
 
@@ -354,15 +384,34 @@ impl Staging {
         let (data, zeros) = (of(Content::Data), of(Content::Zero));
         let pages = (!data.is_empty()).then(|| StagedPages::new(data, frame.body().clone()));
         let part = StagedPart { zeros, pages };
+        self.count(frame, "pages")?;
         let Stage::Epoch(epoch) = &mut self.stage else { return Ok(Step::SeedPages(part)) };
-        // A run of zeros costs a few bytes here, whatever it covers, and a frame without any still costs some.
-        self.page_bytes += (frame.body().len() + frame.table().len()) as u64 + ITEM_COST;
-        if self.page_bytes > self.max_epoch_bytes {
-            let (point, limit) = (epoch.point, self.max_epoch_bytes);
-            return Err(StagingError::TooLarge { point, what: "pages", limit });
-        }
         epoch.parts.push(part);
         Ok(Step::More)
+    }
+
+    fn blocks(&mut self, frame: &Frame) -> Result<Step, StagingError> {
+        if self.disk_blocks == 0 {
+            return Err(StagingError::NoDisk);
+        }
+        let runs: Vec<Run<Block>> = RunTable::decode(frame.table(), self.disk_blocks)?;
+        RunTable::check_body(&runs, frame.body().len())?;
+        self.data_blocks += RunTable::data(&runs);
+        self.zero_blocks += RunTable::zero(&runs);
+        let part = StagedBlocks::new(runs, frame.body().clone());
+        self.count(frame, "blocks")?;
+        let Stage::Epoch(epoch) = &mut self.stage else { return Ok(Step::SeedBlocks(part)) };
+        epoch.blocks.push(part);
+        Ok(Step::More)
+    }
+
+    /// Counts a frame of pages or blocks into the open epoch. A run of zeros costs a few bytes here, whatever it covers,
+    /// and a frame without any still costs some.
+    fn count(&mut self, frame: &Frame, what: &'static str) -> Result<(), StagingError> {
+        let Stage::Epoch(epoch) = &self.stage else { return Ok(()) };
+        self.page_bytes += (frame.body().len() + frame.table().len()) as u64 + ITEM_COST;
+        let (point, limit) = (epoch.point, self.max_epoch_bytes);
+        if self.page_bytes > limit { Err(StagingError::TooLarge { point, what, limit }) } else { Ok(()) }
     }
 
     fn state(&mut self, part: &[u8]) -> Result<Step, StagingError> {
@@ -395,12 +444,14 @@ impl Staging {
         let Stage::Epoch(epoch) = stage else {
             return Err(StagingError::OutOfPlace { kind: Kind::EpochEnd, state: stage.name() });
         };
-        let Epoch { point, begin, parts, state, output } = *epoch;
+        let Epoch { point, begin, parts, blocks, state, output } = *epoch;
         let digest = std::mem::take(&mut self.digest);
         let sums = [
             ("frames", digest.frames().into(), end.frames.into()),
             ("pages", self.data_pages.into(), end.data_pages.into()),
             ("zero pages", self.zero_pages.into(), end.zero_pages.into()),
+            ("blocks", self.data_blocks.into(), end.data_blocks.into()),
+            ("zero blocks", self.zero_blocks.into(), end.zero_blocks.into()),
             ("bytes of state", state.len() as u128, end.state_bytes.into()),
             ("bytes of output", self.output_bytes.into(), end.output_bytes.into()),
             ("digest", digest.finish(), end.digest),
@@ -412,6 +463,7 @@ impl Staging {
         }
         let bytes = self.page_bytes + state.len() as u64 + self.output_bytes;
         (self.data_pages, self.zero_pages, self.output_bytes, self.page_bytes) = (0, 0, 0, 0);
+        (self.data_blocks, self.zero_blocks) = (0, 0);
         let state = MachineState::decode(&state)?;
         state.check_spec(self.spec_digest)?;
         state.check_cpu(self.cpu.as_ref())?;
@@ -424,6 +476,7 @@ impl Staging {
             base: begin.base,
             history: begin.history,
             parts,
+            blocks,
             state,
             output,
             released: position(begin.released),

@@ -1,16 +1,16 @@
 //! The process that writes a store is killed at random instants, hundreds of times: what it had reported done is
-//! there, and what it was doing is there or not.
+//! there, and what it was doing is there or not. A thread of it folds the disk's overlay into its image file all the
+//! time, so that the kills come in the middle of that too.
 
 mod store_script;
 
-use colo_secondary::store::Store;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
-use store_script::{BATCH, Copy, Rng, State, Step, observe, run, script, vm};
+use store_script::{BATCH, Copy, Folder, Rng, State, Step, observe, open, run, script};
 
 const STEPS: usize = 400;
 const KILLS: usize = 240;
@@ -28,8 +28,9 @@ fn writer() {
     let Ok(dir) = std::env::var(DIR) else { return };
     let number = |name| std::env::var(name).unwrap().parse::<u64>().unwrap();
     let (steps, states) = script(number(SEED), STEPS);
-    let mut store = Store::open(Path::new(&dir), &vm()).unwrap();
+    let mut store = open(Path::new(&dir)).unwrap();
     store.limit_batches(BATCH);
+    let _folder = Folder::start(&store, 3);
     let from = number(FROM) as usize;
     // The test harness has begun a line.
     println!();
@@ -103,7 +104,7 @@ fn killed_at_any_instant_it_holds_what_was_done() {
             }
             let done = run_and_kill(dir.path(), seed, from, &mut rng);
             kills += 1;
-            let mut store = Store::open(dir.path(), &vm()).unwrap();
+            let mut store = open(dir.path()).unwrap();
             let found = observe(&mut store).unwrap();
             let allowed = done..=(done + 1).min(STEPS);
             let at = allowed.clone().find(|&at| states[at].allows(&found));

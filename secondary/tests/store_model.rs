@@ -1,9 +1,12 @@
 //! The store against a model, in RocksDB and in memory: random calls, reopened and crashed in between.
 
+mod fault_disk;
 mod store_script;
 
-use colo_secondary::store::{MemoryDisk, Store};
-use store_script::{BATCH, Copy, Rng, State, draw, observe, run, vm};
+use colo_secondary::store::{MemoryDisk, Store, StoreError};
+use fault_disk::FaultDisk;
+use std::sync::Arc;
+use store_script::{BATCH, Copy, DISK_BYTES, Rng, State, draw, observe, open, run, send_disk_again, vm};
 
 /// What the model knows after a restart: the pages of an inconsistent copy are what they are.
 fn settle(found: State, allowed: &[State], seed: u64) -> State {
@@ -16,13 +19,10 @@ fn settle(found: State, allowed: &[State], seed: u64) -> State {
     state
 }
 
-fn drop_blocks_if_unknown(store: &mut Store, state: &mut State) {
-    // Blocks of an inconsistent copy are not readable: begin it anew without them.
-    if state.copy == Copy::Inconsistent {
-        let step = store_script::Step::BeginCopy { base_stored: false };
-        run(store, state, &step).unwrap();
-        *state = state.after(&step);
-    }
+fn open_in_memory(disk: &MemoryDisk, file: &FaultDisk) -> Result<Store, StoreError> {
+    let mut store = Store::open_in_memory(disk, &vm())?;
+    store.attach_disk(Arc::new(file.open()))?;
+    Ok(store)
 }
 
 #[test]
@@ -30,7 +30,7 @@ fn in_rocksdb_a_restart_shows_what_was_done() {
     for seed in 0..6 {
         let dir = tempfile::tempdir().unwrap();
         let (mut rng, mut state) = (Rng(seed), State::default());
-        let mut store = Store::open(dir.path(), &vm()).unwrap();
+        let mut store = open(dir.path()).unwrap();
         for _ in 0..120 {
             store.limit_batches(BATCH);
             let step = draw(&mut rng, &state);
@@ -38,7 +38,8 @@ fn in_rocksdb_a_restart_shows_what_was_done() {
             state = state.after(&step);
             if rng.below(8) == 0 {
                 drop(store);
-                store = Store::open(dir.path(), &vm()).unwrap();
+                store = open(dir.path()).unwrap();
+                send_disk_again(&mut store, &state);
             }
             if rng.below(3) == 0 {
                 let found = observe(&mut store).unwrap();
@@ -57,7 +58,8 @@ fn in_memory_a_crash_anywhere_shows_the_state_before_or_after() {
     let (mut crashes, mut landed, mut pending) = (0, 0, 0);
     for seed in 0..400 {
         let (mut rng, mut state, disk) = (Rng(seed), State::default(), MemoryDisk::new());
-        let mut store = Store::open_in_memory(&disk, &vm()).unwrap();
+        let file = FaultDisk::new(DISK_BYTES);
+        let mut store = open_in_memory(&disk, &file).unwrap();
         for _ in 0..60 {
             store.limit_batches(BATCH);
             let step = draw(&mut rng, &state);
@@ -72,14 +74,15 @@ fn in_memory_a_crash_anywhere_shows_the_state_before_or_after() {
             }
             drop(store);
             disk.crash(rng.next());
+            file.crash(&mut |end| rng.below(end));
             crashes += 1;
-            store = Store::open_in_memory(&disk, &vm()).unwrap();
+            store = open_in_memory(&disk, &file).unwrap();
             let found = observe(&mut store).unwrap();
             let allowed = if done.is_ok() { vec![after.clone()] } else { vec![state.clone(), after.clone()] };
             landed += usize::from(done.is_err() && after != state && after.allows(&found));
             pending += usize::from(done.is_err() && matches!(step, store_script::Step::Persist { .. }));
             state = settle(found, &allowed, seed);
-            drop_blocks_if_unknown(&mut store, &mut state);
+            send_disk_again(&mut store, &state);
         }
     }
     println!("{crashes} crashes, {landed} of them after the last write, {pending} in a mark");

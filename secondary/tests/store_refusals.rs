@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
-use store_script::{Rng, run, script, vm};
+use store_script::{Rng, open, run, script, vm};
 
 /// The machine state of `whole_store`.
 const STATE: &[u8] = b"the state of a machine";
@@ -183,10 +183,13 @@ fn of_another_vm_another_version_or_in_use() {
     let held = Store::open(dir.path(), &vm()).unwrap();
     one_line(&Store::open(dir.path(), &vm()).unwrap_err(), dir.path(), &["in use by another process"]);
     drop(held);
+    for version in ["1", "3"] {
+        fs::write(dir.path().join("vm"), format!("colo-store {version} scripted\n")).unwrap();
+        let error = Store::open(dir.path(), &vm()).unwrap_err();
+        let found = format!("format version {version}");
+        one_line(&error, dir.path(), &[&found, "reads version 2", "run the version that wrote it"]);
+    }
     fs::write(dir.path().join("vm"), "colo-store 2 scripted\n").unwrap();
-    let error = Store::open(dir.path(), &vm()).unwrap_err();
-    one_line(&error, dir.path(), &["format version 2", "reads version 1", "run the version that wrote it"]);
-    fs::write(dir.path().join("vm"), "colo-store 1 scripted\n").unwrap();
     assert_eq!(observe_whole(dir.path()).unwrap().1.len(), 4, "a refusal changes nothing");
     // Without the marker it is still known whose it is.
     fs::remove_file(dir.path().join("vm")).unwrap();
@@ -260,7 +263,7 @@ fn a_full_disk_is_told_and_damages_nothing() {
     };
     let dir = small.0.path().join("store");
     let (steps, states) = script(2, 40);
-    let mut store = Store::open(&dir, &vm()).unwrap();
+    let mut store = open(small.0.path()).unwrap();
     let mut at = 0;
     while !matches!(states[at].copy, store_script::Copy::Whole { .. }) {
         run(&mut store, &states[at], &steps[at]).unwrap();

@@ -2,6 +2,7 @@
 
 use colo_primary::guest_config::tracker;
 use colo_proto::v1;
+use colo_proto::version::Versions;
 use colo_vmm::arch::x86_64::cpuid::ENTRY_BYTES;
 use colo_vmm::memory::MemoryLayout;
 use colo_vmm::state::STATE_VERSION;
@@ -20,8 +21,8 @@ fn request(kind: GuestKind) -> v1::PairRequest {
     let slots = MemoryLayout::new(spec.memory_bytes);
     let slots = slots.slots().iter();
     v1::PairRequest {
-        protocol_min: 1,
-        protocol_max: 1,
+        protocol_min: Versions::OURS.min.into(),
+        protocol_max: Versions::OURS.max.into(),
         vm: "demo".to_owned(),
         node: "a".to_owned(),
         incarnation: vec![7; 16],

@@ -43,6 +43,7 @@ impl Follower {
             term: hello.term,
             seeding: false,
             asked: None,
+            asked_blocks: None,
             goodbye: false,
         });
         self.board.linked(LinkState::new(hello.node.clone(), address, pulse));
@@ -90,7 +91,8 @@ impl Follower {
             max_epoch_bytes: self.settings.max_epoch_bytes,
             window: self.settings.window,
         };
-        Ok(Agreed { welcome, memory: Arc::clone(&warm.memory), spec_digest: warm.digest, cpu })
+        let disk_blocks = warm.disk.as_ref().map_or(0, |disk| disk.blocks());
+        Ok(Agreed { welcome, memory: Arc::clone(&warm.memory), disk_blocks, spec_digest: warm.digest, cpu })
     }
 
     pub(super) fn on_link(&mut self, number: u64, event: LinkEvent) {
@@ -108,6 +110,13 @@ impl Follower {
                     persister.order(persist::Job::Seed(part, Some(room)));
                 }
             }
+            LinkEvent::SeedBlocks(part, room) => {
+                if link.seeding
+                    && let Some(persister) = &self.persister
+                {
+                    persister.order(persist::Job::SeedBlocks(part, Some(room)));
+                }
+            }
             LinkEvent::Epoch(epoch, room) => self.on_epoch(*epoch, room),
             LinkEvent::Term(term) => match self.replica.hear_term(term) {
                 Ok(actions) => self.act(actions),
@@ -118,6 +127,19 @@ impl Follower {
                     link.asked = Some(request);
                 } else if let Some(applier) = &self.applier {
                     applier.order(apply::Job::Digests(number, request));
+                }
+            }
+            LinkEvent::BlockDigests(_) if self.warm.as_ref().is_none_or(|warm| warm.disk.is_none()) => {
+                self.refuse(
+                    WireRefusal::OutOfPlace,
+                    "digests of a disk are asked for, and the guest has none",
+                );
+            }
+            LinkEvent::BlockDigests(request) => {
+                if !link.seeding {
+                    link.asked_blocks = Some(request);
+                } else if let Some(persister) = &self.persister {
+                    persister.order(persist::Job::BlockDigests(number, request));
                 }
             }
             LinkEvent::Yield(word) => {
@@ -183,6 +205,9 @@ impl Follower {
             link.seeding = true;
             if let Some(request) = link.asked.take() {
                 applier.order(apply::Job::Digests(link.number, request));
+            }
+            if let Some(request) = link.asked_blocks.take() {
+                persister.order(persist::Job::BlockDigests(link.number, request));
             }
         }
         true
@@ -291,6 +316,11 @@ impl Follower {
             Persisted::IdErased(id) => {
                 let actions = self.replica.id_erased(id);
                 self.act(actions);
+            }
+            Persisted::Digests(number, digests) => {
+                if self.link.as_ref().is_some_and(|link| link.number == number) {
+                    self.say(Say::BlockDigests(digests));
+                }
             }
             Persisted::Failed(why) => {
                 tracing::error!(vm = %self.vm, "the store has failed: {why}");

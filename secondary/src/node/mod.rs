@@ -34,6 +34,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use crate::agreement::PairRequest;
 use crate::apply::Applier;
 use crate::detector::Detector;
+use crate::disk::DiskImage;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
@@ -91,6 +92,8 @@ pub struct Settings {
     pub quic_port: u16,
     /// Where boot files and the guest's description are kept.
     pub boot_directory: PathBuf,
+    /// Image file of the guest's disk; needed if it has one.
+    pub disk: Option<PathBuf>,
 }
 
 /// Why a follower ended.
@@ -111,6 +114,8 @@ struct Warm {
     spec: WireSpec,
     digest: u64,
     memory: Arc<GuestMemory>,
+    /// What is behind its disk, if it has one.
+    disk: Option<Arc<DiskImage>>,
 }
 
 /// The runner that is followed.
@@ -124,6 +129,8 @@ struct Link {
     seeding: bool,
     /// Digests that were asked for before word of the seed came: that takes another stream.
     asked: Option<colo_proto::message::DigestRequest>,
+    /// The same for the disk.
+    asked_blocks: Option<colo_proto::message::BlockDigestRequest>,
     /// It said goodbye: not to be suspected.
     goodbye: bool,
 }

@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::{Follower, Settings, Warm};
 use crate::agreement::PairRequest;
 use crate::apply::Applier;
+use crate::disk::DiskImage;
 use crate::image::Image;
 use crate::persist::{Restored, StoredState};
 use crate::replica::{AckPolicy, Copy};
@@ -96,6 +97,17 @@ pub enum PairError {
     /// The guest cannot be built here.
     #[error("the guest cannot be built on this node: {0}")]
     Build(String),
+    /// The guest has a disk, and this node's configuration has none.
+    #[error(
+        "the guest has a disk of {bytes} bytes, and this node has no place for it: add [disk] with path = \"FILE\" to its configuration"
+    )]
+    NoDisk {
+        /// Its size.
+        bytes: u64,
+    },
+    /// The image file of the guest's disk cannot be used.
+    #[error("the guest's disk cannot be kept here: {0}")]
+    Disk(String),
     /// Files beside the store.
     #[error("{} cannot be read or written: {source}", path.display())]
     File {
@@ -143,7 +155,7 @@ impl Follower {
         let missing: Vec<FileDigest> =
             spec.files().iter().filter(|file| boot_file(&self.settings, file).is_none()).cloned().collect();
         if missing.is_empty() && self.warm.is_none() {
-            let warm = self.build(spec.clone(), *digest, None)?;
+            let warm = self.build(spec.clone(), *digest, None, None)?;
             fits(&warm.0, request)?;
             self.keep_spec(spec)?;
             self.warm_up(warm)?;
@@ -185,12 +197,14 @@ impl Follower {
         Ok((warm, agreed.ok_or_else(none)?.cpu.clone()))
     }
 
-    /// Builds the guest around memory that `image` holds, or around new memory.
+    /// Builds the guest around memory that `image` holds, or around new memory; and over `disk`, or over the one of this
+    /// node's configuration.
     fn build(
         &self,
         spec: WireSpec,
         digest: u64,
         image: Option<(Arc<GuestMemory>, Option<Point>)>,
+        disk: Option<Arc<DiskImage>>,
     ) -> Result<(Warm, Image), PairError> {
         let build = |e: &dyn std::fmt::Display| PairError::Build(e.to_string());
         let full = spec.complete(|file| boot_file(&self.settings, file)).map_err(|e| build(&e))?;
@@ -203,10 +217,26 @@ impl Follower {
             Some(image) => image,
             None => (Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| build(&e))?), None),
         };
-        let backends = colo_vmm::Backends::default();
+        let disk = match (&full.virtio.disk, disk) {
+            (Some(needed), None) => Some(self.open_disk(needed.bytes)?),
+            (_, disk) => disk,
+        };
+        let tap = full.virtio.net.map(|net| self.fitting_tap(net)).transpose()?;
+        let backends = Backends { tap, disk: disk.clone().map(|disk| disk as Arc<dyn Disk>) };
         let guest = spec.kind.build(full, Arc::clone(&memory), &backends).map_err(|e| build(&e))?;
         let image = Image::new(Arc::clone(&memory), point);
-        Ok((Warm { guest, spec, digest, memory }, image))
+        Ok((Warm { guest, spec, digest, memory, disk }, image))
+    }
+
+    /// The store opens it, which belongs to the persist thread.
+    fn open_disk(&self, bytes: u64) -> Result<Arc<DiskImage>, PairError> {
+        let path = self.settings.disk.clone().ok_or(PairError::NoDisk { bytes })?;
+        let persister =
+            self.persister.as_ref().ok_or_else(|| PairError::Disk("there is no store".to_owned()))?;
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        persister.order(crate::persist::Job::OpenDisk(path, bytes, reply));
+        let opened = answer.recv().map_err(|_| "the persist thread has ended".to_owned());
+        opened.and_then(|opened| opened).map_err(PairError::Disk)
     }
 
     /// Has a guest that was built wait for its state.
@@ -224,11 +254,11 @@ impl Follower {
     /// # Errors
     /// The guest cannot be built here.
     pub fn take_loaded(&mut self, loaded: Option<Loaded>) -> Result<(), PairError> {
-        let Some(Loaded { spec, digest, image, restored }) = loaded else { return Ok(()) };
+        let Some(Loaded { spec, digest, image, restored, disk, .. }) = loaded else { return Ok(()) };
         if let Some((restored, point)) = restored {
             self.take_stored(restored, point);
         }
-        let warm = self.build(spec, digest, image)?;
+        let warm = self.build(spec, digest, image, disk)?;
         self.warm_up(warm)
     }
 
@@ -283,6 +313,23 @@ pub struct Loaded {
     /// Memory with the pages; at a point if the copy is whole.
     image: Option<(Arc<GuestMemory>, Option<Point>)>,
     restored: Option<(Restored, Point)>,
+    disk_bytes: Option<u64>,
+    disk: Option<Arc<DiskImage>>,
+}
+
+impl Loaded {
+    /// Opens the image file of the guest's disk, if it has one.
+    ///
+    /// # Errors
+    /// There is no place for it, or the file cannot be used.
+    pub fn open_disk(&mut self, store: &mut Store, settings: &Settings) -> Result<(), PairError> {
+        let Some(bytes) = self.disk_bytes else { return Ok(()) };
+        let path = settings.disk.as_ref().ok_or(PairError::NoDisk { bytes })?;
+        let disk = store.open_disk(path, bytes).map_err(|e| PairError::Disk(e.to_string()))?;
+        disk.start_folding().map_err(|e| PairError::Disk(e.to_string()))?;
+        self.disk = Some(disk);
+        Ok(())
+    }
 }
 
 /// After a restart: what the store holds, loaded and checked; nothing if no guest was ever agreed on.
@@ -329,7 +376,8 @@ pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, St
             (Some((memory, Some(whole.point))), Some((restored, whole.point)))
         }
     };
-    Ok(Some(Loaded { spec, digest, image, restored }))
+    let disk_bytes = full.virtio.disk.as_ref().map(|disk| disk.bytes);
+    Ok(Some(Loaded { spec, digest, image, restored, disk_bytes, disk: None }))
 }
 
 fn spec_file(settings: &Settings) -> PathBuf {
@@ -386,6 +434,7 @@ mod tests {
             window: 8,
             quic_port: 1,
             boot_directory: boot_directory.to_owned(),
+            disk: None,
         }
     }
 

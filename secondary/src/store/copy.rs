@@ -1,25 +1,26 @@
 //! A copy's beginning and end: a seed or resync starts and fills it, a promotion takes it away.
 
 use colo_common::{Gfn, Term};
+use colo_vmm::BlockSet;
 
 use super::engine::{Batch, Change, Column, Durability};
-use super::format::{Kind, MetaCopy, decode_pending_key, number_key};
-use super::mark::Block;
+use super::format::{Kind, MetaCopy, decode_pending_key, encode_block, number_key};
 use super::read::Entries;
-use super::{PageContent, Store, StoreError};
+use super::{BlockRun, PageContent, Store, StoreError};
 
 /// What a new copy starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Base {
-    /// Nothing: every page that is not written is zero.
+    /// No pages: each that is not written is zero. The disk stays: it is compared by digests.
     Empty,
-    /// The pages and blocks that are stored.
+    /// What is stored.
     Stored,
 }
 
 impl Store {
     /// A seed or resync starts. With one synced write the copy is inconsistent, and `active` and the replica id are
-    /// gone. A whole copy is kept aside until the new one is whole, if there is room; it cannot be promoted.
+    /// gone. A whole copy is kept aside until the new one is whole, if there is room; it cannot be promoted. The image
+    /// file of the disk stays as it is then, for both are over it.
     ///
     /// # Errors
     /// The device fails or is full.
@@ -27,6 +28,7 @@ impl Store {
         let mut meta = self.meta.clone();
         if let Some(point) = self.whole().map(|whole| whole.point) {
             self.fold()?;
+            self.keep_file(true);
             meta.previous = self.engine.keep_aside()?.then_some(point);
         } else if meta.previous.is_some() && !self.engine.has_room() {
             meta.previous = None;
@@ -35,11 +37,12 @@ impl Store {
         batch.push(Change::Clear(Column::Epochs));
         if base == Base::Empty {
             batch.push(Change::Clear(Column::Pages));
-            batch.push(Change::Clear(Column::Disk));
         }
         meta.active = None;
         meta.copy = MetaCopy::Inconsistent;
         self.commit(batch, meta)?;
+        self.disk.iter().for_each(|disk| disk.follow());
+        self.keep_file(self.meta.previous.is_some());
         self.record = None;
         if base == Base::Empty {
             self.checksums = Some(Default::default());
@@ -67,41 +70,28 @@ impl Store {
         if batch.is_empty() { Ok(()) } else { self.write(&batch, Durability::Unsynced) }
     }
 
-    /// Writes blocks into an inconsistent copy, as [`write_pages`](Self::write_pages) does pages.
-    ///
-    /// # Errors
-    /// As there, or a block is too large.
-    pub fn write_blocks<'a>(
-        &mut self,
-        blocks: impl IntoIterator<Item = Block<'a>>,
-    ) -> Result<(), StoreError> {
-        self.check_inconsistent("take blocks")?;
-        let mut batch = Batch::default();
-        for block in blocks {
-            batch.push(block.change()?);
-            if batch.bytes() >= self.max_batch {
-                self.write(&std::mem::take(&mut batch), Durability::Unsynced)?;
-            }
-        }
-        if batch.is_empty() { Ok(()) } else { self.write(&batch, Durability::Unsynced) }
-    }
-
     /// This node runs the guest from `term` on: one synced write with the `blocks` that the point it runs from has
     /// beyond what is stored (the disk moves on from there) and the end of the stored memory and its replica id. Do it
     /// before a vCPU runs. The copy may be any: under the policy `memory` the store may be far behind the staged point.
-    /// [`reclaim`](Self::reclaim) gives the room back later.
+    /// [`reclaim`](Self::reclaim) gives the room back later. The blocks, ascending and each once, are held in memory
+    /// twice: if they are many, persist their point before.
     ///
     /// # Errors
-    /// A block is too large, or the device fails or is full.
-    pub fn activate<'a>(
-        &mut self,
-        term: Term,
-        blocks: impl IntoIterator<Item = Block<'a>>,
-    ) -> Result<(), StoreError> {
+    /// A block is not the guest's, or the device fails or is full.
+    pub fn activate(&mut self, term: Term, blocks: &[BlockRun<'_>]) -> Result<(), StoreError> {
+        let disk = self.disk_for(blocks)?;
+        if let Some(disk) = disk.iter().find(|_| self.meta.copy == MetaCopy::Inconsistent) {
+            // What a seed wrote into the file.
+            disk.settle().map_err(|source| self.disk_error(source))?;
+        }
+        // What a mark left in `pending` is part of the disk, and there may be much of it.
+        self.fold()?;
         let mut batch = Batch::default();
-        self.push_adopted_blocks(&mut batch)?;
-        for block in blocks {
-            batch.push(block.change()?);
+        let mut touched = BlockSet::new(disk.as_ref().map_or(0, |disk| disk.blocks()));
+        for entry in disk.iter().flat_map(|disk| blocks.iter().flat_map(|run| disk.to_store(*run))) {
+            let (block, page) = entry.map_err(|source| self.disk_error(source))?;
+            touched.insert(block);
+            batch.push(stored_change(Column::Disk, block.0, encode_block(block, page)));
         }
         for column in [Column::Pages, Column::Pending, Column::Epochs] {
             batch.push(Change::Clear(column));
@@ -111,10 +101,20 @@ impl Store {
         meta.active = Some(term);
         meta.copy = MetaCopy::None;
         meta.previous = None;
-        self.commit(batch, meta)?;
+        match &disk {
+            Some(disk) => {
+                disk.commit(&touched, || self.commit(batch, meta))?;
+                disk.run();
+            }
+            None => self.commit(batch, meta)?,
+        }
         self.record = None;
         self.checksums = Some(Default::default());
         Ok(())
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.disk.iter().for_each(|disk| disk.keep_file(keep));
     }
 
     /// Gives the room of pages that a promotion dropped back to the device, and does nothing while there are any. May
@@ -150,18 +150,8 @@ impl Store {
         }
     }
 
-    fn check_inconsistent(&self, wanted: &'static str) -> Result<(), StoreError> {
+    pub(super) fn check_inconsistent(&self, wanted: &'static str) -> Result<(), StoreError> {
         if self.meta.copy == MetaCopy::Inconsistent { Ok(()) } else { Err(self.out_of_place(wanted)) }
-    }
-
-    fn push_adopted_blocks(&self, batch: &mut Batch) -> Result<(), StoreError> {
-        for entry in self.adopted_from(Kind::Block, 0) {
-            let (key, value) = entry?;
-            let (_, _, block) =
-                decode_pending_key(&key).ok_or_else(|| self.damaged("a key of its pending writes"))?;
-            batch.push(stored_change(Column::Disk, block, value.into_vec()));
-        }
-        Ok(())
     }
 
     /// Entries of the adopted `pending` of one kind, from a number on; none if nothing is adopted.

@@ -12,7 +12,7 @@ pub enum Column {
     Epochs,
     /// The image.
     Pages,
-    /// Blocks written since the base disk.
+    /// Blocks of the disk that are newer than its image file.
     Disk,
     /// What a mark brings that is too large for one batch.
     Pending,
@@ -100,7 +100,7 @@ pub type KeyValue = (Box<[u8]>, Box<[u8]>);
 pub type Scan<'a> = Box<dyn Iterator<Item = Result<KeyValue, StoreError>> + 'a>;
 
 /// Keeps ordered bytes. A crash leaves the synced batches and a prefix of those after them, each whole.
-pub trait PageStore: Send {
+pub trait PageStore: Send + Sync {
     /// Does all changes of the batch, or none.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
 //! Why the store cannot do what it is asked. Every message names the directory and what an operator can do.
 
 use colo_common::limits::MAX_MACHINE_STATE;
-use colo_common::{Gfn, Point, VmId};
+use colo_common::{Block, Gfn, Point, VmId};
+use colo_vmm::disk::DiskError;
 use std::io;
 use std::path::PathBuf;
 
-use super::format::{FORMAT_VERSION, MAX_BLOCK};
+use super::format::FORMAT_VERSION;
 
 /// Why the store refuses or fails.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,51 @@ pub enum StoreError {
         dir: PathBuf,
         /// The page.
         gfn: Gfn,
+    },
+    /// One block of the disk is not what was written.
+    #[error("the store in {} is damaged: {block} of the guest's disk is not what was written; have this node resynced, and check its disk", dir.display())]
+    DamagedBlock {
+        /// Where the store is.
+        dir: PathBuf,
+        /// The block.
+        block: Block,
+    },
+    /// The image file behind the guest's disk cannot be used.
+    #[error(transparent)]
+    Image(#[from] DiskError),
+    /// The image file behind the guest's disk fails.
+    #[error(
+        "the image file behind the store in {} fails: {source}; check its device and the space on it, then start again",
+        dir.display()
+    )]
+    Disk {
+        /// Where the store is.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Blocks came and there is no disk, or they are beyond its end.
+    #[error("the store in {} has no place for {block}: the guest's disk has {blocks} blocks", dir.display())]
+    NoSuchBlock {
+        /// Where the store is.
+        dir: PathBuf,
+        /// The first that there is no place for.
+        block: Block,
+        /// Blocks of the disk; 0 without one.
+        blocks: u64,
+    },
+    /// What it holds is of another disk.
+    #[error(
+        "the store in {} holds a copy with a disk of {held} bytes, and the guest's disk has {offered}: move the directory away to have this node seeded anew",
+        dir.display()
+    )]
+    OtherDisk {
+        /// Where the store is.
+        dir: PathBuf,
+        /// Bytes of its disk; 0 without one.
+        held: u64,
+        /// Bytes of the disk that was offered.
+        offered: u64,
     },
     /// Pages are whole each, but not the image of the point.
     #[error(
@@ -127,10 +173,8 @@ pub enum StoreError {
         /// What was offered.
         offered: Point,
     },
-    /// A machine state or a block of a size that none has.
-    #[error(
-        "{bytes} bytes are more than the store takes: {MAX_MACHINE_STATE} of machine state, {MAX_BLOCK} of a block"
-    )]
+    /// A machine state of a size that none has.
+    #[error("{bytes} bytes are more than the store takes: {MAX_MACHINE_STATE} of machine state")]
     TooLarge {
         /// The size.
         bytes: usize,

@@ -1,4 +1,4 @@
-//! Format version 1 of the store: its keys and values. Everything read back is checked before it is believed.
+//! Format version 2 of the store: its keys and values. Everything read back is checked before it is believed.
 //!
 //! | column | key | value |
 //! |---|---|---|
@@ -6,26 +6,26 @@
 //! | `epochs` | term, epoch (u64 BE), 0 | the same frame around an [`EpochRecord`] |
 //! | `epochs` | term, epoch (u64 BE), 1 | the machine state as it came; its checksum is in the record |
 //! | `pages` | gfn (u64 BE) | encoding (1 byte), XXH3-64 of the bytes seeded with the gfn, bytes; zero pages have no key |
-//! | `disk` | block (u64 BE) | as a page, seeded with the block |
-//! | `pending` | term, epoch, kind (0 page, 1 block), number | as in `pages` and `disk`; empty: a delete |
+//! | `disk` | block (u64 BE) | as a page, seeded with the block; encoding 1 and no bytes: the block is zero |
+//! | `pending` | term, epoch, kind (0 page, 1 block), number | as in `pages` and `disk`; empty: a zero page |
 //!
-//! Versions: 1, the first.
+//! Versions: 1, the first. 2: `meta` has the bytes of the guest's disk; blocks are of 4096 bytes, and none is deleted by
+//! a mark.
 
-use colo_common::{Epoch, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term, VmId};
+use colo_common::{Block, Epoch, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term, VmId};
 use colo_vmm::memory::Page;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 /// Version that this build writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
-
-/// Bytes of one block of the disk overlay. Guests write 4 KiB; a device may choose larger blocks for a sparser index.
-pub const MAX_BLOCK: usize = 1 << 20;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// The one key of `meta`.
 pub(super) const META_KEY: &[u8] = b"state";
 
 const RAW: u8 = 0;
+/// Of a block of zeroes: it has no bytes. A page of zeroes has no key.
+const ZERO: u8 = 1;
 const VALUE_HEADER: usize = 1 + 8;
 const FRAME_HEADER: usize = 4 + 8;
 
@@ -41,6 +41,8 @@ pub(super) struct Meta {
     pub(super) copy: MetaCopy,
     /// The point of the copy that is kept aside.
     pub(super) previous: Option<Point>,
+    /// Bytes of the disk that `disk` is an overlay of.
+    pub(super) disk: Option<u64>,
 }
 
 /// The copy in `pages`.
@@ -83,7 +85,7 @@ pub(super) enum FrameError {
 
 impl Meta {
     pub(super) fn new(vm: VmId) -> Self {
-        Self { vm, spec: None, term: None, active: None, copy: MetaCopy::None, previous: None }
+        Self { vm, spec: None, term: None, active: None, copy: MetaCopy::None, previous: None, disk: None }
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
@@ -153,7 +155,7 @@ pub(super) fn checksum(number: u64, bytes: &[u8]) -> u64 {
     xxh3_64_with_seed(bytes, number).max(1)
 }
 
-/// A page or block as it is stored.
+/// A page as it is stored.
 pub(super) fn encode_value(checksum: u64, bytes: &[u8]) -> Vec<u8> {
     let mut value = Vec::with_capacity(VALUE_HEADER + bytes.len());
     value.push(RAW);
@@ -162,8 +164,8 @@ pub(super) fn encode_value(checksum: u64, bytes: &[u8]) -> Vec<u8> {
     value
 }
 
-/// The bytes of a stored page or block and their checksum, if they are what was written.
-pub(super) fn decode_value(number: u64, value: &[u8]) -> Option<(&[u8], u64)> {
+/// The bytes of a stored page and their checksum, if they are what was written.
+fn decode_value(number: u64, value: &[u8]) -> Option<(&[u8], u64)> {
     let (&encoding, rest) = value.split_first()?;
     let (stored, bytes) = rest.split_first_chunk::<8>()?;
     let stored = u64::from_le_bytes(*stored);
@@ -176,13 +178,33 @@ pub(super) fn decode_page(gfn: Gfn, value: &[u8]) -> Option<(&Page, u64)> {
     Some((bytes.first_chunk::<PAGE_SIZE>().filter(|_| bytes.len() == PAGE_SIZE)?, checksum))
 }
 
+/// A block as it is stored; none for zeroes.
+pub(super) fn encode_block(block: Block, page: Option<&Page>) -> Vec<u8> {
+    let bytes = page.map_or(&[] as &[u8], |page| page);
+    let mut value = encode_value(checksum(block.0, bytes), bytes);
+    value[0] = if page.is_some() { RAW } else { ZERO };
+    value
+}
+
+/// What a stored block holds, none for zeroes; nothing if it is not what was written.
+pub(crate) fn decode_block(block: Block, value: &[u8]) -> Option<Option<&Page>> {
+    let (&encoding, rest) = value.split_first()?;
+    let (stored, bytes) = rest.split_first_chunk::<8>()?;
+    let right = checksum(block.0, bytes) == u64::from_le_bytes(*stored);
+    match (encoding, bytes.len()) {
+        (RAW, PAGE_SIZE) if right => bytes.first_chunk().map(Some),
+        (ZERO, 0) if right => Some(None),
+        _ => None,
+    }
+}
+
 /// The key of a page or block.
-pub(super) fn number_key(number: u64) -> [u8; 8] {
+pub(crate) fn number_key(number: u64) -> [u8; 8] {
     number.to_be_bytes()
 }
 
 /// The page or block of a key.
-pub(super) fn decode_number(key: &[u8]) -> Option<u64> {
+pub(crate) fn decode_number(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(key.try_into().ok()?))
 }
 
@@ -202,7 +224,7 @@ pub(super) fn epoch_key(point: Point, part: EpochPart) -> Vec<u8> {
 
 /// What an entry of `pending` is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Page = 0,
     Block = 1,
 }
@@ -210,7 +232,7 @@ pub(super) enum Kind {
 const PENDING_KEY: usize = 16 + 1 + 8;
 
 /// The key of a page or block in `pending`.
-pub(super) fn pending_key(point: Point, kind: Kind, number: u64) -> [u8; PENDING_KEY] {
+pub(crate) fn pending_key(point: Point, kind: Kind, number: u64) -> [u8; PENDING_KEY] {
     let mut key = [0; PENDING_KEY];
     key[..16].copy_from_slice(&point_prefix(point));
     key[16] = kind as u8;
@@ -240,16 +262,17 @@ fn point_prefix(point: Point) -> [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::{
-        EpochRecord, FORMAT_VERSION, FrameError, Kind, Meta, MetaCopy, MetaWhole, checksum, decode_page,
-        decode_pending_key, decode_value, encode_value, frame_checksum, pending_key,
+        EpochRecord, FORMAT_VERSION, FrameError, Kind, Meta, MetaCopy, MetaWhole, checksum, decode_block,
+        decode_page, decode_pending_key, decode_value, encode_block, encode_value, frame_checksum,
+        pending_key,
     };
     use colo_common::history::point;
-    use colo_common::{Gfn, PAGE_SIZE, ReplicaId, Term};
+    use colo_common::{Block, Gfn, PAGE_SIZE, ReplicaId, Term};
     use proptest::prelude::*;
 
     fn meta() -> Meta {
         let mut meta = Meta::new("web-1".parse().unwrap());
-        meta.term = Some(Term(3));
+        (meta.term, meta.disk) = (Some(Term(3)), Some(4096));
         meta.copy = MetaCopy::Whole(MetaWhole {
             point: point(3, 9),
             replica: Some(ReplicaId(7)),
@@ -261,37 +284,50 @@ mod tests {
 
     /// These bytes are on disks: they change only with the version.
     #[test]
-    fn golden_bytes_of_version_1() {
+    fn golden_bytes_of_version_2() {
         let bytes = meta().encode();
-        assert_eq!(bytes[..4], 1_u32.to_le_bytes());
+        assert_eq!(bytes[..4], 2_u32.to_le_bytes());
         assert_eq!(
             bytes[12..],
-            [5, b'w', b'e', b'b', b'-', b'1', 0, 1, 3, 0, 2, 3, 9, 1, 7, 1, 2, 1, 4, 3, 9, 0]
+            [5, b'w', b'e', b'b', b'-', b'1', 0, 1, 3, 0, 2, 3, 9, 1, 7, 1, 2, 1, 4, 3, 9, 0, 1, 0x80, 0x20]
         );
         assert_eq!(Meta::decode(&bytes), Ok(meta()));
         let key = pending_key(point(1, 2), Kind::Block, 3);
         assert_eq!(key, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 3]);
         assert_eq!(encode_value(0x0102, b"ab"), [0, 2, 1, 0, 0, 0, 0, 0, 0, b'a', b'b']);
+        let zero = encode_block(Block(3), None);
+        assert_eq!(zero[..], [&[1][..], &checksum(3, &[]).to_le_bytes()].concat());
     }
 
     #[test]
-    fn a_newer_version_is_told_from_damage() {
+    fn another_version_is_told_from_damage() {
         let body = &meta().encode()[12..];
-        let mut bytes = 2_u32.to_le_bytes().to_vec();
-        bytes.extend_from_slice(&frame_checksum(2, body).to_le_bytes());
-        bytes.extend_from_slice(body);
-        assert_eq!(Meta::decode(&bytes), Err(FrameError::Version(2)));
-        bytes[0] = FORMAT_VERSION as u8;
-        assert!(matches!(Meta::decode(&bytes), Err(FrameError::Malformed(_))));
+        for version in [1, FORMAT_VERSION + 1] {
+            // Version 1 had no disk at the end.
+            let body = if version == 1 { &body[..body.len() - 3] } else { body };
+            let mut bytes = version.to_le_bytes().to_vec();
+            bytes.extend_from_slice(&frame_checksum(version, body).to_le_bytes());
+            bytes.extend_from_slice(body);
+            assert_eq!(Meta::decode(&bytes), Err(FrameError::Version(version)));
+            bytes[0] = FORMAT_VERSION as u8;
+            assert!(matches!(Meta::decode(&bytes), Err(FrameError::Malformed(_))));
+        }
     }
 
     #[test]
-    fn a_page_is_bound_to_its_number() {
+    fn a_page_or_block_is_bound_to_its_number() {
         let page = [7; PAGE_SIZE];
         let value = encode_value(checksum(5, &page), &page);
         assert_eq!(decode_page(Gfn(5), &value).map(|(page, _)| *page), Some(page));
         assert_eq!(decode_page(Gfn(6), &value), None);
         assert_eq!(decode_page(Gfn(5), &value[..value.len() - 1]), None);
+        for content in [Some(&page), None] {
+            let mut value = encode_block(Block(5), content);
+            assert_eq!(decode_block(Block(5), &value), Some(content));
+            assert_eq!(decode_block(Block(6), &value), None);
+            value[0] ^= 1;
+            assert_eq!(decode_block(Block(5), &value), None);
+        }
     }
 
     proptest! {
@@ -313,6 +349,7 @@ mod tests {
             let _ = EpochRecord::decode(&bytes);
             let _ = decode_pending_key(&bytes);
             prop_assert_eq!(decode_page(Gfn(0), &bytes), None);
+            prop_assert_eq!(decode_block(Block(0), &bytes), None);
         }
 
         #[test]

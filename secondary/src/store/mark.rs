@@ -6,16 +6,17 @@
 //! batch.
 
 use colo_common::limits::MAX_MACHINE_STATE;
-use colo_common::{Gfn, History, Point, ReplicaId};
+use colo_common::{Block, Gfn, History, Point, ReplicaId};
+use colo_vmm::BlockSet;
 use std::time::SystemTime;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::engine::{Batch, Change, Column, Durability};
 use super::format::{
-    EpochPart, EpochRecord, Kind, MAX_BLOCK, MetaCopy, MetaWhole, checksum, decode_pending_key, encode_value,
-    epoch_key, pending_key,
+    EpochPart, EpochRecord, Kind, MetaCopy, MetaWhole, checksum, decode_pending_key, encode_block,
+    encode_value, epoch_key, pending_key,
 };
-use super::{PageContent, Store, StoreError};
+use super::{BlockRun, PageContent, Store, StoreError};
 
 /// Bytes of one batch, beside a machine state: it is held in memory twice, and delays what waits for the next sync.
 pub const MAX_BATCH: usize = 8 << 20;
@@ -29,34 +30,10 @@ pub struct Mark<'a> {
     pub history: &'a History,
     /// The encoded machine state.
     pub state: &'a [u8],
-    /// Blocks written since the mark before.
-    pub blocks: &'a [Block<'a>],
+    /// Blocks written since the mark before: ascending, each once, its newest version.
+    pub blocks: &'a [BlockRun<'a>],
     /// The time, for the operator to see the copy's age.
     pub now: SystemTime,
-}
-
-/// A block of the disk overlay: its new bytes, or none to show the base disk again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Block<'a> {
-    /// Its number; what a block is, the device says.
-    pub number: u64,
-    /// At most [`MAX_BLOCK`] bytes.
-    pub bytes: Option<&'a [u8]>,
-}
-
-impl Block<'_> {
-    /// Its value in `disk` and `pending`; empty for a delete.
-    fn value(&self) -> Result<Vec<u8>, StoreError> {
-        match self.bytes {
-            Some(bytes) if bytes.len() > MAX_BLOCK => Err(StoreError::TooLarge { bytes: bytes.len() }),
-            Some(bytes) => Ok(encode_value(checksum(self.number, bytes), bytes)),
-            None => Ok(Vec::new()),
-        }
-    }
-
-    pub(super) fn change(&self) -> Result<Change, StoreError> {
-        Ok(super::copy::stored_change(Column::Disk, self.number, self.value()?))
-    }
 }
 
 /// The changes of one mark, on their way to a batch or to `pending`.
@@ -98,6 +75,14 @@ impl Delta {
     }
 }
 
+/// What a mark that moves a copy on has beside its batch.
+struct Changed {
+    /// Blocks of the disk in it.
+    blocks: BlockSet,
+    /// They and its pages are in `pending`.
+    adopted: bool,
+}
+
 fn column_of(kind: Kind) -> Column {
     match kind {
         Kind::Page => Column::Pages,
@@ -118,7 +103,12 @@ impl Store {
         check_size(&mark)?;
         self.write_blocks(mark.blocks.iter().copied())?;
         self.know_checksums()?;
-        self.commit_mark(Batch::default(), mark, replica, false)?;
+        if let Some(disk) = &self.disk {
+            // What the seed wrote into the file is synced, and stale entries are gone, before the copy is said to be whole.
+            disk.settle().map_err(|source| self.disk_error(source))?;
+        }
+        self.commit_mark(Batch::default(), mark, replica, None)?;
+        self.disk.iter().for_each(|disk| disk.keep_file(false));
         self.engine.drop_aside()
     }
 
@@ -139,6 +129,7 @@ impl Store {
             return Err(StoreError::NotLater { dir: self.dir.clone(), at, offered: mark.point });
         }
         check_size(&mark)?;
+        let disk = self.disk_for(mark.blocks)?;
         self.know_checksums()?;
         self.fold()?;
         let mut delta = Delta { point: mark.point, changes: Vec::new(), bytes: 0, spilled: false };
@@ -147,13 +138,16 @@ impl Store {
                 self.add(&mut delta, Kind::Page, gfn.0, value)?;
             }
         }
-        for block in mark.blocks {
-            self.add(&mut delta, Kind::Block, block.number, block.value()?)?;
+        let mut touched = BlockSet::new(disk.as_ref().map_or(0, |disk| disk.blocks()));
+        for entry in disk.iter().flat_map(|disk| mark.blocks.iter().flat_map(|run| disk.to_store(*run))) {
+            let (block, page) = entry.map_err(|source| self.disk_error(source))?;
+            touched.insert(block);
+            self.add(&mut delta, Kind::Block, block.0, encode_block(block, page))?;
         }
         let (mut batch, adopted) = delta.finish();
         batch.push(Change::Delete(Column::Epochs, epoch_key(at, EpochPart::Record)));
         batch.push(Change::Delete(Column::Epochs, epoch_key(at, EpochPart::State)));
-        self.commit_mark(batch, mark, replica, adopted)
+        self.commit_mark(batch, mark, replica, Some(Changed { blocks: touched, adopted }))
     }
 
     /// Moves what a large mark left in `pending` to where it belongs. [`persist`](Self::persist) does it too; done
@@ -167,9 +161,11 @@ impl Store {
         };
         let mut from = pending_key(point, Kind::Page, 0).to_vec();
         loop {
-            let (batch, next) = self.fold_batch(&from)?;
-            if !batch.is_empty() {
-                self.write(&batch, Durability::Unsynced)?;
+            let (batch, blocks, next) = self.fold_batch(&from)?;
+            match self.disk.clone().filter(|_| !blocks.is_empty()) {
+                Some(disk) => disk.commit(&blocks, || self.write(&batch, Durability::Unsynced))?,
+                None if batch.is_empty() => {}
+                None => self.write(&batch, Durability::Unsynced)?,
             }
             match next {
                 Some(next) => from = next,
@@ -185,22 +181,27 @@ impl Store {
         // Not synced: if it is lost, the same is folded again.
         self.write(&batch, Durability::Unsynced)?;
         self.meta = meta;
+        self.disk.iter().for_each(|disk| disk.moved());
         Ok(())
     }
 
-    /// One batch of `pending` from a key on, and the key to go on from.
-    fn fold_batch(&self, from: &[u8]) -> Result<(Batch, Option<Vec<u8>>), StoreError> {
-        let mut batch = Batch::default();
+    /// One batch of `pending` from a key on, the blocks in it, and the key to go on from.
+    fn fold_batch(&self, from: &[u8]) -> Result<(Batch, BlockSet, Option<Vec<u8>>), StoreError> {
+        let known = self.disk.as_ref().map_or(0, |disk| disk.blocks());
+        let (mut batch, mut blocks) = (Batch::default(), BlockSet::new(known));
         for entry in self.engine.scan(Column::Pending, from) {
             let (key, value) = entry?;
             if batch.bytes() >= self.max_batch {
-                return Ok((batch, Some(key.into_vec())));
+                return Ok((batch, blocks, Some(key.into_vec())));
             }
             let (_, kind, number) =
                 decode_pending_key(&key).ok_or_else(|| self.damaged("a key of its pending writes"))?;
+            if kind == Kind::Block && number < known {
+                blocks.insert(Block(number));
+            }
             batch.push(super::copy::stored_change(column_of(kind), number, value.into_vec()));
         }
-        Ok((batch, None))
+        Ok((batch, blocks, None))
     }
 
     fn add(&mut self, delta: &mut Delta, kind: Kind, number: u64, value: Vec<u8>) -> Result<(), StoreError> {
@@ -233,7 +234,7 @@ impl Store {
         mut batch: Batch,
         mark: Mark<'_>,
         replica: Option<ReplicaId>,
-        adopted: bool,
+        changed: Option<Changed>,
     ) -> Result<(), StoreError> {
         let sums = self.checksums.as_ref().expect("they are read before a mark is written");
         assert_eq!(mark.history.tip(), Some(mark.point), "a mark is the tip of its history");
@@ -250,18 +251,21 @@ impl Store {
         let mut meta = self.meta.clone();
         meta.previous = None;
         let history = mark.history.points().to_vec();
+        let adopted = changed.as_ref().is_some_and(|changed| changed.adopted);
         meta.copy = MetaCopy::Whole(MetaWhole { point: mark.point, replica, adopted, history });
-        self.commit(batch, meta)?;
+        match self.disk.clone().zip(changed) {
+            Some((disk, changed)) if adopted => {
+                disk.adopt(mark.point, changed.blocks, || self.commit(batch, meta))?;
+            }
+            Some((disk, changed)) => disk.commit(&changed.blocks, || self.commit(batch, meta))?,
+            None => self.commit(batch, meta)?,
+        }
         self.record = Some(record);
         Ok(())
     }
 }
 
 fn check_size(mark: &Mark<'_>) -> Result<(), StoreError> {
-    let largest = mark.blocks.iter().filter_map(|block| block.bytes).map(<[u8]>::len).max();
-    let too_large = largest.filter(|&bytes| bytes > MAX_BLOCK);
-    match too_large.or((mark.state.len() > MAX_MACHINE_STATE).then_some(mark.state.len())) {
-        Some(bytes) => Err(StoreError::TooLarge { bytes }),
-        None => Ok(()),
-    }
+    let bytes = mark.state.len();
+    if bytes > MAX_MACHINE_STATE { Err(StoreError::TooLarge { bytes }) } else { Ok(()) }
 }

@@ -17,37 +17,43 @@
 //! All calls block; they are for the persist thread. A write that fails breaks the store for this process
 //! ([`StoreError::Broken`]), since it is then open whether the write is found at the next opening.
 
+mod blocks;
 mod checksums;
 mod copy;
 pub mod engine;
 mod error;
-mod format;
+pub(crate) mod format;
 mod home;
 mod mark;
 mod memory;
 mod read;
 mod rocks;
+mod runs;
 mod scrub;
 mod summary;
 
 pub use copy::Base;
 pub use engine::PageStore;
 pub use error::StoreError;
-pub use format::{FORMAT_VERSION, MAX_BLOCK};
-pub use mark::{Block, MAX_BATCH, Mark};
+pub use format::FORMAT_VERSION;
+pub use mark::{MAX_BATCH, Mark};
 pub use memory::MemoryDisk;
+pub use runs::{BlockRun, NewestBlocks};
 pub use scrub::{MAX_LISTED, Scrub};
 pub use summary::{StoredCopy, Summary, WholeCopy};
 
 use colo_common::{ReplicaId, Term, VmId};
 use colo_vmm::memory::Page;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use checksums::Checksums;
 use engine::{Batch, Change, Column, Durability};
 use format::{EpochPart, EpochRecord, FrameError, META_KEY, Meta, MetaCopy, MetaWhole, epoch_key};
 use home::Home;
 use rocks::Rocks;
+
+use crate::disk::DiskImage;
 
 /// What a page holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,9 +66,11 @@ pub enum PageContent<'a> {
 
 /// The copy of one vm on this node's disk.
 pub struct Store {
-    engine: Box<dyn PageStore>,
+    engine: Arc<dyn PageStore>,
     dir: PathBuf,
     meta: Meta,
+    /// The guest's disk, once it was opened.
+    disk: Option<Arc<DiskImage>>,
     /// Of the persisted point; none without a whole copy.
     record: Option<EpochRecord>,
     /// Of the pages that are stored; none until they were read once.
@@ -88,7 +96,7 @@ impl Store {
         if !made {
             rocks.home().write_marker(vm)?;
         }
-        Self::start(Box::new(rocks), dir.to_owned(), meta)
+        Self::start(Arc::new(rocks), dir.to_owned(), meta)
     }
 
     /// The same on a medium in memory.
@@ -99,11 +107,11 @@ impl Store {
         let memory = disk.open();
         write_first_meta(&memory, vm)?;
         let (dir, meta) = (memory::no_dir(), read_meta(&memory, &memory::no_dir(), vm)?);
-        Self::start(Box::new(memory), dir, meta)
+        Self::start(Arc::new(memory), dir, meta)
     }
 
     /// Takes what a crash may have left, and removes what belongs to no point.
-    fn start(engine: Box<dyn PageStore>, dir: PathBuf, meta: Meta) -> Result<Self, StoreError> {
+    fn start(engine: Arc<dyn PageStore>, dir: PathBuf, meta: Meta) -> Result<Self, StoreError> {
         let record = match &meta.copy {
             MetaCopy::Whole(whole) => {
                 let bytes = engine.get(Column::Epochs, &epoch_key(whole.point, EpochPart::Record))?;
@@ -114,8 +122,16 @@ impl Store {
             }
             _ => None,
         };
-        let mut store =
-            Self { engine, dir, meta, record, checksums: None, max_batch: MAX_BATCH, broken: false };
+        let mut store = Self {
+            engine,
+            dir,
+            meta,
+            disk: None,
+            record,
+            checksums: None,
+            max_batch: MAX_BATCH,
+            broken: false,
+        };
         store.drop_leftovers()?;
         Ok(store)
     }

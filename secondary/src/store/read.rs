@@ -1,4 +1,4 @@
-//! Reading back: the image in order, a page, a block, the machine state, all verified.
+//! Reading back: the image in order, a page, the machine state, all verified.
 
 use colo_common::Gfn;
 use colo_common::limits::MAX_MACHINE_STATE;
@@ -9,8 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::checksums::Checksums;
 use super::engine::{Batch, Change, Column, Durability, KeyValue};
 use super::format::{
-    EpochPart, Kind, MetaCopy, decode_number, decode_page, decode_pending_key, decode_value, epoch_key,
-    number_key, pending_key,
+    EpochPart, Kind, MetaCopy, decode_number, decode_page, decode_pending_key, epoch_key, number_key,
 };
 use super::{Store, StoreError};
 
@@ -87,31 +86,6 @@ impl Store {
             .filter(|state| state.len() as u64 == record.state_bytes && state.len() <= MAX_MACHINE_STATE)
             .filter(|state| xxh3_64(state) == record.state_checksum)
             .ok_or_else(|| self.damaged("its machine state"))
-    }
-
-    /// The bytes of a block of the disk overlay; none if it is as on the base disk.
-    ///
-    /// # Errors
-    /// The copy is inconsistent, the block is damaged, or the device fails.
-    pub fn block(&self, number: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        if self.meta.copy == MetaCopy::Inconsistent {
-            return Err(self.out_of_place("give a block"));
-        }
-        let adopted = self.whole().filter(|whole| whole.adopted).map(|whole| whole.point);
-        let pending = match adopted {
-            Some(point) => self.engine.get(Column::Pending, &pending_key(point, Kind::Block, number))?,
-            None => None,
-        };
-        let value = match pending {
-            Some(value) => Some(value).filter(|value| !value.is_empty()),
-            None => self.engine.get(Column::Disk, &number_key(number))?,
-        };
-        value
-            .map(|value| match decode_value(number, &value) {
-                Some((bytes, _)) => Ok(bytes.to_vec()),
-                None => Err(self.damaged(&format!("block {number}"))),
-            })
-            .transpose()
     }
 
     /// Reads all pages once if their checksums are not known yet.

@@ -1,14 +1,16 @@
 //! The scrub: reads everything and compares it with its checksums while the copy goes on from mark to mark, a step at
 //! a time, so that a damaged page is found while the primary still has it.
 
-use colo_common::Gfn;
+use colo_common::{Block, Gfn};
 use std::ops::ControlFlow;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::checksums::Checksums;
-use super::format::decode_page;
+use super::engine::Column;
+use super::format::{Kind, decode_block, decode_number, decode_page, decode_pending_key, number_key};
 use super::mark::MAX_BATCH;
+use super::read::Entries;
 use super::{Store, StoreError};
 
 /// Damaged pages that are listed; more are counted. With so many the disk is to be replaced anyway.
@@ -17,8 +19,12 @@ pub const MAX_LISTED: usize = 1024;
 /// How far a scrub has come, and what it found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scrub {
+    /// What is looked at.
+    stage: Stage,
     /// The next page to look at.
     next: Gfn,
+    /// The next block of the disk to look at.
+    next_block: u64,
     /// Pages that were read and are as written.
     pub pages: u64,
     /// Bytes that were read.
@@ -29,18 +35,46 @@ pub struct Scrub {
     pub damaged_pages: u64,
     /// Whether the machine state is damaged.
     pub damaged_state: bool,
+    /// Blocks of the disk that the store has and that are as written.
+    pub blocks: u64,
+    /// How many of them are not.
+    pub damaged_blocks: u64,
+    /// The first of those, if it can be named.
+    pub damaged_block: Option<Block>,
+}
+
+/// Goes on from the first to the last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stage {
+    #[default]
+    Pages,
+    /// Blocks of a mark that was too large for one batch.
+    Pending,
+    Disk,
 }
 
 impl Default for Scrub {
     fn default() -> Self {
-        Self { next: Gfn(0), pages: 0, bytes: 0, damaged: Vec::new(), damaged_pages: 0, damaged_state: false }
+        Self {
+            stage: Stage::Pages,
+            next: Gfn(0),
+            next_block: 0,
+            pages: 0,
+            bytes: 0,
+            damaged: Vec::new(),
+            damaged_pages: 0,
+            damaged_state: false,
+            blocks: 0,
+            damaged_blocks: 0,
+            damaged_block: None,
+        }
     }
 }
 
 impl Scrub {
     /// Whether everything that was read is as written.
     pub fn is_clean(&self) -> bool {
-        self.damaged_pages == 0 && !self.damaged_state
+        self.damaged_pages == 0 && !self.damaged_state && self.damaged_blocks == 0
     }
 
     fn found_damaged(&mut self, gfn: Gfn) {
@@ -58,12 +92,12 @@ impl Scrub {
 }
 
 impl Store {
-    /// Reads and checks everything of a whole copy, at most `bytes_per_second` of it, and does not stop at what is damaged. `progress`
+    /// Reads and checks everything of a whole copy, or what the store has of the disk of a guest that ran here, at most `bytes_per_second` of it, and does not stop at what is damaged. `progress`
     /// is called after every few MiB and may break it off. Missing pages are found once the image was loaded or
     /// written by this process: before, nobody knows of them.
     ///
     /// # Errors
-    /// There is no whole copy.
+    /// There is neither.
     pub fn scrub(
         &mut self,
         bytes_per_second: u64,
@@ -82,13 +116,36 @@ impl Store {
     /// # Errors
     /// As [`scrub`](Self::scrub).
     pub fn scrub_step(&mut self, scrub: &mut Scrub, bytes: u64) -> Result<bool, StoreError> {
-        if self.whole().is_none() {
+        if self.whole().is_none() && self.meta.active.is_none() {
             return Err(self.out_of_place("be scrubbed"));
         }
-        if scrub.next == Gfn(0) {
-            scrub.damaged_state = self.state().is_err();
+        let done = match scrub.stage {
+            Stage::Pages if self.whole().is_none() => true,
+            Stage::Pages => {
+                if scrub.next == Gfn(0) {
+                    scrub.damaged_state = self.state().is_err();
+                }
+                self.scrub_pages(scrub, bytes).is_none()
+            }
+            Stage::Pending => {
+                let number = |key: &[u8]| decode_pending_key(key).map(|(_, _, number)| number);
+                scrub_blocks(self.adopted_from(Kind::Block, scrub.next_block), number, scrub, bytes)
+            }
+            Stage::Disk => {
+                let entries = self.engine.scan(Column::Disk, &number_key(scrub.next_block));
+                scrub_blocks(entries, decode_number, scrub, bytes)
+            }
+        };
+        if !done {
+            return Ok(true);
         }
-        Ok(self.scrub_pages(scrub, bytes).is_some())
+        scrub.next_block = 0;
+        scrub.stage = match scrub.stage {
+            Stage::Pages => Stage::Pending,
+            Stage::Pending => Stage::Disk,
+            Stage::Disk => return Ok(false),
+        };
+        Ok(true)
     }
 
     /// Compares the stored pages with the checksums; nothing when all were looked at.
@@ -126,4 +183,36 @@ impl Store {
         }
         Some(())
     }
+}
+
+/// Checks entries of blocks; whether all were looked at.
+fn scrub_blocks(
+    entries: Entries<'_>,
+    number: impl Fn(&[u8]) -> Option<u64>,
+    scrub: &mut Scrub,
+    bytes: u64,
+) -> bool {
+    let end = scrub.bytes.saturating_add(bytes);
+    for entry in entries {
+        let found = entry.ok().map(|(key, value)| (number(&key).map(Block), value));
+        let block = found.as_ref().and_then(|(block, _)| *block);
+        let value = found.as_ref().map_or(&[] as &[u8], |(_, value)| value);
+        scrub.bytes += value.len() as u64;
+        match block {
+            Some(block) if decode_block(block, value).is_some() => scrub.blocks += 1,
+            _ => {
+                scrub.damaged_blocks += 1;
+                scrub.damaged_block = scrub.damaged_block.or(block);
+            }
+        }
+        match block.and_then(|block| block.0.checked_add(1)) {
+            Some(next) => scrub.next_block = next,
+            // What cannot be read, or has no number, leaves no place to go on from.
+            None => return true,
+        }
+        if scrub.bytes >= end {
+            return false;
+        }
+    }
+    true
 }

@@ -3,10 +3,16 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use colo_common::history::point;
-use colo_common::{Epoch, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term, VmId};
-use colo_secondary::store::{Base, Block, Mark, PageContent, Store, StoreError, StoredCopy};
+use colo_common::{BLOCK_SIZE, Block, Epoch, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term, VmId};
+use colo_secondary::disk::DiskImage;
+use colo_secondary::store::{Base, BlockRun, Mark, PageContent, Store, StoreError, StoredCopy};
+use colo_vmm::disk::Disk;
 use colo_vmm::memory::Page;
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::SystemTime;
 
 /// Bytes of a batch here: a few pages, so that small marks go through `pending`.
@@ -14,9 +20,12 @@ pub(crate) const BATCH: usize = 5 * PAGE_SIZE;
 
 /// Frames of the scripted guest.
 const FRAMES: u64 = 48;
-const BLOCKS: u64 = 8;
+const BLOCKS: u64 = 16;
 
-/// What pages and blocks hold: by number, a tag that the bytes are made of; 0 is not there.
+/// Bytes of its disk.
+pub(crate) const DISK_BYTES: u64 = BLOCKS * BLOCK_SIZE as u64;
+
+/// What pages and blocks hold: by number, a tag that the bytes are made of; 0 is zeroes.
 pub(crate) type Tags = BTreeMap<u64, u64>;
 
 /// What a store must hold after a step.
@@ -26,7 +35,7 @@ pub(crate) struct State {
     pub(crate) term: Option<Term>,
     pub(crate) active: Option<Term>,
     pub(crate) copy: Copy,
-    /// Of no account while the copy is inconsistent.
+    /// They and the blocks are of no account while the copy is inconsistent.
     pub(crate) pages: Tags,
     pub(crate) blocks: Tags,
 }
@@ -50,14 +59,32 @@ pub(crate) enum Copy {
 pub(crate) enum Step {
     SeeSpec(u64),
     SeeTerm(Term),
-    BeginCopy { base_stored: bool },
+    BeginCopy {
+        base_stored: bool,
+    },
     WritePages(Tags),
-    Complete { point: Point, replica: Option<ReplicaId>, state: u64, blocks: Tags },
-    Persist { point: Point, state: u64, pages: Tags, blocks: Tags },
+    WriteBlocks(Tags),
+    Complete {
+        point: Point,
+        replica: Option<ReplicaId>,
+        state: u64,
+        blocks: Tags,
+    },
+    Persist {
+        point: Point,
+        state: u64,
+        pages: Tags,
+        blocks: Tags,
+    },
     Fold,
+    /// Some of the overlay goes into the image file.
+    FoldDisk(u64),
     StoreReplica(ReplicaId),
     EraseReplica,
-    Activate { term: Term, blocks: Tags },
+    Activate {
+        term: Term,
+        blocks: Tags,
+    },
     Reclaim,
 }
 
@@ -89,6 +116,48 @@ pub(crate) fn vm() -> VmId {
     "scripted".parse().unwrap()
 }
 
+/// Opens the store and the guest's disk below a directory.
+pub(crate) fn open(dir: &Path) -> Result<Store, StoreError> {
+    let mut store = Store::open(&dir.join("store"), &vm())?;
+    store.open_disk(&dir.join("disk.img"), DISK_BYTES)?;
+    Ok(store)
+}
+
+/// What digests of blocks are for: after a crash in a copy's making, nobody knows what of its disk is there.
+pub(crate) fn send_disk_again(store: &mut Store, state: &State) {
+    if state.copy == Copy::Inconsistent {
+        let all = (0..BLOCKS).map(|number| (number, state.blocks.get(&number).copied().unwrap_or(0)));
+        run(store, state, &Step::WriteBlocks(all.collect())).unwrap();
+    }
+}
+
+/// A thread that folds the disk all the time.
+pub(crate) struct Folder {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Folder {
+    pub(crate) fn start(store: &Store, most: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, disk): (_, Arc<DiskImage>) = (Arc::clone(&stop), Arc::clone(store.disk().unwrap()));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                disk.fold(most).unwrap();
+                std::thread::sleep(std::time::Duration::from_micros(100));
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map(|thread| thread.join().unwrap());
+    }
+}
+
 /// A script of `length` steps: entry n of the states is what holds after n steps.
 pub(crate) fn script(seed: u64, length: usize) -> (Vec<Step>, Vec<State>) {
     let (mut rng, mut steps, mut states) = (Rng(seed), Vec::new(), vec![State::default()]);
@@ -108,7 +177,8 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
     match &state.copy {
         Copy::None => match rng.below(4) {
             0 if state.spec.is_none() => Step::SeeSpec(rng.next()),
-            0 => Step::Reclaim,
+            0 if rng.below(2) == 0 => Step::Reclaim,
+            0 => Step::FoldDisk(rng.below(12)),
             1 => Step::SeeTerm(term.next()),
             _ => Step::BeginCopy { base_stored: rng.below(3) == 0 },
         },
@@ -119,6 +189,8 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
                 let point = Point { term, epoch: Epoch(rng.below(1000)) };
                 Step::Complete { point, replica, state: rng.next(), blocks: rng.tags(4, BLOCKS) }
             }
+            4 => Step::FoldDisk(rng.below(12)),
+            5..8 => Step::WriteBlocks(rng.tags(6, BLOCKS)),
             _ => Step::WritePages(rng.tags(20, FRAMES)),
         },
         Copy::Whole { point: at, .. } => match rng.below(24) {
@@ -128,6 +200,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
             3 => Step::StoreReplica(id),
             4 => Step::EraseReplica,
             5 | 6 => Step::Fold,
+            7 | 8 => Step::FoldDisk(rng.below(12)),
             kind => {
                 let epoch = at.epoch.0 + 1 + rng.below(3);
                 let most = if kind < 12 { 16 } else { 4 };
@@ -135,7 +208,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
                     point: point(at.term.0.max(term.0), epoch),
                     state: rng.next(),
                     pages: rng.tags(most, FRAMES),
-                    blocks: rng.tags(2, BLOCKS),
+                    blocks: rng.tags(if kind < 14 { 8 } else { 2 }, BLOCKS),
                 }
             }
         },
@@ -152,10 +225,11 @@ impl State {
             Step::BeginCopy { base_stored } => {
                 (state.copy, state.active) = (Copy::Inconsistent, None);
                 if !base_stored {
-                    (state.pages, state.blocks) = (Tags::new(), Tags::new());
+                    state.pages = Tags::new();
                 }
             }
             Step::WritePages(pages) => merge(&mut state.pages, pages),
+            Step::WriteBlocks(blocks) => merge(&mut state.blocks, blocks),
             Step::Complete { point, replica, state: machine, blocks } => {
                 merge(&mut state.blocks, blocks);
                 let mut history = History::default();
@@ -167,7 +241,7 @@ impl State {
                 merge(&mut state.blocks, blocks);
                 state.copy = self.at(*point, *machine);
             }
-            Step::Fold | Step::Reclaim => {}
+            Step::Fold | Step::FoldDisk(_) | Step::Reclaim => {}
             Step::StoreReplica(id) => state.name(Some(*id)),
             Step::EraseReplica => state.name(None),
             Step::Activate { term, blocks } => {
@@ -209,7 +283,7 @@ pub(crate) fn run(store: &mut Store, before: &State, step: &Step) -> Result<(), 
                 blocks: &Tags,
                 then: &mut dyn FnMut(Mark<'_>) -> _| {
         let (bytes, state) = (block_bytes(blocks), machine_state(machine));
-        then(Mark { point, history, state: &state, blocks: &as_blocks(&bytes), now: SystemTime::UNIX_EPOCH })
+        then(Mark { point, history, state: &state, blocks: &as_runs(&bytes), now: SystemTime::UNIX_EPOCH })
     };
     match step {
         Step::SeeSpec(digest) => store.see_spec(*digest),
@@ -218,6 +292,7 @@ pub(crate) fn run(store: &mut Store, before: &State, step: &Step) -> Result<(), 
             store.begin_copy(if *base_stored { Base::Stored } else { Base::Empty })
         }
         Step::WritePages(tags) => store.write_pages(contents(&page_bytes(tags))),
+        Step::WriteBlocks(tags) => store.write_blocks(as_runs(&block_bytes(tags))),
         Step::Complete { point, replica, state, blocks } => {
             let Copy::Whole { history, .. } = before.after(step).copy else { unreachable!() };
             mark(*point, &history, *state, blocks, &mut |mark| store.complete(mark, *replica))
@@ -228,9 +303,17 @@ pub(crate) fn run(store: &mut Store, before: &State, step: &Step) -> Result<(), 
             mark(*point, &history, *state, blocks, &mut |mark| store.persist(contents(&pages), mark))
         }
         Step::Fold => store.fold(),
+        Step::FoldDisk(most) => {
+            let folded = store.disk().expect("it was opened").fold(*most as usize);
+            folded.map(drop).map_err(|source| StoreError::Io {
+                dir: "disk".into(),
+                what: "be folded",
+                source,
+            })
+        }
         Step::StoreReplica(id) => store.store_replica_id(*id),
         Step::EraseReplica => store.erase_replica_id(),
-        Step::Activate { term, blocks } => store.activate(*term, as_blocks(&block_bytes(blocks))),
+        Step::Activate { term, blocks } => store.activate(*term, &as_runs(&block_bytes(blocks))),
         Step::Reclaim => store.reclaim(),
     }
 }
@@ -258,12 +341,11 @@ pub(crate) fn observe(store: &mut Store) -> Result<State, StoreError> {
             Copy::Whole { point: whole.point, replica: whole.replica, history: whole.history, state: tag }
         }
     };
+    let disk = store.disk().expect("it was opened");
     for number in (0..BLOCKS).filter(|_| copy != Copy::Inconsistent) {
-        if let Some(bytes) = store.block(number)? {
-            let tag = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-            assert_eq!(bytes, block_of(tag));
-            blocks.insert(number, tag);
-        }
+        let mut bytes = [0; BLOCK_SIZE];
+        disk.read(Block(number).offset(), &mut bytes).unwrap();
+        Some(page_tag(&bytes)).filter(|&tag| tag != 0).map(|tag| blocks.insert(number, tag));
     }
     Ok(State { spec: summary.spec, term: summary.term, active: summary.active, copy, pages, blocks })
 }
@@ -301,16 +383,19 @@ fn page_tag(page: &Page) -> u64 {
     u64::from_le_bytes(first)
 }
 
-fn block_of(tag: u64) -> Vec<u8> {
-    tag.to_le_bytes().repeat(1 + (tag % 600) as usize)
+/// Every second zero block is given by its bytes.
+fn block_bytes(tags: &Tags) -> Vec<(Block, Option<Box<Page>>)> {
+    page_bytes(tags).into_iter().map(|(gfn, page)| (Block(gfn.0), page)).collect()
 }
 
-fn block_bytes(tags: &Tags) -> Vec<(u64, Option<Vec<u8>>)> {
-    tags.iter().map(|(&number, &tag)| (number, (tag != 0).then(|| block_of(tag)))).collect()
-}
-
-fn as_blocks(blocks: &[(u64, Option<Vec<u8>>)]) -> Vec<Block<'_>> {
-    blocks.iter().map(|(number, bytes)| Block { number: *number, bytes: bytes.as_deref() }).collect()
+fn as_runs(blocks: &[(Block, Option<Box<Page>>)]) -> Vec<BlockRun<'_>> {
+    blocks
+        .iter()
+        .map(|(block, page)| match page {
+            Some(page) => BlockRun::data(*block, &page[..]),
+            None => BlockRun::zeros(*block, 1),
+        })
+        .collect()
 }
 
 fn machine_state(tag: u64) -> Vec<u8> {

@@ -175,6 +175,25 @@ pub unsafe extern "C" fn ftruncate64(fd: c_int, len: off_t) -> c_int {
     unsafe { ftruncate(fd, len) }
 }
 
+/// See libc. Only holes are followed; room that is made beforehand has no content.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fallocate(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> c_int {
+    let punched = |recorder: &Recorder| {
+        if recorder.follows(fd) && mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
+            recorder.record(Kind::Punch, fd, offset as u64, &len.to_le_bytes(), &[]);
+        }
+    };
+    // RocksDB takes the value, our own code errno: libc's wrapper sets it, and so does syscall(2)'s.
+    step!(r: libc::SYS_fallocate, fd, mode, offset, len; _done => punched(r)) as c_int
+}
+
+/// See libc.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fallocate64(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { fallocate(fd, mode, offset, len) }
+}
+
 fn with_paths(recorder: &Recorder, kind: Kind, from: &[u8], to: &[u8]) {
     if recorder.is_below(from) || recorder.is_below(to) {
         recorder.record(kind, -1, 0, from, to);

@@ -52,6 +52,8 @@ pub enum Kind {
     Mkdir,
     /// (path)
     Rmdir,
+    /// (descriptor, offset; length as 8 bytes): a hole is made
+    Punch,
 }
 
 struct Recorder {

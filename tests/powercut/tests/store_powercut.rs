@@ -1,17 +1,16 @@
-//! The power goes while a store is written: whatever the device kept of what was not synced, the store opens at a real
+//! The power goes while a store is written and the disk's overlay is folded into its image file: whatever the device kept of what was not synced, the store opens at a real
 //! point, not older than the last step that was done.
 
 mod replay;
 #[path = "../../../secondary/tests/store_script/mod.rs"]
 mod store_script;
 
-use colo_secondary::store::Store;
 use replay::{Files, records};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use store_script::{BATCH, Copy, Rng, State, observe, run, script, vm};
+use store_script::{BATCH, Copy, Folder, Rng, State, observe, open, run, script};
 
 const SEEDS: u64 = 4;
 const STEPS: usize = 160;
@@ -30,14 +29,16 @@ fn writer() {
     let (root, seed) = (PathBuf::from(root), seed.parse().unwrap());
     let (steps, states) = script(seed, STEPS);
     let (mut done, mut rng) = (File::create(root.join("done")).unwrap(), Rng(seed));
-    let mut store = Store::open(&root.join("store"), &vm()).unwrap();
+    let mut store = open(&root).unwrap();
+    let mut folder = Folder::start(&store, 3);
     for (at, step) in steps.iter().enumerate() {
         store.limit_batches(BATCH);
         run(&mut store, &states[at], step).unwrap();
         done.write_all(&(at as u64 + 1).to_le_bytes()).unwrap();
         if rng.below(REOPEN) == 0 {
-            drop(store);
-            store = Store::open(&root.join("store"), &vm()).unwrap();
+            drop((folder, store));
+            store = open(&root).unwrap();
+            folder = Folder::start(&store, 3);
         }
     }
 }
@@ -60,7 +61,7 @@ fn record(root: &Path, log: &Path, seed: u64) -> Vec<u8> {
 
 /// The cut's files hold the state of `done` steps or of the next.
 fn check(dir: &Path, states: &[State], done: usize, seed: u64, cut: usize) -> bool {
-    let opened = Store::open(&dir.join("store"), &vm());
+    let opened = open(dir);
     let mut store = opened.unwrap_or_else(|error| panic!("seed {seed}, cut at {cut}, {done} done: {error}"));
     let found = observe(&mut store);
     let found = found.unwrap_or_else(|error| panic!("seed {seed}, cut at {cut}, {done} done: {error}"));

@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use vmm_sys_util::seek_hole::SeekHole;
 
@@ -103,9 +103,8 @@ impl FileDisk {
     /// As [`open`](Self::open), or it has another size, or it cannot be made.
     pub fn open_sized(path: &Path, bytes: u64, create: bool) -> Result<Self, DiskError> {
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        if create && !path.exists() {
-            let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
-            file.set_len(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+        if create {
+            make_sized(path, bytes).map_err(failed)?;
         }
         let disk = Self::open(path, false)?;
         if disk.bytes != bytes {
@@ -173,6 +172,19 @@ impl Disk for FileDisk {
     }
 }
 
+/// Makes a file of this size if there is none, or one that a crash left without any; it and its name last.
+fn make_sized(path: &Path, bytes: u64) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    if file.metadata()?.len() > 0 {
+        return Ok(());
+    }
+    file.set_len(bytes)?;
+    file.sync_all()?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+}
+
 /// Whether a range is within a disk of `size` bytes.
 fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
     match offset.checked_add(len) {
@@ -207,6 +219,9 @@ mod tests {
         assert!(!error.to_string().is_empty());
         let fresh = place.path().join("fresh.img");
         assert!(FileDisk::open_sized(&fresh, 4096, false).is_err());
+        assert_eq!(FileDisk::open_sized(&fresh, 4096, true).unwrap().bytes(), 4096);
+        // As a crash leaves it right after it was made.
+        File::create(&fresh).unwrap();
         assert_eq!(FileDisk::open_sized(&fresh, 4096, true).unwrap().bytes(), 4096);
         let error = FileDisk::open_sized(&fresh, 8192, true).unwrap_err();
         assert!(matches!(error, DiskError::OtherSize { found: 4096, expected: 8192, .. }), "{error}");

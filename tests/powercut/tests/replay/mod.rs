@@ -22,11 +22,12 @@ enum Kind {
     Link,
     Mkdir,
     Rmdir,
+    Punch,
 }
 
 impl Kind {
     /// In the order of their numbers, from 1.
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Open,
         Self::Close,
         Self::Write,
@@ -37,6 +38,7 @@ impl Kind {
         Self::Link,
         Self::Mkdir,
         Self::Rmdir,
+        Self::Punch,
     ];
 }
 
@@ -79,6 +81,7 @@ type NodeId = usize;
 enum Edit {
     Write(u64, Vec<u8>),
     Truncate(u64),
+    Punch(u64, u64),
 }
 
 #[derive(Clone, Debug)]
@@ -117,6 +120,10 @@ impl Files {
                 return (self.find(&self.root.join(watched)) == Some(node)).then_some(record.first);
             }
             Kind::Truncate => self.edit(self.open[&record.fd], Edit::Truncate(record.offset)),
+            Kind::Punch => {
+                let len = u64::from_le_bytes(record.first.try_into().unwrap());
+                self.edit(self.open[&record.fd], Edit::Punch(record.offset, len));
+            }
             Kind::Sync => self.sync(self.open[&record.fd]),
             Kind::Rename => {
                 let (from, to) = (path(record.first), path(record.second));
@@ -269,6 +276,10 @@ fn apply(bytes: &mut Vec<u8>, edit: &Edit, most: usize) {
                 bytes.resize(start + data.len(), 0);
             }
             bytes[start..start + data.len()].copy_from_slice(data);
+        }
+        Edit::Punch(offset, len) => {
+            let end = bytes.len().min((offset + len) as usize);
+            bytes[end.min(*offset as usize)..end].fill(0);
         }
         Edit::Truncate(len) => bytes.resize(*len as usize, 0),
     }

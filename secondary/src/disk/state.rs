@@ -1,0 +1,128 @@
+//! Which blocks have an entry in the overlay, and what it is worth. The sets are apart from each other.
+
+use colo_common::{Block, Point};
+use colo_vmm::BlockSet;
+use std::io;
+use std::ops::Range;
+
+use super::Entries;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct State {
+    /// Their entries count.
+    pub(super) present: BlockSet,
+    /// The file holds the same or something newer, not synced yet.
+    pub(super) superseded: BlockSet,
+    /// The same, and the file is being synced: their entries are removed after that.
+    pub(super) syncing: BlockSet,
+    /// Blocks whose newest content is in `pending` under this point, until it is moved.
+    pub(super) adopted: Option<(Point, BlockSet)>,
+    /// The file must stay as it is, for the copy that is kept aside.
+    pub(super) aside: bool,
+    /// The guest runs here: it writes to the file.
+    pub(super) active: bool,
+    /// The file or the store failed in a way after which nobody knows what is safe: no entry is removed any more.
+    pub(super) broken: bool,
+    /// Where folding goes on.
+    pub(super) cursor: Block,
+}
+
+impl State {
+    pub(super) fn new(entries: Entries) -> Self {
+        let Entries { present, adopted, aside, active } = entries;
+        let none = || BlockSet::new(present.blocks());
+        let (superseded, syncing) = (none(), none());
+        Self { superseded, syncing, present, adopted, aside, active, broken: false, cursor: Block(0) }
+    }
+
+    /// Whether the overlay has something that counts of any of these blocks.
+    pub(super) fn has_newer(&self, blocks: Range<Block>) -> bool {
+        let within = |set: &BlockSet| set.next(blocks.start).is_some_and(|found| found < blocks.end);
+        within(&self.present) || self.adopted.as_ref().is_some_and(|(_, set)| within(set))
+    }
+
+    /// The next block with any entry.
+    pub(super) fn next_entry(&self, from: Block) -> Option<Block> {
+        self.sets().filter_map(|set| set.next(from)).min()
+    }
+
+    /// The end of the blocks with entries that begin with this one.
+    pub(super) fn end_of_entries(&self, first: Block) -> Block {
+        let mut end = Block(first.0 + 1);
+        while self.sets().any(|set| set.contains(end)) {
+            end.0 += 1;
+        }
+        end
+    }
+
+    fn sets(&self) -> impl Iterator<Item = &BlockSet> {
+        let adopted = self.adopted.as_ref().map(|(_, set)| set);
+        [&self.present, &self.superseded, &self.syncing].into_iter().chain(adopted)
+    }
+
+    /// These have new entries.
+    pub(super) fn renew(&mut self, blocks: &BlockSet) {
+        for block in blocks.iter() {
+            self.superseded.remove(block);
+            self.syncing.remove(block);
+        }
+        self.present.union_with(blocks);
+    }
+
+    /// The file has what counts of these; where they had entries, those are of no more use.
+    pub(super) fn supersede(&mut self, blocks: Range<Block>) {
+        let mut at = blocks.start;
+        while let Some(block) = self.present.next(at).filter(|block| *block < blocks.end) {
+            self.present.remove(block);
+            self.superseded.insert(block);
+            at = Block(block.0 + 1);
+        }
+    }
+
+    /// What is superseded now is so in the file before it is synced.
+    pub(super) fn begin_sync(&mut self) {
+        if self.syncing.is_empty() {
+            std::mem::swap(&mut self.superseded, &mut self.syncing);
+        } else {
+            // Left over by a removal that failed.
+            self.syncing.union_with(&self.superseded);
+            self.superseded.clear();
+        }
+    }
+
+    /// The file holds nobody knows what of the blocks written since the last sync. While following, their entries have
+    /// the same; what a running guest wrote is in the file alone.
+    pub(super) fn sync_failed(&mut self) {
+        self.broken = true;
+        if !self.active {
+            self.present.union_with(&self.syncing);
+            self.present.union_with(&self.superseded);
+            self.syncing.clear();
+            self.superseded.clear();
+        }
+    }
+
+    /// # Errors
+    /// Something failed before.
+    pub(super) fn check_unbroken(&self) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::other(
+                "the disk has failed before: end this process and check its device",
+            ));
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// The guest does not run here.
+    pub(super) fn check_runs(&self) -> io::Result<()> {
+        if self.active {
+            return Ok(());
+        }
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the disk is a copy until this node runs the guest",
+        ))
+    }
+}
