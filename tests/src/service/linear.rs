@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BinaryHeap, HashSet};
 use std::fmt;
+use std::rc::Rc;
 use std::time::Duration;
 
 use super::history::{Op, Operation};
@@ -144,7 +145,7 @@ struct Search<'a> {
     answered: Vec<(&'a Operation, Duration, &'a Reply)>,
     /// Those without, in that order too.
     open: Vec<&'a Operation>,
-    seen: HashSet<State>,
+    seen: HashSet<Rc<State>>,
 }
 
 impl<'a> Search<'a> {
@@ -164,15 +165,15 @@ impl<'a> Search<'a> {
     /// nothing where they did not happen.
     fn run(mut self) -> Verdict {
         let start = State { base: 0, beyond: Vec::new(), open: Vec::new(), unseen: 0, value: None };
-        let mut best = start.clone();
-        let (mut stack, mut stuck) = (vec![start], BinaryHeap::new());
+        let mut best = Rc::new(start.clone());
+        let (mut stack, mut stuck) = (vec![Rc::new(start)], BinaryHeap::new());
         loop {
             while let Some(state) = stack.pop() {
                 if state.base == self.answered.len() {
                     return Verdict::Linearizable;
                 }
                 if state.ordered() > best.ordered() {
-                    best = state.clone();
+                    best = Rc::clone(&state);
                 }
                 self.take(self.by_answered(&state), &mut stack);
                 stuck.push((state.promise(), state));
@@ -186,9 +187,9 @@ impl<'a> Search<'a> {
     }
 
     /// Those that are new are to be tried.
-    fn take(&mut self, states: Vec<State>, stack: &mut Vec<State>) {
-        for state in states {
-            if self.seen.insert(state.clone()) {
+    fn take(&mut self, states: Vec<State>, stack: &mut Vec<Rc<State>>) {
+        for state in states.into_iter().map(Rc::new) {
+            if self.seen.insert(Rc::clone(&state)) {
                 stack.push(state);
             }
         }

@@ -308,7 +308,7 @@ fn services_that_are_wrong_are_found_out() {
 /// As long as a history of fault tests: time in proportion to its length, and open operations do no harm.
 #[test]
 fn long_histories_with_many_unanswered_operations_are_no_trouble() {
-    let history = make_with(&mut Seed::new(1), 8, 20_000, Wrong::Nothing, 200);
+    let history = make_with(&mut Seed::new(1), 8, 10_000, Wrong::Nothing, 100);
     assert!(history.iter().filter(|operation| operation.reply.is_none()).count() > 80);
     good(&history);
 }
