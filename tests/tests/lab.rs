@@ -41,8 +41,8 @@ fn a_client_gets_through_as_soon_as_somebody_answers() {
         ip(&format!("address add {GUEST}/{PREFIX} dev lan\n"))?;
         let to = format!("{GUEST}:6379");
         ensure!(lab.connect(&to, Duration::from_millis(200)).is_err());
-        let dialer = lab.dialer(to.parse()?, PATIENCE)?;
-        let client = std::thread::spawn(move || dialer.connect());
+        let dial = lab.dial(&to, PATIENCE)?;
+        let client = std::thread::spawn(move || dial());
         std::thread::sleep(Duration::from_millis(200));
         let listener = TcpListener::bind(&to)?;
         let (mut near, from) = listener.accept()?;
