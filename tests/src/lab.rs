@@ -24,8 +24,10 @@ use anyhow::{Context, bail, ensure};
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::service::Dial;
 use capture::Capture;
 pub use ip::ip;
 
@@ -130,21 +132,23 @@ impl Lab {
         self.client.run(work)
     }
 
-    /// A way to connect from the client, for threads that do so by themselves.
+    /// A way to connect from the client's namespace to this address and port, without delay of small writes. It tries
+    /// again until `timeout`, since guests take their time to boot.
     ///
     /// # Errors
-    /// No descriptor is left.
-    pub fn dialer(&self, to: SocketAddr, timeout: Duration) -> anyhow::Result<Dialer> {
-        Ok(Dialer { client: self.client.try_clone()?, to, timeout })
+    /// It is no address, or no descriptor is left.
+    pub fn dial(&self, to: &str, timeout: Duration) -> anyhow::Result<Dial> {
+        let to: SocketAddr = to.parse().with_context(|| format!("{to} is no address and port"))?;
+        let client = self.client.try_clone()?;
+        Ok(Arc::new(move || client.run(|| connect(to, timeout))?))
     }
 
-    /// Connects from the client, without delay of small writes. Tries again until `timeout`, since guests take their
-    /// time to boot.
+    /// Connects so, once.
     ///
     /// # Errors
     /// Nobody answers.
     pub fn connect(&self, to: &str, timeout: Duration) -> anyhow::Result<TcpStream> {
-        self.dialer(to.parse().with_context(|| format!("{to} is no address"))?, timeout)?.connect()
+        self.dial(to, timeout)?()
     }
 
     /// Records what passes at a node's TAP from now on.
@@ -173,35 +177,19 @@ impl Drop for Lab {
     }
 }
 
-/// Connects from the client's namespace.
-#[derive(Debug)]
-pub struct Dialer {
-    client: Namespace,
-    to: SocketAddr,
-    timeout: Duration,
-}
-
-impl Dialer {
-    /// A connection, without delay of small writes.
-    ///
-    /// # Errors
-    /// Nobody has answered until the time was over.
-    pub fn connect(&self) -> anyhow::Result<TcpStream> {
-        self.client.run(|| {
-            let started = Instant::now();
-            loop {
-                let left = self.timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
-                match TcpStream::connect_timeout(&self.to, left) {
-                    Ok(stream) => {
-                        stream.set_nodelay(true)?;
-                        return Ok(stream);
-                    }
-                    Err(e) if started.elapsed() + RETRY >= self.timeout => {
-                        bail!("{} did not answer in {:?}: {e}", self.to, self.timeout)
-                    }
-                    Err(_) => std::thread::sleep(RETRY),
-                }
+fn connect(to: SocketAddr, timeout: Duration) -> anyhow::Result<TcpStream> {
+    let started = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
+        match TcpStream::connect_timeout(&to, left) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
             }
-        })?
+            Err(e) if started.elapsed() + RETRY >= timeout => {
+                bail!("{to} did not answer in {timeout:?}: {e}")
+            }
+            Err(_) => std::thread::sleep(RETRY),
+        }
     }
 }

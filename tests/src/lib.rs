@@ -9,6 +9,7 @@ pub mod load;
 pub mod measure;
 pub mod rig;
 pub mod seed;
+pub mod service;
 pub mod session;
 
 /// The hash chain of the workload's console: the very file that the guest's program is built from.

@@ -7,7 +7,8 @@ use colo_common::limits::MAX_FRAME;
 use colo_tests::lab::capture::Capture;
 use colo_tests::lab::{self, CLIENT, GUEST, Lab, Namespace, ip, tap_of};
 use colo_vmm::tap::{HEADER, Offloads, Tap, TapError, Written, announce};
-use std::net::UdpSocket;
+use std::io::Write;
+use std::net::{TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -199,6 +200,58 @@ fn frames_pass_each_way_and_checksums_are_left_out_only_if_agreed() {
         assert_eq!(rarp.source(), Some(mac().bytes()));
         let to_guest = frames.iter().filter(|frame| frame.outgoing && frame.bytes[..6] == mac().bytes());
         assert_eq!(to_guest.count(), 3);
+        Ok(())
+    });
+}
+
+/// What a guest answers to the first segment of a connection. Its checksum is left to the host.
+fn syn_ack(syn: &[u8]) -> Vec<u8> {
+    let at = |from: usize, len: usize| &syn[HEADER + from..HEADER + from + len];
+    let mut ip = [&[0x45, 0, 0, 44, 0, 0, 0x40, 0, 64, 6, 0, 0], at(30, 4), at(26, 4)].concat();
+    let words = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let sum: u32 = words.sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    ip[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    let next = u32::from_be_bytes(at(38, 4).try_into().unwrap()).wrapping_add(1);
+    [
+        // NEEDS_CSUM, from the TCP header on, where TCP has it.
+        &[1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0],
+        at(6, 6),
+        at(0, 6),
+        &[8, 0],
+        &ip,
+        at(36, 2),
+        at(34, 2),
+        &1000_u32.to_be_bytes(),
+        &next.to_be_bytes(),
+        // Six words, SYN and ACK, the window; the largest segment is of 1460 bytes.
+        &[0x60, 0x12, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0xb4],
+    ]
+    .concat()
+}
+
+#[test]
+fn long_segments_come_in_one_frame_only_if_agreed() {
+    alone(|| {
+        let tap = Tap::open(NAME)?;
+        tap.set_carrier(true)?;
+        drop(host_socket()?);
+        let is_syn = |frame: &[u8]| frame[12..14] == [8, 0] && frame[23] == 6 && frame[47] == 2;
+        for (offloads, wanted, fill) in [(Offloads::ALL, true, 0x55), (Offloads::default(), false, 0xaa)] {
+            tap.set_offloads(offloads)?;
+            let client = std::thread::scope(|scope| {
+                let connecting = scope.spawn(|| TcpStream::connect_timeout(&(GUEST, 7).into(), PATIENCE));
+                let syn = next(&tap, is_syn)?;
+                assert_eq!(tap.write_frame(&syn_ack(&syn))?, Written::Taken);
+                anyhow::Ok(connecting.join().unwrap()?)
+            })?;
+            (&client).write_all(&[fill; 5000])?;
+            let frame = next(&tap, |frame| has(frame, &[fill; 1000]))?;
+            // VIRTIO_NET_HDR_GSO_TCPV4, and the length of a segment.
+            let (kind, segment) = (frame[1], u16::from_le_bytes([frame[4], frame[5]]));
+            let whole = frame.len() > 5000 && kind == 1 && segment == 1460;
+            assert_eq!(whole, wanted, "{} bytes, {:?}", frame.len(), &frame[..HEADER]);
+        }
         Ok(())
     });
 }

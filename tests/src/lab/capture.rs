@@ -116,9 +116,9 @@ fn record(socket: &OwnedFd, into: &Mutex<Seen>) -> bool {
     let Ok(frame) = receive(socket) else { return false };
     let mut seen = lock(into);
     if seen.frames.len() < MAX_FRAMES {
-        seen.frames.push(frame)
+        seen.frames.push(frame);
     } else {
-        seen.missed += 1
+        seen.missed += 1;
     }
     true
 }
