@@ -16,6 +16,24 @@ pub(crate) enum Mode {
     Flood,
 }
 
+/// When Redis syncs its file, in Redis's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fsync {
+    Always,
+    EverySecond,
+    Never,
+}
+
+impl Fsync {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::EverySecond => "everysec",
+            Self::Never => "no",
+        }
+    }
+}
+
 /// What happens to the machine when it was told to end, or has done its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -28,6 +46,7 @@ pub(crate) enum End {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) mode: Mode,
+    pub(crate) fsync: Fsync,
     pub(crate) steps: u64,
     pub(crate) blocks: u64,
     pub(crate) delay_us: u64,
@@ -44,6 +63,7 @@ impl Args {
     pub(crate) fn parse(words: &[String]) -> Result<Self, String> {
         let mut args = Self {
             mode: Mode::Redis,
+            fsync: Fsync::EverySecond,
             steps: 0,
             blocks: 2048,
             delay_us: 0,
@@ -64,6 +84,7 @@ impl Args {
         let (name, value) = word.split_once('=')?;
         match name {
             "mode" => self.mode = mode(value)?,
+            "fsync" => self.fsync = fsync(value)?,
             "steps" => self.steps = value.parse().ok()?,
             // The plan remembers each block: 1 << 20 of them are 4 GiB of disk and 8 MiB of guest memory.
             "blocks" => self.blocks = bounded(value, 1, 1 << 20)?,
@@ -97,6 +118,10 @@ fn mode(value: &str) -> Option<Mode> {
     }
 }
 
+fn fsync(value: &str) -> Option<Fsync> {
+    [Fsync::Always, Fsync::EverySecond, Fsync::Never].into_iter().find(|fsync| fsync.name() == value)
+}
+
 fn end(value: &str) -> Option<End> {
     match value {
         "reset" => Some(End::Stop(Stop::Reset)),
@@ -117,10 +142,10 @@ mod tests {
 
     #[test]
     fn every_argument_is_taken() {
-        let text =
-            "mode=raw steps=1 blocks=2 delay_us=3 seed=4 discard=0 disk=0 net=0 frame=5 end=exit:6 ip=x";
+        let text = "mode=raw fsync=always steps=1 blocks=2 delay_us=3 seed=4 discard=0 disk=0 net=0 frame=5 end=exit:6 ip=x";
         let expected = Args {
             mode: Mode::Raw,
+            fsync: Fsync::Always,
             steps: 1,
             blocks: 2,
             delay_us: 3,
@@ -136,7 +161,9 @@ mod tests {
 
     #[test]
     fn a_wrong_word_is_named() {
-        for word in ["mode=Redis", "blocks=0", "discard=2", "frame=1473", "step=1", "mode", "end=exit:256"] {
+        for word in
+            ["mode=Redis", "blocks=0", "discard=2", "frame=1473", "step=1", "mode", "fsync=1", "end=exit:256"]
+        {
             assert_eq!(parse(&format!("mode=blk {word}")), Err(word.to_owned()));
         }
     }

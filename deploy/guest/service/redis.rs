@@ -2,6 +2,7 @@
 //! Keeps Redis running in the disk's file system: started, asked until it answers, started again when it ends, and
 //! stopped in order when the guest is told to end.
 
+use crate::args::{Args, Fsync};
 use crate::calls;
 use crate::during;
 use crate::orders::{Order, Orders};
@@ -34,11 +35,17 @@ enum Service {
 }
 
 /// Runs Redis until an order comes.
-pub(crate) fn run(root: &str, address: Option<Ipv4Addr>, orders: &mut Orders) -> Result<Order, String> {
+pub(crate) fn run(
+    args: &Args,
+    root: &str,
+    address: Option<Ipv4Addr>,
+    orders: &mut Orders,
+) -> Result<Order, String> {
     prepare(root)?;
-    let mut service = Service::Starting(start(root, address)?);
+    let start = || start(root, address, args.fsync);
+    let mut service = Service::Starting(start()?);
     let order = loop {
-        service = look(service, root, address)?;
+        service = look(service, &start)?;
         let wait_ms = if matches!(service, Service::Starting(_)) { STARTING_LOOK_MS } else { LOOK_MS };
         if let Some(order) = orders.take(wait_ms) {
             break order;
@@ -62,7 +69,7 @@ fn prepare(root: &str) -> Result<(), String> {
 }
 
 /// One step of the service's life.
-fn look(service: Service, root: &str, address: Option<Ipv4Addr>) -> Result<Service, String> {
+fn look(service: Service, start: &dyn Fn() -> Result<u32, String>) -> Result<Service, String> {
     if let Service::Starting(pid) | Service::Ready(pid) = service {
         if let Some(status) = ended(pid) {
             report(status);
@@ -74,7 +81,7 @@ fn look(service: Service, root: &str, address: Option<Ipv4Addr>) -> Result<Servi
             say("colo-service ready");
             Service::Ready(pid)
         }
-        Service::Resting { until } if Instant::now() >= until => Service::Starting(start(root, address)?),
+        Service::Resting { until } if Instant::now() >= until => Service::Starting(start()?),
         other => other,
     })
 }
@@ -96,9 +103,9 @@ fn report(status: ExitStatus) {
 
 /// Starts Redis with the disk as its root. This process goes there and back, which is a few system calls; a child that
 /// went there alone would have to be a fork, which copies this process.
-fn start(root: &str, address: Option<Ipv4Addr>) -> Result<u32, String> {
+fn start(root: &str, address: Option<Ipv4Addr>, fsync: Fsync) -> Result<u32, String> {
     let mut command = Command::new(PROGRAM);
-    command.args([CONFIGURATION, "--bind"]);
+    command.args([CONFIGURATION, "--appendfsync", fsync.name(), "--bind"]);
     command.args(address.map(|address| address.to_string()));
     // For the question whether it is ready.
     command.arg(Ipv4Addr::LOCALHOST.to_string()).env_clear();

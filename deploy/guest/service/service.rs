@@ -71,7 +71,7 @@ fn run(args: &Args, orders: &mut Orders) -> Result<Order, String> {
         calls::mount_disk(DEVICE, MOUNT_POINT).map_err(|error| format!("mount {DEVICE}: {error}"))?;
     }
     let result = match args.mode {
-        Mode::Redis => redis::run(MOUNT_POINT, address, orders),
+        Mode::Redis => redis::run(args, MOUNT_POINT, address, orders),
         Mode::Blk => disk::run(args, disk::Target::Directory(MOUNT_POINT), orders),
         Mode::Raw => disk::run(args, disk::Target::Device(DEVICE), orders),
         Mode::Flood => flood::run(args, MOUNT_POINT, address, orders),
