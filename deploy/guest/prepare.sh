@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Prepares what the tests and demos boot as a guest on this host: kernels, an initramfs with the workload, bare
-# payloads. Everything goes to a cache outside git, in directories named by a hash of what determines their content.
-# See README.md for what is built, from what, and how long it takes.
+# Prepares what the tests and demos boot as a guest on this host: kernels, an initramfs with the workload, a disk with a
+# real service, bare payloads. Everything goes to a cache outside git, in directories named by a hash of what determines
+# their content. See README.md for what is built, from what, and how long it takes.
 #
-#   prepare.sh [--cache DIR] [up|smp|acpi|bzimage|initramfs|payloads|all ...]
+#   prepare.sh [--cache DIR] [up|smp|acpi|bzimage|initramfs|service|payloads|all ...]
 #
 # The last line on stdout is the path of manifest.json, which names every artefact that is ready; all else that is
 # said goes to stderr. COLO_GUEST_KIND=small|stock overrides the choice of kernel.
@@ -22,6 +22,8 @@ readonly guest_dir
 . "$guest_dir/lib/stock.sh"
 # shellcheck source=lib/initramfs.sh
 . "$guest_dir/lib/initramfs.sh"
+# shellcheck source=lib/service.sh
+. "$guest_dir/lib/service.sh"
 # shellcheck source=lib/manifest.sh
 . "$guest_dir/lib/manifest.sh"
 
@@ -50,6 +52,7 @@ prepare() {
         small-acpi) small_kernel acpi ;;
         stock-up | stock-smp | stock-acpi | stock-bzimage) stock_kernel ;;
         *-initramfs) initramfs ;;
+        *-service) service ;;
         *-payloads) payloads ;;
     esac
 }
@@ -59,14 +62,14 @@ main() {
     while [ $# -gt 0 ]; do
         case $1 in
             --cache) [ $# -ge 2 ] || usage; cache=$2; shift ;;
-            all) targets+=(up initramfs payloads smp acpi) ;;
-            up | smp | acpi | bzimage | initramfs | payloads) targets+=("$1") ;;
+            all) targets+=(up initramfs service payloads smp acpi) ;;
+            up | smp | acpi | bzimage | initramfs | service | payloads) targets+=("$1") ;;
             *) usage ;;
         esac
         shift
     done
     # In the order in which others wait for them: the kernel and workload of most tests first.
-    [ ${#targets[@]} -gt 0 ] || targets=(up initramfs payloads smp acpi)
+    [ ${#targets[@]} -gt 0 ] || targets=(up initramfs service payloads smp acpi)
 
     kind=$(guest_kind)
     case $kind in

@@ -1,6 +1,6 @@
 //! Guest images: what deploy/guest/prepare.sh made, by the manifest that it wrote.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use colo_vmm::host::Host;
 use colo_vmm::{BootFile, BootSource, GuestSpec};
 use serde::Deserialize;
@@ -22,7 +22,20 @@ pub struct Images {
     initramfs: Option<PathBuf>,
     #[serde(default)]
     initramfs_workload: Option<PathBuf>,
+    #[serde(default)]
+    service_disk: Option<PathBuf>,
+    #[serde(default)]
+    service_initramfs: Option<PathBuf>,
     payloads: Option<PathBuf>,
+}
+
+/// A guest with a real service: Redis, or in its place a load for the disk and the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service<'a> {
+    /// Raw image of the disk, to be copied for each run: ext4 with the programs.
+    pub disk: &'a Path,
+    /// The initramfs whose /init runs them.
+    pub initramfs: &'a Path,
 }
 
 /// A prepared Linux kernel.
@@ -79,6 +92,17 @@ impl Images {
     /// It was not prepared.
     pub fn workload(&self) -> anyhow::Result<&Path> {
         self.initramfs_workload.as_deref().context("the workload was not prepared: run `make guest`")
+    }
+
+    /// Paths of the guest with a service.
+    ///
+    /// # Errors
+    /// It was not prepared.
+    pub fn service(&self) -> anyhow::Result<Service<'_>> {
+        let (Some(disk), Some(initramfs)) = (&self.service_disk, &self.service_initramfs) else {
+            bail!("the service was not prepared: run `make guest`");
+        };
+        Ok(Service { disk, initramfs })
     }
 
     /// Path of a bare-metal payload.

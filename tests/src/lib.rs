@@ -16,3 +16,8 @@ pub mod session;
 #[path = "../../deploy/guest/workload/chain.rs"]
 #[allow(dead_code, missing_docs, unreachable_pub, clippy::all, reason = "shared with the guest's program")]
 pub mod chain;
+
+/// What the guest's disk exerciser does and says: the very file that the guest's program is built from.
+#[path = "../../deploy/guest/service/plan.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, clippy::all, reason = "shared with the guest's program")]
+pub mod disk_plan;

@@ -21,6 +21,11 @@ write_manifest() {
         add initramfs "$dir/initramfs.cpio"
         add initramfs_workload "$dir/workload.cpio"
     fi
+    service_find
+    dir=$images/$(service_disk_name)
+    [ ! -d "$dir" ] || add service_disk "$dir/service.img"
+    dir=$images/$(service_init_name)
+    [ ! -d "$dir" ] || add service_initramfs "$dir/service.cpio"
     dir=$images/$(payloads_name)
     [ ! -d "$dir" ] || add payloads "$dir"
     # Own name for each writer, then an atomic rename: a reader sees one whole manifest or another.
