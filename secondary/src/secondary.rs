@@ -15,6 +15,7 @@ use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
 use colo_primary::serve::{self, Runner, Security};
 use colo_proto::v1::pairing_server::PairingServer;
+use colo_vmm::tap::Tap;
 use crossbeam_channel::Sender;
 use std::path::Path;
 use std::process::ExitCode;
@@ -188,6 +189,7 @@ impl Secondary {
             again: self.again,
             history,
             persister: persister.context("no thread for the store")?,
+            tap: self.open_tap()?,
             console: self.plane.console.clone(),
             budget: self.budget.clone(),
             arbiter: worker.context("no thread for the arbiter")?,
@@ -198,6 +200,12 @@ impl Secondary {
         let mut follower = Follower::new(parts, settings, (self.outbox.clone(), inbox));
         follower.take_loaded(loaded)?;
         Ok(follower)
+    }
+
+    /// The TAP, its carrier off, so that nobody outside sees it before this node runs the guest.
+    fn open_tap(&self) -> anyhow::Result<Option<Arc<Tap>>> {
+        let network = self.config.network.as_ref();
+        Ok(network.map(|network| Tap::open(&network.tap)).transpose()?.map(Arc::new))
     }
 
     fn receiver(&self) -> Receiver {

@@ -5,7 +5,7 @@ use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
 use colo_proto::version::Versions;
-use colo_vmm::egress::{Output, OutputPosition};
+use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
@@ -244,6 +244,7 @@ impl Follower {
         if completes {
             self.held = Release::new(epoch.output.start);
         }
+        self.learn_addresses(&fresh);
         self.held.hold(point.epoch, fresh);
         self.held.let_out_to(epoch.released, &mut self.console);
         self.promotions = epoch.promotions;
@@ -259,6 +260,16 @@ impl Follower {
         self.act(acks);
         self.pass_on(epoch, completes);
         self.act(rest);
+    }
+
+    /// What the guest sends tells its addresses, which are announced if it runs on here.
+    fn learn_addresses(&mut self, output: &Output) {
+        let Some(learner) = self.warm.as_mut().and_then(|warm| warm.learner.as_mut()) else { return };
+        for item in &output.items {
+            if let OutputItem::Frame { bytes, .. } = item {
+                learner.observe(bytes);
+            }
+        }
     }
 
     /// To the image and to the store.

@@ -24,6 +24,8 @@ use colo_primary::console::Console;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Board, Marks, Policy};
 use colo_primary::release::Release;
+use colo_vmm::tap::Tap;
+use colo_vmm::tap::learn::Learner;
 use colo_vmm::{GuestMemory, ProtectedGuest, WireSpec};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::path::PathBuf;
@@ -116,6 +118,8 @@ struct Warm {
     memory: Arc<GuestMemory>,
     /// What is behind its disk, if it has one.
     disk: Option<Arc<DiskImage>>,
+    /// What is known of its addresses, if it has a network card.
+    learner: Option<Learner>,
 }
 
 /// The runner that is followed.
@@ -152,6 +156,8 @@ pub struct Follower {
     agreed: std::collections::VecDeque<pairing::Agreement>,
     applier: Option<Applier>,
     persister: Option<Persister>,
+    /// The host's side of the guest's network card, its carrier off.
+    tap: Option<Arc<Tap>>,
     /// The store takes nothing more; acks under the policy `disk` end with it.
     store_failed: Option<String>,
     link: Option<Link>,
@@ -214,6 +220,8 @@ pub struct Parts {
     pub history: colo_common::History,
     /// The persist thread.
     pub persister: Persister,
+    /// The TAP for the guest's network card.
+    pub tap: Option<Arc<Tap>>,
     /// The console.
     pub console: Console,
     /// Room for epochs.
@@ -239,6 +247,7 @@ impl Follower {
             again,
             history,
             persister,
+            tap,
             console,
             budget,
             arbiter,
@@ -257,6 +266,7 @@ impl Follower {
             agreed: std::collections::VecDeque::new(),
             applier: None,
             persister: Some(persister),
+            tap,
             store_failed: None,
             link: None,
             tip: None,

@@ -5,8 +5,11 @@ use colo_common::{Incarnation, NodeId, Point, ReplicaId};
 use colo_primary::guest_config::account;
 use colo_proto::message::Hello;
 use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
+use colo_vmm::spec::NetSpec;
+use colo_vmm::tap::Tap;
+use colo_vmm::tap::learn::Learner;
 use colo_vmm::wire_spec::FileDigest;
-use colo_vmm::{GuestKind, GuestMemory, WireSpec, admission};
+use colo_vmm::{Backends, Disk, GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -93,6 +96,19 @@ pub enum PairError {
         host: String,
         /// What does not fit.
         source: CpuMisfit,
+    },
+    /// The guest has a network card, and this node was given no TAP for it.
+    #[error(
+        "the guest has a network card and this node has no TAP for it: name one in [network] of its configuration"
+    )]
+    NoTap,
+    /// The guest was promised offloads that this host does not have.
+    #[error(
+        "the guest leaves checksums and segments to its host, and the TAP {tap} of this node cannot make them: use the kernel of the runner's host here"
+    )]
+    Offloads {
+        /// The interface.
+        tap: String,
     },
     /// The guest cannot be built here.
     #[error("the guest cannot be built on this node: {0}")]
@@ -225,7 +241,17 @@ impl Follower {
         let backends = Backends { tap, disk: disk.clone().map(|disk| disk as Arc<dyn Disk>) };
         let guest = spec.kind.build(full, Arc::clone(&memory), &backends).map_err(|e| build(&e))?;
         let image = Image::new(Arc::clone(&memory), point);
-        Ok((Warm { guest, spec, digest, memory, disk }, image))
+        let learner = spec.virtio().net.map(|net| Learner::new(net.mac));
+        Ok((Warm { guest, spec, digest, memory, disk, learner }, image))
+    }
+
+    /// This node's TAP, if it can do what the guest was promised.
+    fn fitting_tap(&self, net: NetSpec) -> Result<Arc<Tap>, PairError> {
+        let tap = self.tap.as_ref().ok_or(PairError::NoTap)?;
+        if net.offloads && !tap.offers_offloads() {
+            return Err(PairError::Offloads { tap: tap.name().to_owned() });
+        }
+        Ok(Arc::clone(tap))
     }
 
     /// The store opens it, which belongs to the persist thread.

@@ -9,11 +9,13 @@ use colo_common::{Incarnation, NodeId, Point, Term};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Promoted, Role};
-use colo_primary::outlet::Outlet;
+use colo_primary::outlet::{Network, Outlet};
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
-use colo_vmm::MachineState;
 use colo_vmm::egress::OutputPosition;
+use colo_vmm::tap::learn::Learner;
+use colo_vmm::{Disk, MachineState};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Follower, Outcome, READ_INTERVAL};
@@ -240,6 +242,10 @@ impl Follower {
         let replicator =
             Replicator::new(self.me.clone(), self.incarnation, entry, std::mem::take(&mut self.history));
         self.board.count(|counters| counters.promotions += 1);
+        let network =
+            warm.spec.virtio().net.zip(self.tap.take()).map(|(net, tap)| {
+                Network::new(tap, net.mac, warm.learner.iter().flat_map(Learner::addresses))
+            });
         let beginning = Beginning {
             vm: self.vm.clone(),
             me: self.me.clone(),
@@ -248,8 +254,8 @@ impl Follower {
             spec: warm.spec,
             replicator,
             release: std::mem::take(&mut self.held),
-            disk: None,
-            outlet: Outlet::new(self.console.clone(), None),
+            disk: warm.disk.map(|disk| disk as Arc<dyn Disk>),
+            outlet: Outlet::new(self.console.clone(), network),
             moved: true,
             promotions: self.promotions + self.yielded,
         };

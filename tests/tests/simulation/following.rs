@@ -164,6 +164,8 @@ impl Follower {
                     self.persister.order(Job::Seed(part));
                 }
             }
+            // The guest in software has no disk, so its blocks are refused before.
+            Ok(Step::SeedBlocks(_)) => common.outside.broken(|| "blocks of a disk that is none".to_owned()),
             Ok(Step::Whole(epoch)) => self.on_epoch(*epoch, common),
             Err(e) => {
                 if matches!(e, colo_secondary::staging::StagingError::TooLarge { .. }) {
