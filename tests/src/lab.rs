@@ -11,8 +11,9 @@
 //! The thread that makes the lab enters the lab's namespace, and whatever it starts from then on inherits that: the
 //! runtime's threads, the nodes. So they share a 127.0.0.1 of their own for control plane and QUIC, which the guest's
 //! network is no part of and cannot harm, and a cluster knows nothing of all this. No namespace has a name: with the
-//! last process and descriptor the kernel takes it away, with all interfaces in it, also after SIGKILL. Nothing can be
-//! left behind, two labs never meet, and firewalls and network managers of the host see none of it.
+//! last process and descriptor the kernel takes it away, with all interfaces in it, also when the harness was killed,
+//! since its nodes end with it. So nothing can be left behind, two labs never meet, and firewalls and network managers of
+//! the host see none of it.
 
 pub mod capture;
 mod ip;

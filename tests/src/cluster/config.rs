@@ -160,3 +160,26 @@ fn replication(section: &str, options: &Options, secondary: Option<SocketAddr>) 
          suspect_after_ms = {suspect_after_ms}\ninterval_ms = {interval_ms}\n"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Guest, Options, Ports, primary, secondary};
+    use crate::lab::tap_of;
+    use colo_common::config::{PrimaryConfig, SecondaryConfig};
+    use std::path::Path;
+
+    #[test]
+    fn nodes_have_the_taps_of_the_lab() {
+        let options = Options { network: true, ..Options::new(Guest::synthetic(1)) };
+        let any = "127.0.0.1:1".parse().unwrap();
+        let ports = Ports { admin: any, quic: any, advertised: None };
+        let path = Path::new("/test.toml");
+        let config = PrimaryConfig::parse(&primary(&options, "vm", "a", ports, None), path).unwrap();
+        assert_eq!(config.network.unwrap().tap, tap_of("a"));
+        let config = SecondaryConfig::parse(&secondary(&options, "vm", "b", ports), path).unwrap();
+        assert_eq!(config.network.unwrap().tap, tap_of("b"));
+        let without = Options { network: false, ..options };
+        let config = SecondaryConfig::parse(&secondary(&without, "vm", "b", ports), path).unwrap();
+        assert_eq!(config.network, None);
+    }
+}

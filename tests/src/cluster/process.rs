@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail, ensure};
 use std::fs::File;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -31,7 +31,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` with its output added to `log`.
+    /// Starts `command` with its output added to `log`. It ends with the thread that starts it at the latest: a harness
+    /// that is killed leaves no nodes behind, nor the network that they are in.
     ///
     /// # Errors
     /// It cannot be started.
@@ -39,6 +40,8 @@ impl Process {
         let cannot = || format!("cannot write {}", log.display());
         let out = File::options().create(true).append(true).open(log).with_context(cannot)?;
         let err = out.try_clone().with_context(cannot)?;
+        // SAFETY: between fork and exec only calls that are safe in a signal handler are allowed; prctl is one.
+        unsafe { command.pre_exec(end_with_parent) };
         let child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn();
         let child = child.with_context(|| format!("cannot start {:?}", command.get_program()))?;
         Ok(Self { child, log: log.to_owned() })
@@ -115,6 +118,14 @@ impl Process {
     /// The end of its log.
     pub fn tail(&self) -> String {
         tail(&self.log)
+    }
+}
+
+fn end_with_parent() -> std::io::Result<()> {
+    // SAFETY: the request takes a number and touches no memory.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

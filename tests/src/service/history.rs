@@ -95,7 +95,7 @@ impl History {
         times
     }
 
-    /// Whether this client's operations, or all, were answered well: not by an error.
+    /// Operations that were answered, and not by an error.
     pub fn acknowledged(&self) -> impl Iterator<Item = &Operation> {
         self.operations.iter().filter(|o| matches!(&o.reply, Some((_, reply)) if !is_error(reply)))
     }
