@@ -28,12 +28,6 @@ const ANSWER_PATIENCE: Duration = Duration::from_millis(500);
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 
-/// Where guest kernels are emulated, user mode sees AVX, since the host's CPU cannot be told to hide it, but the guest's
-/// kernel cannot save its registers: a switch to another process in the middle of a copy by AVX would spoil the copy. So
-/// the C library is told to do without, and then nothing that runs beside this process uses it.
-const NO_AVX: (&str, &str) =
-    ("GLIBC_TUNABLES", "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX2,-AVX,-AVX_Fast_Unaligned_Load");
-
 enum Service {
     Starting(u32),
     Ready(u32),
@@ -114,7 +108,7 @@ fn start(root: &str, address: Option<Ipv4Addr>, fsync: Fsync) -> Result<u32, Str
     command.args([CONFIGURATION, "--appendfsync", fsync.name(), "--bind"]);
     command.args(address.map(|address| address.to_string()));
     // For the question whether it is ready.
-    command.arg(Ipv4Addr::LOCALHOST.to_string()).env_clear().envs([NO_AVX]);
+    command.arg(Ipv4Addr::LOCALHOST.to_string());
     let outside = File::open("/").map_err(during("/"))?;
     calls::change_root(root).map_err(during(root))?;
     let child = command.spawn();

@@ -28,7 +28,9 @@ mod redis;
 use args::{Args, End, Mode};
 use orders::{Order, Orders};
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 use sys::Stop;
 
@@ -41,10 +43,21 @@ const DEBUG_EXIT_PORT: u16 = 0xf4;
 /// The disk is there before this process where its driver is in the kernel; a module may take a moment.
 const DEVICE_WAIT: Duration = Duration::from_secs(5);
 
+/// Where guest kernels are emulated, user mode sees AVX, since the host's CPU cannot be told to hide it, but the guest's
+/// kernel cannot save its registers: a switch to another thread in the middle of a copy by AVX would spoil the copy. So
+/// the C library is told to do without, here and in all that this process starts.
+const NO_AVX: (&str, &str) =
+    ("GLIBC_TUNABLES", "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX2,-AVX,-AVX_Fast_Unaligned_Load");
+
 fn main() {
     if !init::is_first_process() {
         say("colo-error service: it is the first process of a guest and nothing else");
         std::process::exit(1);
+    }
+    if std::env::var_os(NO_AVX.0).is_none() {
+        // The library reads it only when a program starts. What follows is for an exec that failed: better with AVX.
+        let error = Command::new("/init").args(std::env::args_os().skip(1)).env(NO_AVX.0, NO_AVX.1).exec();
+        say(&format!("colo-service could not start again without AVX: {error}"));
     }
     init::set_up();
     sys::echo_off(0);
