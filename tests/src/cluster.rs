@@ -122,6 +122,9 @@ impl Cluster {
         } else {
             ("colo-secondary", config::secondary(&self.options, VM, node, ports))
         };
+        if primary && let Some(image) = &self.options.disk {
+            copy_disk(image, &self.directory.join(config::disk_of(node)))?;
+        }
         let path = self.directory.join(format!("{node}.toml"));
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         let mut command = Command::new(process::program(program)?);
@@ -339,4 +342,15 @@ fn free_port() -> anyhow::Result<SocketAddr> {
         }
     }
     anyhow::bail!("no free port between {FIRST} and {}", FIRST + PORTS)
+}
+
+/// A disk of a guest's own, holes and all; one that is there stays.
+fn copy_disk(image: &Path, to: &Path) -> anyhow::Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    let copied = Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(image).arg(to).status();
+    let copied = copied.context("cannot run cp")?;
+    anyhow::ensure!(copied.success(), "cannot copy {} to {}", image.display(), to.display());
+    Ok(())
 }

@@ -18,6 +18,8 @@ mod network;
 mod operator;
 #[path = "e2e/rejoins.rs"]
 mod rejoins;
+#[path = "e2e/service.rs"]
+mod service;
 #[path = "e2e/starts.rs"]
 mod starts;
 

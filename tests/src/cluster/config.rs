@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use crate::images::{Images, Kernel};
 use crate::lab::tap_of;
@@ -43,6 +44,26 @@ impl Guest {
         Ok(Self { lines, name: format!("linux {} ({} kernel)", images.release, images.kind), seed })
     }
 
+    /// Linux with a service: give it a disk like that of [`Images::service`]. `network` is what the kernel is told of its
+    /// address, `arguments` what its init is.
+    ///
+    /// # Errors
+    /// An image is missing.
+    pub fn service(images: &Images, network: &str, arguments: &str) -> anyhow::Result<Self> {
+        let (kernel, initrd) = (images.kernel(Kernel::Up)?.display(), images.service()?.initramfs.display());
+        let command_line = format!("console=ttyS0 reboot=t panic=-1 quiet {network} -- {arguments}");
+        let by_line = images.kind == "small";
+        let lines = format!(
+            "kind = \"kvm\"\nkernel = \"{kernel}\"\ninitrd = [\"{initrd}\"]\ncmdline = \"{command_line}\"\n\
+             memory_mib = {LINUX_MIB}\nvirtio_cmdline = {by_line}\n"
+        );
+        Ok(Self {
+            lines,
+            name: format!("linux {} ({} kernel) with a service", images.release, images.kind),
+            seed: 0,
+        })
+    }
+
     /// A bare-metal program with this command line.
     ///
     /// # Errors
@@ -78,6 +99,8 @@ pub struct Options {
     pub interval_ms: u32,
     /// Whether nodes reach each other through links that can be cut.
     pub links: bool,
+    /// The guest's disk at its start, if it has one; nodes have files of their own.
+    pub disk: Option<PathBuf>,
     /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
     /// made in the lab then.
     pub network: bool,
@@ -96,6 +119,7 @@ impl Options {
             promote_delay_ms: 100,
             interval_ms: 25,
             links: false,
+            disk: None,
             network: false,
         }
     }
@@ -120,12 +144,13 @@ pub(super) fn primary(
     let mut text = common(vm, node, ports);
     text += &format!("[guest]\n{}", options.guest.lines);
     text += &network(options, node);
+    text += &disk(options, node);
     text += &replication("replication", options, secondary);
     text
 }
 
 pub(super) fn secondary(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
-    let mut text = common(vm, node, ports) + &network(options, node);
+    let mut text = common(vm, node, ports) + &network(options, node) + &disk(options, node);
     let Options { ack, failover, heartbeat_ms, suspect_after_ms, promote_delay_ms, .. } = options;
     text += &format!(
         "[replication]\nlisten = \"{}\"\nack = \"{ack}\"\nfailover = \"{failover}\"\nheartbeat_ms = {heartbeat_ms}\n\
@@ -152,6 +177,15 @@ fn network(options: &Options, node: &str) -> String {
     tap.unwrap_or_default()
 }
 
+fn disk(options: &Options, node: &str) -> String {
+    options.disk.as_ref().map(|_| format!("[disk]\npath = \"{}\"\n", disk_of(node))).unwrap_or_default()
+}
+
+/// The file of a node's disk.
+pub fn disk_of(node: &str) -> String {
+    format!("{node}.disk")
+}
+
 fn replication(section: &str, options: &Options, secondary: Option<SocketAddr>) -> String {
     let Options { on_secondary_loss, heartbeat_ms, suspect_after_ms, interval_ms, .. } = options;
     let whom = secondary.map(|address| format!("secondary = \"{address}\"\n")).unwrap_or_default();
@@ -170,7 +204,9 @@ mod tests {
 
     #[test]
     fn nodes_have_the_taps_of_the_lab() {
-        let options = Options { network: true, ..Options::new(Guest::synthetic(1)) };
+        let kernel = "kind = \"kvm\"\nkernel = \"vmlinux\"\n".to_owned();
+        let guest = Guest { lines: kernel, ..Guest::synthetic(1) };
+        let options = Options { network: true, ..Options::new(guest) };
         let any = "127.0.0.1:1".parse().unwrap();
         let ports = Ports { admin: any, quic: any, advertised: None };
         let path = Path::new("/test.toml");
