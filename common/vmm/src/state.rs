@@ -4,7 +4,7 @@
 //! before it and the body (u64), body (postcard). Decoding checks, in this order, length, magic, version, declared
 //! length against [`MAX_MACHINE_STATE`], checksum, and then every count inside against its limit.
 //!
-//! Versions: 1, the first; 2, with virtio devices.
+//! Versions: 1, the first; 2, with virtio devices, and a disk of the guest in software.
 
 use colo_common::limits::MAX_MACHINE_STATE;
 use serde::{Deserialize, Serialize};

@@ -27,6 +27,7 @@ use crate::state::StateError;
 pub use acpi_pm::AcpiPmState;
 pub(crate) use input::ConsoleInput;
 pub use serial::SerialConsoleState;
+pub(crate) use virtio::DiskLog;
 pub use virtio::{Backends, DiskTracking};
 pub(crate) use virtio::{SlotState, Virtio};
 

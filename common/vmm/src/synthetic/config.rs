@@ -13,6 +13,10 @@ use crate::memory::MemoryError;
 pub const MAX_WRITES: u32 = 16;
 /// Largest number of words of a page's body: a page of them less the head of three and the tail of one.
 pub const MAX_WORDS: u32 = (PAGE_SIZE / 8 - 4) as u32;
+/// Most blocks that it works on, and most steps that a write may take: so that a round over its disk comes to an end.
+pub const MAX_BLOCKS: u32 = 1 << 16;
+/// See [`MAX_BLOCKS`].
+pub const MAX_WRITE_STEPS: u32 = 1 << 10;
 /// Smallest frame in bytes: virtio-net header, Ethernet header, number and hash.
 pub const MIN_FRAME_BYTES: u32 = 12 + 14 + 16;
 /// Most log entries of a single step: three stores for each page of the sweep, one for the vCPU's own page and
@@ -67,6 +71,14 @@ pub struct Program {
     pub frame_slot: u32,
     /// Guest time that a step takes, in nanoseconds, 1 to 10^9.
     pub step_ns: u64,
+    /// Blocks of its disk that it works on, at least one for each vCPU; 0 is a guest without a disk.
+    pub blocks: u32,
+    /// A step in so many checks a block and writes it anew; 0 is never.
+    pub block_every: u32,
+    /// A step in so many wants the disk to be safe; 0 is never.
+    pub flush_every: u32,
+    /// Steps that a write takes at most, 1 to [`MAX_WRITE_STEPS`].
+    pub write_steps: u32,
     /// What the guest asks for in the end.
     pub end: Option<End>,
 }
@@ -93,6 +105,10 @@ impl Default for Program {
             frame_bytes: 200,
             frame_slot: 0,
             step_ns: 100_000,
+            blocks: 0,
+            block_every: 4,
+            flush_every: 64,
+            write_steps: 8,
             end: None,
         }
     }
@@ -123,6 +139,10 @@ impl Program {
         in_range("words", self.words.into(), 1, MAX_WORDS.into())?;
         in_range("frame_bytes", self.frame_bytes.into(), MIN_FRAME_BYTES.into(), MAX_FRAME as u64)?;
         in_range("frame_slot", self.frame_slot.into(), 0, u64::from(MAX_VIRTIO_SLOTS) - 1)?;
+        if self.blocks > 0 {
+            in_range("blocks", self.blocks.into(), vcpus.into(), MAX_BLOCKS.into())?;
+        }
+        in_range("write_steps", self.write_steps.into(), 1, MAX_WRITE_STEPS.into())?;
         in_range("step_ns", self.step_ns, 1, 1_000_000_000)
     }
 }

@@ -12,6 +12,7 @@
 mod bus;
 mod chain;
 mod config;
+mod disk;
 mod pace;
 mod paced;
 mod pages;
@@ -23,8 +24,8 @@ mod tests;
 mod tracker;
 
 pub use config::{
-    End, MAX_STEP_ENTRIES, MAX_WORDS, MAX_WRITES, MIN_FRAME_BYTES, Program, SyntheticConfig, SyntheticError,
-    Tracking,
+    End, MAX_BLOCKS, MAX_STEP_ENTRIES, MAX_WORDS, MAX_WRITE_STEPS, MAX_WRITES, MIN_FRAME_BYTES, Program,
+    SyntheticConfig, SyntheticError, Tracking,
 };
 pub use pace::Pace;
 pub use paced::PacedGuest;
@@ -39,7 +40,7 @@ use crate::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use crate::block_set::BlockSet;
 use crate::devices::DiskTracking;
 use crate::dirty_set::DirtySet;
-use crate::disk::DiskDelta;
+use crate::disk::{Disk, DiskDelta};
 use crate::egress::{Egress, Output, OutputPosition};
 use crate::guest::{
     Cut, CutTiming, GuestError, GuestEvent, GuestFailure, Lifecycle, ProtectedGuest, Tracked, Wake,
@@ -48,6 +49,7 @@ use crate::memory::GuestMemory;
 use crate::spec::GuestSpec;
 use crate::state::{Body, MachineState, StateError};
 use bus::CpuView;
+use disk::{BlockDevice, Filling};
 use program::Step;
 use state::MAX_COUNT;
 use tracker::Tracker;
@@ -79,6 +81,9 @@ pub struct SyntheticGuest {
     view: CpuView,
     tracker: Tracker,
     egress: Egress,
+    disk: Option<BlockDevice>,
+    /// Where the disk's host begins to draw from.
+    host_seed: u64,
     state: SyntheticState,
     pending: Option<Lifecycle>,
     /// Offset of the next byte of console input.
@@ -126,6 +131,8 @@ impl SyntheticGuest {
             view: CpuView::new(&memory)?,
             tracker: tracker.map_err(SyntheticError::Config)?,
             egress: Egress::default(),
+            disk: None,
+            host_seed: tracking.seed,
             state: SyntheticState::power_on(&program, spec.vcpus, 1),
             pending: None,
             input_offset: 0,
@@ -136,6 +143,19 @@ impl SyntheticGuest {
             spec,
             memory,
         })
+    }
+
+    /// Gives the guest its disk, before it boots or is restored.
+    ///
+    /// # Errors
+    /// The disk is smaller than what the program works on.
+    pub fn with_disk(mut self, disk: Arc<dyn Disk>) -> Result<Self, SyntheticError> {
+        let (blocks, needed) = (disk.bytes() / PAGE_SIZE as u64, self.state.program.blocks);
+        if blocks < u64::from(needed) {
+            return Err(SyntheticError::Config(format!("a disk of {blocks} blocks for a guest of {needed}")));
+        }
+        self.disk = Some(BlockDevice::new(disk, self.host_seed));
+        Ok(self)
     }
 
     /// Lets the guest take up to `steps` steps and returns how many it took: fewer when something asks for a
@@ -165,8 +185,8 @@ impl SyntheticGuest {
         if self.tracker.keeps_out(vcpu, self.view.frame(program::ALWAYS_WRITTEN)) {
             return false;
         }
-        let Self { state, view, tracker, egress, .. } = self;
-        match (Step { state, view, tracker, egress }).run() {
+        let Self { state, view, tracker, egress, disk, .. } = self;
+        match (Step { state, view, tracker, egress, disk: disk.as_mut() }).run() {
             Ok(ask) => self.pending = ask,
             Err(wrong) => {
                 self.state.failed = Some(wrong);
@@ -219,6 +239,7 @@ impl SyntheticGuest {
 
     /// Sets the machine as after power-on; the host's half of console input stays.
     fn power_on(&mut self, boots: u64) {
+        self.end_writes();
         let input = std::mem::take(&mut self.state.input);
         let fresh = SyntheticState::power_on(&self.state.program, self.spec.vcpus, boots);
         self.state = SyntheticState { input, ..fresh };
@@ -226,6 +247,23 @@ impl SyntheticGuest {
         program::load(&self.state, &self.view);
         self.pending = None;
         self.run = Run::Stopped;
+    }
+
+    /// What is under way ends, and is in the log: it may be on the disk already.
+    fn end_writes(&mut self) {
+        let filling = Filling { seed: self.state.program.seed, words: self.state.program.words };
+        if let Some(disk) = &mut self.disk {
+            disk.drain(&mut self.state.requests, filling);
+        }
+    }
+
+    /// The guest's program needs a disk as large as it says.
+    fn check_disk(&self, program: &Program) -> Result<(), StateError> {
+        let (blocks, needed) = (self.disk.as_ref().map_or(0, BlockDevice::blocks), u64::from(program.blocks));
+        if blocks < needed {
+            return Err(StateError::Malformed(format!("a guest of {needed} blocks with a disk of {blocks}")));
+        }
+        Ok(())
     }
 
     /// The state of another guest may be of any size and say anything.
@@ -236,6 +274,7 @@ impl SyntheticGuest {
         };
         let frames = self.spec.memory_bytes / PAGE_SIZE as u64;
         synthetic.check_for(u64::from(self.spec.vcpus), frames).map_err(StateError::Malformed)?;
+        self.check_disk(&synthetic.program)?;
         let counts = [state.output.console, state.output.frames, state.console_input];
         if counts.iter().any(|&count| count > MAX_COUNT) {
             return Err(StateError::Malformed("an output position that no guest reaches".to_owned()));
@@ -268,6 +307,7 @@ impl ProtectedGuest for SyntheticGuest {
         if self.run != Run::Built {
             return Err(self.wrong_state("boot"));
         }
+        self.check_disk(&self.state.program)?;
         self.power_on(1);
         Ok(())
     }
@@ -286,7 +326,12 @@ impl ProtectedGuest for SyntheticGuest {
         if self.run == Run::Running {
             return Err(self.wrong_state("restore"));
         }
-        self.state = self.check_state(state)?.clone();
+        let restored = self.check_state(state)?.clone();
+        self.end_writes();
+        self.state = restored;
+        if let Some(disk) = &mut self.disk {
+            disk.take_over(self.state.requests.len());
+        }
         self.view.set_spread(self.state.program.spread);
         self.egress.restore(state.output);
         self.input_offset = state.console_input;
@@ -341,7 +386,7 @@ impl ProtectedGuest for SyntheticGuest {
         self.memory.take_writes(dirty);
         let tracked = self.tracker.close(dirty);
         let (failed, output) = (self.failure(), self.egress.take());
-        let disk = DiskDelta::none();
+        let disk = self.disk.as_ref().map_or_else(DiskDelta::none, BlockDevice::take);
         Ok(Cut { state, tracked, output, disk, failed, timing: CutTiming::default() })
     }
 
@@ -395,8 +440,11 @@ impl ProtectedGuest for SyntheticGuest {
         self.egress.take()
     }
 
-    /// It has no disk.
-    fn track_disk(&mut self, _: DiskTracking) {}
+    fn track_disk(&mut self, tracking: DiskTracking) {
+        self.disk.iter().for_each(|disk| disk.track(tracking));
+    }
 
-    fn collect_blocks(&mut self, _: &mut BlockSet) {}
+    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
+        self.disk.iter().for_each(|disk| disk.collect(blocks));
+    }
 }

@@ -5,18 +5,21 @@
 //! page 1        inbox: number, length, bytes; by the console's device, read by vCPU 0
 //! page 2..2+N   one per vCPU: its steps and its hash
 //! the others    swept over, a share for each vCPU (see `pages`)
+//! the disk      the same, a block at a time (see `disk`)
 //! ```
 //!
-//! Whatever a step reads it checks, and mixes into the digest that the console's lines carry. So memory that is
-//! not of the same instant as the registers stops the guest, and memory of another history changes its console.
+//! Whatever a step reads it checks, and mixes into the digest that the console's lines carry. So memory or a disk that
+//! is not of the same instant as the registers stops the guest, and one of another history changes its console. What is
+//! written to the disk follows from that digest as well: its blocks are chained to memory.
 
-use colo_common::PAGE_SIZE;
+use colo_common::{Block, PAGE_SIZE};
 
 use super::bus::{CpuView, bytes_of};
 use super::chain::{self, mix};
-use super::config::{MIN_FRAME_BYTES, fixed_pages};
+use super::config::{MIN_FRAME_BYTES, Program, fixed_pages};
 use super::pages::{Fill, Sweep, order};
-use super::state::{INBOX_BYTES, MAX_LINE, SyntheticState, WrongMemory};
+use super::disk::{BlockDevice, Filling, MAX_REQUESTS, Request};
+use super::state::{INBOX_BYTES, MAX_LINE, Medium, SyntheticState, VcpuRegisters, WrongContent};
 use super::tracker::Tracker;
 use crate::egress::Egress;
 use crate::guest::Lifecycle;
@@ -39,18 +42,20 @@ pub(super) struct Step<'a> {
     pub(super) view: &'a CpuView,
     pub(super) tracker: &'a mut Tracker,
     pub(super) egress: &'a Egress,
+    pub(super) disk: Option<&'a mut BlockDevice>,
 }
 
 impl Step<'_> {
     /// Takes the step; returns what the guest asks for after it. Console and frames are in `egress` then, which
     /// must not have been full.
-    pub(super) fn run(mut self) -> Result<Option<Lifecycle>, WrongMemory> {
+    pub(super) fn run(mut self) -> Result<Option<Lifecycle>, WrongContent> {
         let vcpu = self.state.turn();
         self.check_ledger(vcpu)?;
         if self.state.time == 0 {
             self.greet();
         }
         self.sweep(vcpu)?;
+        self.work_on_disk(vcpu)?;
         self.own_page(vcpu)?;
         self.write_ledger(vcpu);
         self.maybe_frame(vcpu);
@@ -68,7 +73,7 @@ impl Step<'_> {
         self.say(&format!("synthetic guest: boot {boots}, {vcpus} vCPUs, seed {seed}"));
     }
 
-    fn check_ledger(&mut self, vcpu: u32) -> Result<(), WrongMemory> {
+    fn check_ledger(&mut self, vcpu: u32) -> Result<(), WrongContent> {
         let found: [u64; 4] = self.view.read_words(LEDGER);
         let state = &self.state;
         let expected = [state.time, state.ledger, state.boots, state.program.seed];
@@ -81,7 +86,7 @@ impl Step<'_> {
         self.view.store(self.tracker, vcpu, LEDGER, 0, &bytes_of(&words));
     }
 
-    fn own_page(&mut self, vcpu: u32) -> Result<(), WrongMemory> {
+    fn own_page(&mut self, vcpu: u32) -> Result<(), WrongContent> {
         let page = FIRST_OWN + vcpu;
         let cpu = &self.state.vcpus[vcpu as usize];
         let (steps, before) = (cpu.steps, cpu.chain);
@@ -96,18 +101,16 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn sweep(&mut self, vcpu: u32) -> Result<(), WrongMemory> {
+    fn sweep(&mut self, vcpu: u32) -> Result<(), WrongContent> {
         let visits = 1 + self.draw(vcpu) % u64::from(self.state.program.writes);
         (0..visits).try_for_each(|_| self.visit(vcpu))
     }
 
     /// Checks the next page of the vCPU's share and writes it.
-    fn visit(&mut self, vcpu: u32) -> Result<(), WrongMemory> {
+    fn visit(&mut self, vcpu: u32) -> Result<(), WrongContent> {
         let (program, vcpus) = (&self.state.program, self.state.vcpus.len() as u64);
         let fixed = fixed_pages(vcpus as u32);
-        let swept = u64::from(program.pages - fixed);
-        let first = swept * u64::from(vcpu) / vcpus;
-        let count = swept * u64::from(vcpu + 1) / vcpus - first;
+        let (first, count) = share(u64::from(program.pages - fixed), vcpu, vcpus);
         let seed = program.seed;
         let cpu = &mut self.state.vcpus[vcpu as usize];
         let (round, position) = (cpu.round, cpu.position.min(count - 1));
@@ -123,7 +126,13 @@ impl Step<'_> {
         self.view.read(page, &mut content);
         let before = sweep.check(round - 1, &content).map_err(|wrong| {
             let address = self.view.frame(page).address() + wrong.word * 8;
-            WrongMemory { vcpu, address, found: wrong.found, expected: wrong.expected }
+            WrongContent {
+                vcpu,
+                medium: Medium::Memory,
+                address,
+                found: wrong.found,
+                expected: wrong.expected,
+            }
         })?;
         self.state.found = mix(self.state.found, before);
         let link = mix(before, self.draw(vcpu));
@@ -135,6 +144,59 @@ impl Step<'_> {
                 let last = (PAGE_SIZE / 8 - 1) as u64;
                 self.view.store(self.tracker, vcpu, page, last, &tail.to_le_bytes());
             }
+        }
+        Ok(())
+    }
+
+    /// What a guest with a disk does there: some steps check the next block of the vCPU's share and write it anew.
+    fn work_on_disk(&mut self, vcpu: u32) -> Result<(), WrongContent> {
+        let Some(disk) = &mut self.disk else { return Ok(()) };
+        let Program { seed, words, blocks, block_every, flush_every, .. } = *self.state.program;
+        disk.go_on(&mut self.state.requests, Filling { seed, words }, self.state.time);
+        let is_one_in = |drawn: u64, every: u32| every > 0 && drawn.is_multiple_of(u64::from(every));
+        if blocks > 0 && is_one_in(self.draw(vcpu), block_every) {
+            self.visit_block(vcpu)?;
+        }
+        if is_one_in(mix(self.draw(vcpu), 1), flush_every)
+            && let Some(disk) = &self.disk
+        {
+            disk.flush();
+        }
+        Ok(())
+    }
+
+    fn visit_block(&mut self, vcpu: u32) -> Result<(), WrongContent> {
+        let (program, vcpus) = (&self.state.program, self.state.vcpus.len() as u64);
+        let (seed, words, steps) = (program.seed, program.words, u64::from(program.write_steps));
+        let (first, count) = share(program.blocks.into(), vcpu, vcpus);
+        let VcpuRegisters { disk_round: round, disk_position, .. } = self.state.vcpus[vcpu as usize];
+        let position = disk_position.min(count - 1);
+        let block = (first + order(mix(seed, u64::from(vcpu)), round, position, count)) as u32;
+        let waits = self.state.requests.iter().any(|request| request.block == block);
+        let Some(disk) = self.disk.as_mut().filter(|_| !waits && self.state.requests.len() < MAX_REQUESTS)
+        else {
+            return Ok(());
+        };
+        let content = disk.read(block);
+        let sweep = Sweep { seed, page: u64::from(block), words };
+        let before = sweep.check(round - 1, &content).map_err(|wrong| WrongContent {
+            vcpu,
+            medium: Medium::Disk,
+            address: Block(block.into()).offset() + wrong.word * 8,
+            found: wrong.found,
+            expected: wrong.expected,
+        })?;
+        let cpu = &mut self.state.vcpus[vcpu as usize];
+        cpu.disk_position = position + 1;
+        if cpu.disk_position == count {
+            (cpu.disk_round, cpu.disk_position) = (round + 1, 0);
+        }
+        self.state.found = mix(self.state.found, before);
+        let link = mix(mix(before, self.draw(vcpu)), self.state.found);
+        let ends = self.state.time + 1 + mix(self.draw(vcpu), 2) % steps;
+        let request = Request { block, round, link, ends };
+        if let Some(disk) = &mut self.disk {
+            disk.submit(&mut self.state.requests, request);
         }
         Ok(())
     }
@@ -182,7 +244,7 @@ impl Step<'_> {
     }
 
     /// The guest's half: echoes whole lines.
-    fn read_inbox(&mut self) -> Result<(), WrongMemory> {
+    fn read_inbox(&mut self) -> Result<(), WrongContent> {
         let unread = std::mem::take(&mut self.state.unread) as usize;
         if unread == 0 {
             return Ok(());
@@ -215,12 +277,14 @@ impl Step<'_> {
         ask
     }
 
-    fn compare(&self, vcpu: u32, page: u32, found: &[u64], expected: &[u64]) -> Result<(), WrongMemory> {
+    fn compare(&self, vcpu: u32, page: u32, found: &[u64], expected: &[u64]) -> Result<(), WrongContent> {
         let address = self.view.frame(page).address();
         let mut words = (address..).step_by(8).zip(found.iter().zip(expected));
         match words.find(|(_, (found, expected))| found != expected) {
             None => Ok(()),
-            Some((address, (&found, &expected))) => Err(WrongMemory { vcpu, address, found, expected }),
+            Some((address, (&found, &expected))) => {
+                Err(WrongContent { vcpu, medium: Medium::Memory, address, found, expected })
+            },
         }
     }
 
@@ -237,6 +301,12 @@ impl Step<'_> {
     fn say_bytes(&self, line: &[u8]) {
         self.egress.push_console(&[line, b"\n"].concat());
     }
+}
+
+/// The part of `all` that is a vCPU's: its first, and how many.
+fn share(all: u64, vcpu: u32, vcpus: u64) -> (u64, u64) {
+    let first = all * u64::from(vcpu) / vcpus;
+    (first, all * u64::from(vcpu + 1) / vcpus - first)
 }
 
 /// virtio-net header, Ethernet header (broadcast, an ethertype for experiments), number, hash, filling.

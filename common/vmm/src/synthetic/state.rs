@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chain;
 use super::config::Program;
+use super::disk::{MAX_REQUESTS, Request};
 use crate::state::StateError;
 
 /// Longest line of input that is echoed in one piece, in bytes; a longer one comes back in several.
@@ -50,8 +51,11 @@ pub struct SyntheticState {
     pub(super) line: Vec<u8>,
     /// The power button was pressed.
     pub(super) power_button: bool,
+    /// Writes to the disk that have not ended, in the order in which they were submitted.
+    #[serde(deserialize_with = "list::<_, _, MAX_REQUESTS>")]
+    pub(super) requests: Vec<Request>,
     /// Why the guest stopped for good.
-    pub(super) failed: Option<WrongMemory>,
+    pub(super) failed: Option<WrongContent>,
 }
 
 /// What a vCPU has beside memory.
@@ -63,21 +67,36 @@ pub(super) struct VcpuRegisters {
     /// How often it has been over its pages, counted from 1, and how far it is this time.
     pub(super) round: u64,
     pub(super) position: u64,
+    /// The same of its blocks of the disk.
+    pub(super) disk_round: u64,
+    pub(super) disk_position: u64,
 }
 
-/// A word of memory that is not what the guest left there.
+/// Where a guest keeps what it checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct WrongMemory {
+pub(super) enum Medium {
+    Memory,
+    Disk,
+}
+
+/// A word of memory or of the disk that is not what the guest left there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct WrongContent {
     pub(super) vcpu: u32,
+    pub(super) medium: Medium,
     pub(super) address: u64,
     pub(super) found: u64,
     pub(super) expected: u64,
 }
 
-impl std::fmt::Display for WrongMemory {
+impl std::fmt::Display for WrongContent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { address, found, expected, .. } = self;
-        write!(f, "memory at {address:#x} found={found:016x} expected={expected:016x}")
+        let Self { address, found, expected, medium, .. } = self;
+        let medium = match medium {
+            Medium::Memory => "memory",
+            Medium::Disk => "disk",
+        };
+        write!(f, "{medium} at {address:#x} found={found:016x} expected={expected:016x}")
     }
 }
 
@@ -91,6 +110,8 @@ impl SyntheticState {
             chain: chain::mix(seed, u64::from(vcpu)),
             round: 1,
             position: 0,
+            disk_round: 1,
+            disk_position: 0,
         };
         Self {
             program: Box::new(program.clone()),
@@ -108,6 +129,7 @@ impl SyntheticState {
             unread: 0,
             line: Vec::new(),
             power_button: false,
+            requests: Vec::new(),
             failed: None,
         }
     }
@@ -135,8 +157,13 @@ impl SyntheticState {
         self.program.check(count as u32, frames)?;
         let counts = [self.boots, self.time, self.lines, self.frames, self.deliveries];
         let pages = u64::from(self.program.pages);
+        let blocks = u64::from(self.program.blocks);
         let bad_vcpu = |v: &VcpuRegisters| {
-            v.steps > MAX_COUNT || !(1..=MAX_COUNT).contains(&v.round) || v.position >= pages
+            let rounds = [v.round, v.disk_round];
+            v.steps > MAX_COUNT
+                || rounds.iter().any(|round| !(1..=MAX_COUNT).contains(round))
+                || v.position >= pages
+                || v.disk_position > blocks
         };
         if self.boots == 0 || counts.iter().any(|&n| n > MAX_COUNT) || self.vcpus.iter().any(bad_vcpu) {
             return Err("a counter that no guest reaches".to_owned());
@@ -144,6 +171,10 @@ impl SyntheticState {
         let waiting = self.input.len().saturating_add(self.unread as usize);
         if waiting > MAX_CONSOLE_INPUT || self.unread as usize > INBOX_BYTES || self.line.len() > MAX_LINE {
             return Err(format!("{waiting} bytes of console input"));
+        }
+        let bad_request = |r: &Request| u64::from(r.block) >= blocks || r.round > MAX_COUNT || r.ends > MAX_COUNT;
+        if self.requests.len() > MAX_REQUESTS || self.requests.iter().any(bad_request) {
+            return Err("a write to a disk that the guest does not have".to_owned());
         }
         if self.failed.is_some_and(|wrong| u64::from(wrong.vcpu) >= count) {
             return Err("a failure of a vCPU that the guest does not have".to_owned());

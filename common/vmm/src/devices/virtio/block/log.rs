@@ -67,7 +67,7 @@ impl DiskLog {
         }
     }
 
-    pub(super) fn record(&self, write: DiskWrite) {
+    pub(crate) fn record(&self, write: DiskWrite) {
         let mut open = self.open();
         match open.tracking {
             DiskTracking::Off => {}
