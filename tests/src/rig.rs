@@ -237,6 +237,7 @@ impl Rig {
             history,
             bytes: pages.pages.as_ref().map_or(0, StagedPages::bytes),
             parts: vec![pages],
+            blocks: Vec::new(),
             state: cut.state.clone(),
             output: Output { start: cut.output.start, items: Vec::new() },
             released: cut.output.start,

@@ -92,7 +92,7 @@ impl Persister {
         if leaves_store {
             return Ok(());
         }
-        let done = self.store.activate(term, []);
+        let done = self.store.activate(term, &[]);
         self.died |= done.is_err() && self.dying;
         done.map_err(|e| e.to_string())
     }
