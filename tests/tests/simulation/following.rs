@@ -164,6 +164,7 @@ impl Follower {
                     self.persister.order(Job::Seed(part));
                 }
             }
+            Ok(Step::SeedBlocks(_)) => unreachable!("the simulated guest has no disk, so staging refuses them"),
             Ok(Step::Whole(epoch)) => self.on_epoch(*epoch, common),
             Err(e) => {
                 if matches!(e, colo_secondary::staging::StagingError::TooLarge { .. }) {
