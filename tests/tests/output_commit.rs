@@ -69,10 +69,8 @@ fn policy() -> impl Strategy<Value = AckPolicy> {
 /// Runs interleavings until one breaks a rule.
 fn search(cases: u32, mutations: Mutations) -> (Result<(), String>, Counts) {
     let shrinks = if mutations == Mutations::default() { 20_000 } else { 0 };
-    let config =
-        Config { cases, failure_persistence: None, max_shrink_iters: shrinks, ..Config::default() };
-    let mut runner =
-        TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: shrinks, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let all = RefCell::new(Counts::default());
     let found = runner.run(&(policy(), vec(op(), 1..STEPS)), |(policy, ops)| {
         let mut cluster = Cluster::new(policy, mutations);

@@ -7,7 +7,7 @@ use colo_primary::replicator::{Ack, Replicator};
 use colo_proto::frame::Frame;
 use colo_secondary::node::{judge_epoch, judge_seed};
 use colo_secondary::persist::StoredState;
-use colo_secondary::replica::{Action, AckPolicy, Copy, Replica, Rules, Start, Stored};
+use colo_secondary::replica::{AckPolicy, Action, Copy, Replica, Rules, Start, Stored};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
 use colo_vmm::egress::OutputPosition;
 use std::collections::VecDeque;
@@ -78,8 +78,7 @@ impl Follower {
     ) -> Self {
         let whole = durable.point.as_ref().map(|stored| (stored.point, durable.replica));
         let rules = Rules { policy, boot_after_crash: false };
-        let replica =
-            Replica::new(me.clone(), incarnation, rules, Stored { active: durable.active, whole });
+        let replica = Replica::new(me.clone(), incarnation, rules, Stored { active: durable.active, whole });
         let mut follower = Self {
             replica,
             proposal: None,
@@ -113,13 +112,7 @@ impl Follower {
     }
 
     /// A runner's link; `wanted` is the copy that it goes on with.
-    pub(crate) fn linked(
-        &mut self,
-        node: NodeId,
-        term: Term,
-        wanted: Option<ReplicaId>,
-        world: &mut World,
-    ) {
+    pub(crate) fn linked(&mut self, node: NodeId, term: Term, wanted: Option<ReplicaId>, world: &mut World) {
         let staging = Staging::new(fixture().frames, 1 << 20, fixture().digest);
         self.link = Some(Link { node: node.clone(), term, staging });
         if let Some(wanted) = wanted {

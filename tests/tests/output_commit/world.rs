@@ -67,7 +67,9 @@ impl World {
     pub(crate) fn check_lacks(&mut self, point: Point, position: OutputPosition) {
         let (console, frames) = (self.console.len() as u64, self.frames.len() as u64);
         if console > position.console || frames > position.frames {
-            self.broken(|| format!("{point} has output up to {position:?}, and ({console}, {frames}) is out"));
+            self.broken(|| {
+                format!("{point} has output up to {position:?}, and ({console}, {frames}) is out")
+            });
         }
     }
 
