@@ -15,6 +15,7 @@ use bytes::Bytes;
 use colo_common::{BLOCK_SIZE, Block, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::chain::mix;
 use super::pages::{Fill, Sweep};
@@ -125,13 +126,17 @@ impl BlockDevice {
         }
     }
 
-    /// All writes end now, as when a driver goes and its requests do not: at a reset, and before another state is taken.
+    /// All writes end now: at a reset.
     pub(super) fn drain(&mut self, requests: &mut Vec<Request>, filling: Filling) {
         self.go_on(requests, filling, u64::MAX);
     }
 
-    /// Another state's requests take their places.
-    pub(super) fn take_over(&mut self, requests: usize) {
+    /// Another state's requests take the places of these. What of them is on the disk already is in the log; the rest
+    /// is forgotten.
+    pub(super) fn take_over(&mut self, old: &[Request], filling: Filling, requests: usize) {
+        for (request, _) in old.iter().zip(&self.made).filter(|(_, made)| **made) {
+            self.log.record(request.write(filling.seed, filling.words));
+        }
         self.made = vec![false; requests];
     }
 
@@ -153,6 +158,21 @@ impl BlockDevice {
 
     pub(super) fn collect(&self, blocks: &mut BlockSet) {
         self.log.collect(blocks);
+    }
+
+    /// What the disk holds once these writes have ended: the same wherever a state is restored, however far its host is
+    /// with them.
+    pub(super) fn digest(&self, requests: &[Request], filling: Filling, blocks: u32) -> u128 {
+        let mut hash = Xxh3::new();
+        for block in 0..blocks {
+            let under_way = requests.iter().rfind(|request| request.block == block);
+            match under_way.map(|request| request.write(filling.seed, filling.words).content) {
+                Some(DiskContent::Bytes(bytes)) => hash.update(&bytes),
+                Some(DiskContent::Zeroes(_)) => hash.update(&[0; BLOCK_SIZE]),
+                None => hash.update(&self.read(block)),
+            }
+        }
+        hash.digest128()
     }
 
     fn make(&self, write: &DiskWrite) {

@@ -249,9 +249,21 @@ impl SyntheticGuest {
         self.run = Run::Stopped;
     }
 
+    /// Digest of what its disk holds once all that is under way has ended, so of what a state and a disk are together;
+    /// none without a disk.
+    pub fn disk_digest(&self) -> Option<u128> {
+        let Program { blocks, .. } = *self.state.program;
+        self.disk.as_ref().map(|disk| disk.digest(&self.state.requests, self.filling(), blocks))
+    }
+
+    fn filling(&self) -> Filling {
+        let Program { seed, words, .. } = *self.state.program;
+        Filling { seed, words }
+    }
+
     /// What is under way ends, and is in the log: it may be on the disk already.
     fn end_writes(&mut self) {
-        let filling = Filling { seed: self.state.program.seed, words: self.state.program.words };
+        let filling = self.filling();
         if let Some(disk) = &mut self.disk {
             disk.drain(&mut self.state.requests, filling);
         }
@@ -327,10 +339,9 @@ impl ProtectedGuest for SyntheticGuest {
             return Err(self.wrong_state("restore"));
         }
         let restored = self.check_state(state)?.clone();
-        self.end_writes();
-        self.state = restored;
+        let (filling, old) = (self.filling(), std::mem::replace(&mut self.state, restored));
         if let Some(disk) = &mut self.disk {
-            disk.take_over(self.state.requests.len());
+            disk.take_over(&old.requests, filling, self.state.requests.len());
         }
         self.view.set_spread(self.state.program.spread);
         self.egress.restore(state.output);

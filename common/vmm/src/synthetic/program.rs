@@ -17,8 +17,8 @@ use colo_common::{Block, PAGE_SIZE};
 use super::bus::{CpuView, bytes_of};
 use super::chain::{self, mix};
 use super::config::{MIN_FRAME_BYTES, Program, fixed_pages};
-use super::pages::{Fill, Sweep, order};
 use super::disk::{BlockDevice, Filling, MAX_REQUESTS, Request};
+use super::pages::{Fill, Sweep, order};
 use super::state::{INBOX_BYTES, MAX_LINE, Medium, SyntheticState, VcpuRegisters, WrongContent};
 use super::tracker::Tracker;
 use crate::egress::Egress;
@@ -150,11 +150,11 @@ impl Step<'_> {
 
     /// What a guest with a disk does there: some steps check the next block of the vCPU's share and write it anew.
     fn work_on_disk(&mut self, vcpu: u32) -> Result<(), WrongContent> {
-        let Some(disk) = &mut self.disk else { return Ok(()) };
         let Program { seed, words, blocks, block_every, flush_every, .. } = *self.state.program;
+        let Some(disk) = self.disk.as_mut().filter(|_| blocks > 0) else { return Ok(()) };
         disk.go_on(&mut self.state.requests, Filling { seed, words }, self.state.time);
         let is_one_in = |drawn: u64, every: u32| every > 0 && drawn.is_multiple_of(u64::from(every));
-        if blocks > 0 && is_one_in(self.draw(vcpu), block_every) {
+        if is_one_in(self.draw(vcpu), block_every) {
             self.visit_block(vcpu)?;
         }
         if is_one_in(mix(self.draw(vcpu), 1), flush_every)
@@ -284,7 +284,7 @@ impl Step<'_> {
             None => Ok(()),
             Some((address, (&found, &expected))) => {
                 Err(WrongContent { vcpu, medium: Medium::Memory, address, found, expected })
-            },
+            }
         }
     }
 

@@ -172,7 +172,8 @@ impl SyntheticState {
         if waiting > MAX_CONSOLE_INPUT || self.unread as usize > INBOX_BYTES || self.line.len() > MAX_LINE {
             return Err(format!("{waiting} bytes of console input"));
         }
-        let bad_request = |r: &Request| u64::from(r.block) >= blocks || r.round > MAX_COUNT || r.ends > MAX_COUNT;
+        let bad_request =
+            |r: &Request| u64::from(r.block) >= blocks || r.round > MAX_COUNT || r.ends > MAX_COUNT;
         if self.requests.len() > MAX_REQUESTS || self.requests.iter().any(bad_request) {
             return Err("a write to a disk that the guest does not have".to_owned());
         }

@@ -10,6 +10,7 @@
 )]
 mod workload;
 
+mod disk;
 mod life;
 mod limits;
 mod tracking;

@@ -1,0 +1,136 @@
+//! A synthetic guest with a disk, beside a twin that is never moved: its copy lives on what its cuts say of the disk.
+
+use super::super::{Program, SyntheticGuest, Tracking};
+use super::{copy_all, dirty_for, guest, ring_spec};
+use crate::block_set::BlockSet;
+use crate::devices::DiskTracking;
+use crate::disk::{Disk, DiskContent, DiskDelta, DiskWrite, FileDisk};
+use crate::guest::ProtectedGuest;
+use colo_common::{BLOCK_SIZE, Block};
+use proptest::prelude::{ProptestConfig, any, proptest};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+const BLOCKS: u64 = 64;
+
+struct Place {
+    _dir: TempDir,
+    disk: Arc<FileDisk>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = FileDisk::open_sized(&dir.path().join("disk"), BLOCKS * BLOCK_SIZE as u64, true);
+        Self { disk: Arc::new(disk.unwrap()), _dir: dir }
+    }
+
+    fn guest(&self, program: &Program, host: u64) -> SyntheticGuest {
+        let tracking = Tracking { seed: host, ..Tracking::default() };
+        guest(ring_spec(2), program, &tracking).with_disk(Arc::clone(&self.disk) as _).unwrap()
+    }
+
+    fn write(&self, write: &DiskWrite) {
+        match &write.content {
+            DiskContent::Bytes(bytes) => self.disk.write(write.first.offset(), bytes).unwrap(),
+            DiskContent::Zeroes(_) => self.disk.zero(write.blocks(), true).unwrap(),
+        }
+    }
+
+    /// Blocks first, as the other disk has them, and then the writes.
+    fn take(&self, delta: &DiskDelta, other: &Self) {
+        for block in delta.blocks.iter() {
+            let mut page = [0; BLOCK_SIZE];
+            other.disk.read(block.offset(), &mut page).unwrap();
+            self.disk.write(block.offset(), &page).unwrap();
+        }
+        delta.writes.iter().for_each(|write| self.write(write));
+    }
+}
+
+fn program(seed: u64, blocks: u32, write_steps: u32) -> Program {
+    Program { seed, pages: 40, blocks, block_every: 2, write_steps, ..Program::default() }
+}
+
+fn started(mut guest: SyntheticGuest) -> SyntheticGuest {
+    guest.boot().unwrap();
+    guest.resume().unwrap();
+    guest
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_disk_goes_on_as_its_twin_from_what_the_cuts_say(
+        seed in any::<u64>(),
+        blocks in 2..=BLOCKS as u32,
+        write_steps in 1..60_u32,
+        moves in proptest::collection::vec((1..90_u64, any::<bool>(), any::<bool>()), 1..24),
+    ) {
+        let program = program(seed, blocks, write_steps);
+        let (twins, mut here, mut there) = (Place::new(), Place::new(), Place::new());
+        let mut twin = started(twins.guest(&program, 1));
+        let mut guest = started(here.guest(&program, 2));
+        guest.track_disk(DiskTracking::Bytes);
+        for (at, (steps, with_bytes, is_moved)) in (3..).zip(moves) {
+            assert_eq!(guest.advance(steps), twin.advance(steps));
+            let cut = guest.cut(&mut dirty_for(&guest)).unwrap();
+            let mut seen = BlockSet::new(BLOCKS);
+            guest.collect_blocks(&mut seen);
+            assert!(seen.is_empty(), "the cut took them");
+            let twin_cut = super::cut(&mut twin);
+            assert!(twin_cut.disk.writes.is_empty() && twin_cut.disk.blocks.is_empty(), "nobody asked");
+            assert_eq!(cut.state.encode(), twin_cut.state.encode(), "what its host does is not in it");
+            assert_eq!(guest.disk_digest(), twin.disk_digest());
+            there.take(&cut.disk, &here);
+            if is_moved {
+                let next = there.guest(&program, at);
+                copy_all(guest.memory(), next.memory());
+                guest = next;
+                guest.restore(&cut.state).unwrap();
+                std::mem::swap(&mut here, &mut there);
+                // What was under way may be on the disk that is left, and is in the state.
+                for block in (0..BLOCKS).map(Block) {
+                    let mut page = [0; BLOCK_SIZE];
+                    here.disk.read(block.offset(), &mut page).unwrap();
+                    there.disk.write(block.offset(), &page).unwrap();
+                }
+            }
+            assert_eq!(guest.disk_digest(), twin.disk_digest());
+            guest.track_disk(if with_bytes { DiskTracking::Bytes } else { DiskTracking::Blocks });
+            guest.resume().unwrap();
+            twin.resume().unwrap();
+        }
+        assert!(guest.state.failed.is_none() && twin.state.failed.is_none());
+    }
+}
+
+#[test]
+fn a_block_that_is_not_what_the_guest_left_there_stops_it() {
+    let place = Place::new();
+    let mut guest = started(place.guest(&program(7, 8, 1), 1));
+    guest.advance(200);
+    guest.cut(&mut dirty_for(&guest)).unwrap();
+    assert!(guest.state.failed.is_none());
+    // A whole older version of each block.
+    place.disk.zero(Block(0)..Block(8), true).unwrap();
+    guest.resume().unwrap();
+    guest.advance(200);
+    let wrong = guest.state.failed.expect("it found one").to_string();
+    assert!(wrong.starts_with("disk at 0x"), "{wrong}");
+}
+
+#[test]
+fn a_guest_without_the_disk_that_its_program_works_on_is_refused() {
+    let mut alone = guest(ring_spec(2), &program(1, 8, 4), &Tracking::default());
+    assert!(alone.boot().is_err(), "it has none");
+    let place = Place::new();
+    let wants_more = guest(ring_spec(2), &program(1, BLOCKS as u32 + 1, 4), &Tracking::default());
+    assert!(wants_more.with_disk(Arc::clone(&place.disk) as _).is_err(), "it is too small");
+    let mut with = started(place.guest(&program(1, 8, 4), 1));
+    with.advance(10);
+    let state = super::cut(&mut with).state;
+    let mut without = guest(ring_spec(2), &Program::default(), &Tracking::default());
+    assert!(without.restore(&state).is_err(), "of a guest with a disk");
+}
