@@ -9,7 +9,7 @@ use colo_proto::frame::VmTag;
 use colo_tests::seed::Seed;
 use colo_vmm::memory::GuestMemory;
 use colo_vmm::synthetic::SyntheticGuest;
-use colo_vmm::{BootFile, BootSource, GuestSpec, PagePool};
+use colo_vmm::{BootFile, BootSource, Disk, GuestSpec, PagePool};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -129,9 +129,10 @@ impl Common {
         self.spec.digest()
     }
 
-    /// A guest around memory; it is not booted.
-    pub(crate) fn guest(&self, memory: Arc<GuestMemory>) -> SyntheticGuest {
+    /// A guest around memory and a disk; it is not booted.
+    pub(crate) fn guest(&self, memory: Arc<GuestMemory>, disk: Arc<dyn Disk>) -> SyntheticGuest {
         SyntheticGuest::with_memory(self.spec.clone(), self.plan.guest.clone(), memory)
+            .and_then(|guest| guest.with_disk(disk))
             .expect("a guest of the plan")
     }
 

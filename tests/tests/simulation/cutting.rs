@@ -5,12 +5,12 @@ use colo_primary::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_f
 use colo_primary::replicator::Request;
 use colo_primary::transfer::Epoch;
 use colo_vmm::guest::Lifecycle;
-use colo_vmm::{Cut, DirtySet, ProtectedGuest};
+use colo_vmm::{Cut, DiskDelta, ProtectedGuest};
 use std::time::Instant;
 
 use crate::common::Common;
 use crate::net::{Msg, Way};
-use crate::plan::{FRAMES, INTERVAL};
+use crate::plan::INTERVAL;
 use crate::runner::Runner;
 
 /// Frames that wait on a link before it is taken for too far behind: `link::MAX_WAITING`.
@@ -34,7 +34,8 @@ impl Runner {
     }
 
     pub(crate) fn collect(&mut self, common: &mut Common) {
-        match self.guest.collect(&mut self.dirty) {
+        self.guest.collect_blocks(&mut self.dirty.blocks);
+        match self.guest.collect(&mut self.dirty.pages) {
             Ok(tracked) => self.check_tracked(tracked, common),
             Err(e) => common.outside.broken(|| format!("the guest's writes are not told: {e}")),
         }
@@ -42,7 +43,7 @@ impl Runner {
 
     /// The cut of the guest, and the output of the epoch that it ends: in `cut` and `park`.
     fn stop_guest(&mut self, common: &mut Common) -> Option<Cut> {
-        let mut cut = match self.guest.cut(&mut self.dirty) {
+        let mut cut = match self.guest.cut(&mut self.dirty.pages) {
             Ok(cut) => cut,
             Err(e) => {
                 common.outside.broken(|| format!("the guest cannot be cut: {e}"));
@@ -53,6 +54,10 @@ impl Runner {
         self.check_tracked(cut.tracked, common);
         let output = std::mem::take(&mut cut.output);
         self.release.hold(self.replicator.next_point().epoch, output);
+        self.dirty.add_disk(std::mem::replace(&mut cut.disk, DiskDelta::none()));
+        if !self.is_shipping() {
+            self.dirty.forget_bytes();
+        }
         Some(cut)
     }
 
@@ -92,9 +97,9 @@ impl Runner {
 
     fn number_alone(&mut self, common: &mut Common) {
         let Some(cut) = self.standing.take() else { return };
-        let (point, _, actions) = self.replicator.cut(DirtySet::new(FRAMES), request(&cut), false);
+        let (point, _, actions) = self.replicator.cut(self.dirty.fresh(), request(&cut), false);
         common.note(self.x, || format!("cuts {point} for nobody"));
-        common.outside.cut(self.stint, point, self.guest.memory(), &cut.state);
+        common.outside.cut(self.stint, point, &self.guest, &cut.state);
         self.go_on(cut, common);
         self.act(actions, common);
     }
@@ -107,18 +112,23 @@ impl Runner {
     }
 
     pub(crate) fn ship(&mut self, join: bool, common: &mut Common) {
+        let disk = self.disk.disk();
+        let blocks = self.dirty.disk_part(Some(&*disk)).expect("the disk can be read");
+        common.counts.add("writes to the disk shipped", blocks.len() as u64);
         let Some(cut) = self.standing.take() else { return };
-        let pages = match copy_out(self.guest.memory(), &self.dirty, &common.pool) {
+        let pages = match copy_out(self.guest.memory(), &self.dirty.pages, &common.pool) {
             Ok((pages, _)) => pages,
             Err(e) => return common.outside.broken(|| format!("the guest's memory cannot be copied: {e}")),
         };
-        let carried = std::mem::replace(&mut self.dirty, DirtySet::new(FRAMES));
+        let fresh = self.dirty.fresh();
+        let carried = std::mem::replace(&mut self.dirty, fresh);
         let (point, shipped, actions) = self.replicator.cut(carried, request(&cut), join);
         assert!(shipped, "{point} was to be sent in {:?}", self.replicator.phase());
-        common.outside.cut(self.stint, point, self.guest.memory(), &cut.state);
+        common.outside.cut(self.stint, point, &self.guest, &cut.state);
         common.count(if join { "joins" } else { "epochs" });
         common.note(self.x, || format!("ships {point}{}", if join { " as J" } else { "" }));
         let state = cut.state.clone();
+        self.track_disk();
         self.go_on(cut, common);
         let Some(peer) = &mut self.peer else { return self.act(actions, common) };
         let output =
@@ -129,7 +139,7 @@ impl Runner {
             base: peer.base.replace(point),
             history: self.replicator.history().points().to_vec(),
             pages,
-            blocks: Vec::new(),
+            blocks,
             state,
             output,
             released: self.release.released(),
@@ -189,7 +199,8 @@ impl Runner {
     }
 
     fn is_epoch_full(&self, common: &Common) -> bool {
-        is_full(self.dirty.len(), self.epoch_limit(common))
+        let kept = if common.mutations.kept_blocks_uncounted { 0 } else { self.guest.kept_blocks() };
+        is_full(self.dirty.count() + kept, self.epoch_limit(common))
     }
 
     fn can_tell(&self) -> bool {
@@ -204,7 +215,7 @@ impl Runner {
         if common.mutations.epochs_too_large && self.is_shipping() {
             return true;
         }
-        fits(self.dirty.len(), self.epoch_limit(common))
+        fits(self.dirty.count(), self.epoch_limit(common))
     }
 
     /// The primary's own limit is as in its default far above what the secondary takes here.

@@ -4,20 +4,22 @@
 use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term};
 use colo_primary::release::Release;
 use colo_secondary::detector::Detector;
+use colo_secondary::disk::DiskImage;
 use colo_secondary::image::Image;
 use colo_secondary::persist::{Restored, StoredState};
 use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Stored};
 use colo_secondary::staging::{StagedEpoch, StagedPart, Staging};
 use colo_secondary::store::{MemoryDisk, Store, StoreError, StoredCopy};
-use colo_vmm::GuestMemory;
 use colo_vmm::memory::Page;
 use colo_vmm::synthetic::SyntheticGuest;
+use colo_vmm::{GuestMemory, ProtectedGuest};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::common::{ArbiterClient, Common, name};
+use crate::image_file::ImageFile;
 use crate::persister::Persister;
-use crate::plan::{FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
+use crate::plan::{FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
 use crate::runner::Beginning;
 
 /// `apply::Job`.
@@ -35,6 +37,7 @@ pub(crate) struct Link {
     pub(crate) term: Term,
     pub(crate) seeding: bool,
     pub(crate) asked: Option<colo_proto::message::DigestRequest>,
+    pub(crate) asked_blocks: Option<colo_proto::message::BlockDigestRequest>,
     pub(crate) goodbye: bool,
     pub(crate) staging: Staging,
     /// The stream was no good; the link is being closed.
@@ -55,6 +58,8 @@ pub(crate) struct Follower {
     pub(crate) replica: Replica,
     pub(crate) guest: Option<SyntheticGuest>,
     pub(crate) image: Option<Image>,
+    /// The copy of the guest's disk.
+    pub(crate) disk: Arc<DiskImage>,
     pub(crate) apply: VecDeque<Apply>,
     pub(crate) persister: Persister,
     pub(crate) store_failed: bool,
@@ -81,6 +86,8 @@ pub(crate) struct Follower {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Durable {
     pub(crate) disk: MemoryDisk,
+    /// What the guest's disk is in, beside the store or without it.
+    pub(crate) file: ImageFile,
     /// The guest's description was kept beside the store.
     pub(crate) spec: bool,
     /// What the operator configured last.
@@ -98,6 +105,7 @@ impl Follower {
         common: &mut Common,
     ) -> Result<Self, StoreError> {
         let mut store = Store::open_in_memory(&durable.disk, common.vm())?;
+        let disk = store.attach_disk(Arc::new(durable.file.clone()))?;
         let summary = store.summary();
         let (whole, history) = match &summary.copy {
             StoredCopy::Whole(whole) => (Some((whole.point, whole.replica)), whole.history.clone()),
@@ -116,6 +124,7 @@ impl Follower {
             replica,
             guest: None,
             image: None,
+            disk,
             apply: VecDeque::new(),
             persister: Persister::new(store),
             store_failed: false,
@@ -165,7 +174,7 @@ impl Follower {
 
     /// `Follower::warm_up`.
     pub(crate) fn warm_up(&mut self, memory: Arc<GuestMemory>, point: Option<Point>, common: &Common) {
-        self.guest = Some(common.guest(Arc::clone(&memory)));
+        self.guest = Some(common.guest(Arc::clone(&memory), Arc::clone(&self.disk) as _));
         self.image = Some(Image::new(memory, point));
     }
 
@@ -180,9 +189,13 @@ impl Follower {
         // A slow store does not get to it in every tick.
         let turns = common.plan.persist_speed.max(u64::from(common.seed.below(3) == 0));
         for _ in 0..turns {
-            if let Some(persisted) = self.persister.work() {
+            if let Some(persisted) = self.persister.work(common.mutations) {
                 self.on_persisted(persisted, common);
             }
+        }
+        // A round of the thread that folds; a store that failed shows elsewhere.
+        if common.seed.below(4) == 0 {
+            common.counts.add("blocks folded", self.disk.fold(FOLDED).unwrap_or(0));
         }
         self.settle(common);
     }
@@ -231,9 +244,12 @@ fn load(store: &mut Store, x: usize, common: &mut Common) -> Result<Loaded, Stor
         StoredCopy::Whole(whole) => {
             store.load(&mut fill)?;
             common.count("stores read back");
-            common.outside.check_memory("a store", whole.point, &memory);
             let restored = StoredState::restore(&store.state()?);
             let restored = restored.unwrap_or_else(|e| panic!("node {x} cannot read the stored state: {e}"));
+            let disk = store.disk().map(|disk| Arc::clone(disk) as _).expect("it was opened");
+            let mut guest = common.guest(Arc::clone(&memory), disk);
+            guest.restore(&restored.state).expect("the stored state is of this guest");
+            common.outside.check_guest("a store", whole.point, &guest);
             Ok(Loaded { memory, point: Some(whole.point), restored: Some(restored) })
         }
     }

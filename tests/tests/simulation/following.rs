@@ -19,7 +19,7 @@ use crate::follower::{Apply, Follower, Link, Outcome};
 use crate::net::{Msg, Way};
 use crate::outside::Known;
 use crate::persister::{Job, Persisted};
-use crate::plan::{FRAMES, PROMOTE_DELAY};
+use crate::plan::{BLOCKS, FRAMES, PROMOTE_DELAY};
 
 impl Follower {
     /// Something came by a link: `receiver::Receiver` and `Follower::on_link`.
@@ -43,6 +43,10 @@ impl Follower {
             Msg::DigestRequest(request) => {
                 link.asked = Some(request).filter(|_| !common.mutations.early_digests_dropped);
             }
+            Msg::BlockDigestRequest(request) if link.seeding => {
+                self.persister.order(Job::BlockDigests(number, request));
+            }
+            Msg::BlockDigestRequest(request) => link.asked_blocks = Some(request),
             Msg::Yield => {
                 common.count("yields");
                 common.note(self.x, || "is told to take over".to_owned());
@@ -76,7 +80,7 @@ impl Follower {
         }
         let (replica, staged, stale) = offered(self.replica.copy());
         let max_epoch_bytes = common.plan.max_epoch_bytes;
-        let staging = Staging::new(FRAMES, max_epoch_bytes, common.digest());
+        let staging = Staging::new(FRAMES, max_epoch_bytes, common.digest()).with_disk(BLOCKS);
         common.net.accept(number, self.incarnation, common.now);
         let offer = Offer { replica, staged: staged.or(stale) };
         let me = self.me.clone();
@@ -91,6 +95,7 @@ impl Follower {
             term,
             seeding: false,
             asked: None,
+            asked_blocks: None,
             goodbye: false,
             staging,
             over: false,
@@ -164,8 +169,11 @@ impl Follower {
                     self.persister.order(Job::Seed(part));
                 }
             }
-            // The guest in software has no disk, so its blocks are refused before.
-            Ok(Step::SeedBlocks(_)) => common.outside.broken(|| "blocks of a disk that is none".to_owned()),
+            Ok(Step::SeedBlocks(part)) => {
+                if link.seeding {
+                    self.persister.order(Job::SeedBlocks(part));
+                }
+            }
             Ok(Step::Whole(epoch)) => self.on_epoch(*epoch, common),
             Err(e) => {
                 if matches!(e, colo_secondary::staging::StagingError::TooLarge { .. }) {
@@ -227,7 +235,7 @@ impl Follower {
         // The flush; what the thread tells meanwhile waits in the inbox.
         let mut told = Vec::new();
         while self.persister.waiting() > 0 {
-            told.extend(self.persister.work());
+            told.extend(self.persister.work(common.mutations));
         }
         let taken = !self.store_failed;
         if taken {
@@ -238,6 +246,9 @@ impl Follower {
                 link.seeding = true;
                 let number = link.number;
                 self.apply.extend(link.asked.take().map(|request| Apply::Digests(number, request)));
+                if let Some(request) = link.asked_blocks.take() {
+                    self.persister.order(Job::BlockDigests(number, request));
+                }
             }
         }
         told.into_iter().for_each(|persisted| self.on_persisted(persisted, common));
@@ -354,6 +365,14 @@ impl Follower {
             Persisted::Point(replica, point) => {
                 common.count("persisted");
                 self.replica.persisted(replica, point)
+            }
+            Persisted::Digests(number, digests) => {
+                for digests in digests {
+                    if self.link.as_ref().is_some_and(|link| link.number == number) {
+                        common.send(number, Way::Hear, Msg::BlockDigests(digests));
+                    }
+                }
+                return;
             }
             Persisted::IdStored(id) => self.replica.id_stored(id),
             Persisted::IdErased(id) => self.replica.id_erased(id),

@@ -5,7 +5,7 @@ use colo_common::{Incarnation, NodeId, Term};
 use colo_primary::link::Purpose;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::Frame;
-use colo_proto::message::{DigestRequest, RangeDigests};
+use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, RangeDigests};
 use colo_tests::seed::Seed;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -27,11 +27,13 @@ pub(crate) enum Msg {
     Refused(String),
     Term(Term),
     DigestRequest(DigestRequest),
+    BlockDigestRequest(BlockDigestRequest),
     Yield,
     Goodbye,
     Frame(Box<Frame>),
     Ack(Ack),
     Digests(RangeDigests),
+    BlockDigests(BlockDigests),
     /// Not a message: the link is of no more use to this end.
     Down(String),
 }

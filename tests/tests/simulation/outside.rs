@@ -4,9 +4,10 @@
 
 use colo_common::Point;
 use colo_primary::release::Sink;
-use colo_vmm::GuestMemory;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::state::MachineState;
+use colo_vmm::synthetic::SyntheticGuest;
+use colo_vmm::{GuestMemory, ProtectedGuest};
 use std::collections::BTreeMap;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
@@ -15,6 +16,8 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 pub(crate) struct Instant {
     pub(crate) memory: u128,
     pub(crate) machine: u128,
+    /// What the disk holds once what is under way has ended.
+    pub(crate) disk: Option<u128>,
     pub(crate) output: OutputPosition,
     pub(crate) stint: usize,
 }
@@ -81,7 +84,7 @@ impl Outside {
         &mut self,
         node: usize,
         point: Point,
-        memory: &GuestMemory,
+        guest: &SyntheticGuest,
         state: &MachineState,
     ) -> usize {
         let number = self.stints.len();
@@ -90,7 +93,7 @@ impl Outside {
             self.broken(|| format!("node {node} promotes {point}, which was never cut"));
             return self.boot(node);
         };
-        self.check_memory("what is promoted", point, memory);
+        self.check_guest("what is promoted", point, guest);
         if machine(state) != cut.machine {
             self.broken(|| format!("node {node} promotes {point} with the machine of another"));
         }
@@ -139,9 +142,9 @@ impl Outside {
     }
 
     /// The guest of a stint is cut at `point`.
-    pub(crate) fn cut(&mut self, stint: usize, point: Point, memory: &GuestMemory, state: &MachineState) {
-        let (memory, output) = (digest(memory), state.output);
-        let instant = Instant { memory, machine: machine(state), output, stint };
+    pub(crate) fn cut(&mut self, stint: usize, point: Point, guest: &SyntheticGuest, state: &MachineState) {
+        let (memory, disk, output) = (digest(guest.memory()), guest.disk_digest(), state.output);
+        let instant = Instant { memory, machine: machine(state), disk, output, stint };
         if self.cuts.insert(point, instant).is_some_and(|before| before != instant) {
             self.broken(|| format!("{point} names two states"));
         }
@@ -152,6 +155,17 @@ impl Outside {
         let expected = self.cuts.get(&point).map(|cut| cut.memory);
         if expected != Some(digest(memory)) {
             self.broken(|| format!("{what} is said to be at {point} and is not what was cut there"));
+        }
+    }
+
+    /// A restored guest is said to be at `point`, with its memory and disk.
+    pub(crate) fn check_guest(&mut self, what: &str, point: Point, guest: &SyntheticGuest) {
+        self.check_memory(what, point, guest.memory());
+        let expected = self.cuts.get(&point).map(|cut| cut.disk);
+        if expected != Some(guest.disk_digest()) {
+            self.broken(|| {
+                format!("the disk of {what} is said to be at {point} and is not what was cut there")
+            });
         }
     }
 

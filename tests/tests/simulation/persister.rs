@@ -2,11 +2,15 @@
 //! forgets in a crash what was not synced.
 
 use colo_common::{Gfn, Point, ReplicaId, Term};
+use colo_proto::message::{BlockDigestRequest, BlockDigests};
+use colo_secondary::disk::block_digests;
 use colo_secondary::persist::{StoredState, ToStore};
-use colo_secondary::staging::StagedPart;
-use colo_secondary::store::{Base, Mark, PageContent, Store, StoreError};
+use colo_secondary::staging::{StagedBlocks, StagedEpoch, StagedPart};
+use colo_secondary::store::{Base, BlockRun, Mark, NewestBlocks, PageContent, Store, StoreError};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
+
+use crate::plan::Mutations;
 
 /// `persist::MAX_FOLDED`, and some of the time less: the thread takes what there is.
 const MAX_FOLDED: usize = 6;
@@ -15,6 +19,8 @@ const MAX_FOLDED: usize = 6;
 pub(crate) enum Job {
     Begin(Base),
     Seed(StagedPart),
+    SeedBlocks(StagedBlocks),
+    BlockDigests(u64, BlockDigestRequest),
     Complete(ToStore),
     Epoch(ToStore),
     StoreId(ReplicaId),
@@ -27,6 +33,7 @@ pub(crate) enum Persisted {
     Point(ReplicaId, Point),
     IdStored(ReplicaId),
     IdErased(ReplicaId),
+    Digests(u64, Vec<BlockDigests>),
     Failed(String),
 }
 
@@ -35,6 +42,8 @@ pub(crate) struct Persister {
     store: Store,
     jobs: VecDeque<Job>,
     failed: bool,
+    /// A mutation: epochs whose blocks are not stored yet.
+    late: Vec<ToStore>,
     /// The process is to die within one of the next writes.
     pub(crate) dying: bool,
     /// It has.
@@ -43,7 +52,7 @@ pub(crate) struct Persister {
 
 impl Persister {
     pub(crate) fn new(store: Store) -> Self {
-        Self { store, jobs: VecDeque::new(), failed: false, dying: false, died: false }
+        Self { store, jobs: VecDeque::new(), failed: false, late: Vec::new(), dying: false, died: false }
     }
 
     pub(crate) fn order(&mut self, job: Job) {
@@ -55,7 +64,7 @@ impl Persister {
     }
 
     /// Does the next job, or some epochs at once: a turn of `Worker::run`.
-    pub(crate) fn work(&mut self) -> Option<Persisted> {
+    pub(crate) fn work(&mut self, mutations: Mutations) -> Option<Persisted> {
         let done = match self.jobs.pop_front()? {
             Job::Epoch(first) => {
                 let mut epochs = vec![first];
@@ -65,7 +74,7 @@ impl Persister {
                 {
                     epochs.push(more);
                 }
-                self.persist(&epochs)
+                self.persist(epochs, mutations)
             }
             other => self.other(other),
         };
@@ -84,15 +93,26 @@ impl Persister {
         }
     }
 
-    /// `Job::Activate`, after all that was ordered before.
-    pub(crate) fn activate(&mut self, term: Term, leaves_store: bool) -> Result<(), String> {
-        while !self.jobs.is_empty() {
-            self.work();
+    /// `Persister::end_copy` and `Job::Activate`, after all that was ordered before: epochs that wait are not stored any
+    /// more, but for their blocks.
+    pub(crate) fn activate(&mut self, term: Term, mutations: Mutations) -> Result<(), String> {
+        let (waiting, mut skipped) = (std::mem::take(&mut self.jobs), std::mem::take(&mut self.late));
+        for job in waiting {
+            match job {
+                Job::Epoch(epoch) if !mutations.promotion_leaves_store => skipped.push(epoch),
+                other => {
+                    self.jobs.push_back(other);
+                    self.work(mutations);
+                }
+            }
         }
-        if leaves_store {
+        if mutations.promotion_leaves_store {
             return Ok(());
         }
-        let done = self.store.activate(term, &[]);
+        if mutations.skipped_blocks_dropped {
+            skipped.clear();
+        }
+        let done = self.store.activate(term, &newest(&skipped));
         self.died |= done.is_err() && self.dying;
         done.map_err(|e| e.to_string())
     }
@@ -101,14 +121,22 @@ impl Persister {
         match job {
             Job::Epoch(_) => {}
             Job::Begin(base) => self.store.begin_copy(base)?,
+            Job::SeedBlocks(part) => self.store.write_blocks(part.runs())?,
+            Job::BlockDigests(link, request) => {
+                let (mut told, disk) = (Vec::new(), self.store.disk().expect("it was opened"));
+                block_digests(&**disk, request, |digests| told.push(digests)).expect("the disk can be read");
+                return Ok(Some(Persisted::Digests(link, told)));
+            }
             Job::Seed(part) => self.store.write_pages(contents(&part))?,
-            Job::Complete(ToStore { epoch, held, replica }) => {
+            Job::Complete(first) => {
+                let ToStore { epoch, held, replica } = &first;
                 for part in &epoch.parts {
                     self.store.write_pages(contents(part))?;
                 }
-                let state = StoredState::new(&epoch, &held).encode();
-                self.store.complete(mark(&epoch, &state), None)?;
-                return Ok(Some(Persisted::Point(replica, epoch.point)));
+                let state = StoredState::new(epoch, held).encode();
+                let blocks = newest(std::slice::from_ref(&first));
+                self.store.complete(mark(epoch, &state, &blocks), None)?;
+                return Ok(Some(Persisted::Point(*replica, epoch.point)));
             }
             Job::StoreId(id) => {
                 self.store.store_replica_id(id)?;
@@ -123,15 +151,24 @@ impl Persister {
         Ok(None)
     }
 
-    fn persist(&mut self, epochs: &[ToStore]) -> Result<Option<Persisted>, StoreError> {
+    fn persist(
+        &mut self,
+        epochs: Vec<ToStore>,
+        mutations: Mutations,
+    ) -> Result<Option<Persisted>, StoreError> {
         let Some(last) = epochs.last() else { return Ok(None) };
-        let mut newest: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
+        let mut pages: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
         for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
-            newest.extend(contents(part));
+            pages.extend(contents(part));
         }
         let state = StoredState::new(&last.epoch, &last.held).encode();
-        self.store.persist(newest, mark(&last.epoch, &state))?;
-        Ok(Some(Persisted::Point(last.replica, last.epoch.point)))
+        let with = if mutations.blocks_stored_late { &self.late } else { &epochs };
+        self.store.persist(pages, mark(&last.epoch, &state, &newest(with)))?;
+        let persisted = Persisted::Point(last.replica, last.epoch.point);
+        if mutations.blocks_stored_late {
+            self.late = epochs;
+        }
+        Ok(Some(persisted))
     }
 }
 
@@ -142,6 +179,15 @@ fn contents(part: &StagedPart) -> impl Iterator<Item = (Gfn, PageContent<'_>)> {
     zeros.chain(pages.map(|(gfn, page)| (gfn, PageContent::Bytes(page))))
 }
 
-fn mark<'a>(epoch: &'a colo_secondary::staging::StagedEpoch, state: &'a [u8]) -> Mark<'a> {
-    Mark { point: epoch.point, history: &epoch.history, state, blocks: &[], now: SystemTime::UNIX_EPOCH }
+/// What the epochs wrote to the disk, of each block the newest version.
+fn newest(epochs: &[ToStore]) -> Vec<BlockRun<'_>> {
+    let mut newest = NewestBlocks::default();
+    for part in epochs.iter().flat_map(|epoch| &epoch.epoch.blocks) {
+        newest.extend(part.runs());
+    }
+    newest.into_runs()
+}
+
+fn mark<'a>(epoch: &'a StagedEpoch, state: &'a [u8], blocks: &'a [BlockRun<'a>]) -> Mark<'a> {
+    Mark { point: epoch.point, history: &epoch.history, state, blocks, now: SystemTime::UNIX_EPOCH }
 }

@@ -28,6 +28,8 @@ pub(crate) const KEEP_LIMIT: Time = 150;
 pub(crate) const MAX_ROUNDS: u32 = 3;
 pub(crate) const CHUNK_PAGES: u64 = 4;
 pub(crate) const DIGEST_WINDOW: u64 = 24;
+/// Blocks of a disk folded in a tick at most.
+pub(crate) const FOLDED: usize = 4;
 /// As in `secondary::node`.
 pub(crate) const PROMOTE_DELAY: Time = 12;
 pub(crate) const STARTUP_GRACE: Time = 30;
@@ -39,6 +41,10 @@ pub(crate) const LIMIT: Time = FAULTS_END + 1200;
 
 /// Frames of the guest's memory.
 pub(crate) const FRAMES: u64 = 64;
+/// Blocks of its disk.
+pub(crate) const BLOCKS: u64 = 64;
+/// Writes to its disk that may end in one step.
+const ENDING: u64 = 8;
 
 /// Rules left out on purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +69,14 @@ pub(crate) struct Mutations {
     pub(crate) digests_to_any_link: bool,
     /// A failed guest that nobody follows any more is left lying.
     pub(crate) failed_guest_left: bool,
+    /// What waits for the cut to be part of an epoch does not fill it.
+    pub(crate) kept_blocks_uncounted: bool,
+    /// The disk's part of an epoch that failed is not sent again.
+    pub(crate) failed_blocks_dropped: bool,
+    /// The disk's part of an epoch is stored with the mark after its own.
+    pub(crate) blocks_stored_late: bool,
+    /// Blocks of epochs that were not stored are missing where the guest runs on.
+    pub(crate) skipped_blocks_dropped: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
 }
@@ -121,7 +135,7 @@ impl Plan {
         let (steps, guest) = (1 + seed.below(3), guest(seed, pages, vcpus));
         // Less than the guest can write in the first two: then epochs have to end early. Half of it must be more than
         // what the guest writes before anybody looks.
-        let least = 2 * steps * u64::from(guest.program.writes + 2) + 4;
+        let least = 2 * steps * u64::from(guest.program.writes + 3) + 4 + ENDING;
         let limit = [pages / 2, pages * 3 / 4, 4 * FRAMES][seed.below(3) as usize].max(least);
         Self {
             nodes: 2 + usize::from(seed.below(3) == 0),
@@ -159,14 +173,19 @@ fn guest(seed: &mut Seed, pages: u64, vcpus: u32) -> SyntheticConfig {
         1..=2 => Some(Lifecycle::Reset(ResetCause::Keyboard)),
         _ => None,
     };
+    let number = seed.next_u64();
     let program = Program {
-        seed: seed.next_u64(),
+        seed: number,
         pages: pages as u32 + vcpus,
         writes: 1 + seed.below(5) as u32,
         words: 4,
         line_every: 4,
         frame_every: 6,
         frame_bytes: 80,
+        blocks: [4, 16, 48][(number % 3) as usize],
+        block_every: 2 + (number / 3 % 3) as u32,
+        flush_every: 24,
+        write_steps: 1 + (number / 9 % 24) as u32,
         end: end.map(|ask| End { steps: 150 + seed.below(500), ask }),
         ..Program::default()
     };

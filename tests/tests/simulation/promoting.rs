@@ -11,8 +11,9 @@ use colo_vmm::{MachineState, ProtectedGuest};
 use crate::common::Common;
 use crate::follower::{Follower, Outcome};
 use crate::persister::Job;
-use crate::plan::SUSPECT_AGAIN;
-use crate::runner::Beginning;
+use crate::plan::{Mutations, SUSPECT_AGAIN};
+use crate::runner::{Beginning, GuestDisk};
+use std::sync::Arc;
 
 impl Follower {
     pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
@@ -116,15 +117,15 @@ impl Follower {
         let guest = self.guest.as_mut().ok_or("there is no guest")?;
         guest.restore(&state).map_err(|e| e.to_string())?;
         common.outside.activating(self.x);
-        self.persister.activate(entry.term, common.mutations.promotion_leaves_store)?;
+        self.persister.activate(entry.term, common.mutations)?;
         let guest = self.guest.take().ok_or("there is no guest")?;
         common.count("promotions");
-        let stint = common.outside.promote(self.x, point, image.memory(), &state);
+        let stint = common.outside.promote(self.x, point, &guest, &state);
         Ok(self.begin(entry, guest, stint))
     }
 
     fn boot(&mut self, entry: Entry, common: &mut Common) -> Result<Outcome, String> {
-        self.persister.activate(entry.term, false)?;
+        self.persister.activate(entry.term, Mutations::default())?;
         let mut guest = self.guest.take().ok_or("the guest's description is not known here")?;
         guest.boot().map_err(|e| e.to_string())?;
         self.held = Release::default();
@@ -146,6 +147,15 @@ impl Follower {
         let replicator = Replicator::new(self.me.clone(), self.incarnation, entry, history);
         let release = std::mem::take(&mut self.held);
         let promotions = self.promotions + self.yielded;
-        Outcome::Run(Box::new(Beginning { replicator, guest, stint, release, promotions, secondary: None }))
+        let disk = GuestDisk::Image(Arc::clone(&self.disk));
+        Outcome::Run(Box::new(Beginning {
+            replicator,
+            guest,
+            disk,
+            stint,
+            release,
+            promotions,
+            secondary: None,
+        }))
     }
 }

@@ -4,19 +4,23 @@
 use colo_common::register::StopReason;
 use colo_common::{Incarnation, Point};
 use colo_primary::arbiter_worker::Found;
+use colo_primary::changes::Changes;
 use colo_primary::encode::Encoder;
 use colo_primary::release::Release;
-use colo_primary::replicator::{Action, End, Entitled, Phase, Replicator};
+use colo_primary::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
+use colo_secondary::disk::DiskImage;
 use colo_vmm::guest::{GuestEvent, Tracked};
 use colo_vmm::synthetic::SyntheticGuest;
-use colo_vmm::{Cut, DirtySet, ProtectedGuest};
+use colo_vmm::{Cut, Disk, DiskTracking, ProtectedGuest};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::{ArbiterClient, Common};
+use crate::image_file::ImageFile;
 use crate::joining::SeedJob;
 use crate::net::{Msg, Way};
 use crate::outside::Outlet;
-use crate::plan::{FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
+use crate::plan::{BLOCKS, FOLDED, FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
 
 /// `node::Peer`, with the encoder of its link.
 pub(crate) struct Peer {
@@ -38,11 +42,13 @@ pub(crate) enum Linking {
 pub(crate) struct Runner {
     pub(crate) x: usize,
     pub(crate) incarnation: Incarnation,
-    pub(crate) replicator: Replicator<DirtySet>,
+    pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
+    pub(crate) disk: GuestDisk,
     pub(crate) stint: usize,
     pub(crate) release: Release,
-    pub(crate) dirty: DirtySet,
+    pub(crate) dirty: Changes,
+    tracking: DiskTracking,
     pub(crate) due: Time,
     pub(crate) standing: Option<Cut>,
     pub(crate) resting: Option<Cut>,
@@ -66,10 +72,34 @@ pub(crate) struct Runner {
     pub(crate) end: Option<End>,
 }
 
+/// Where the guest's disk is: in a file alone, or with an overlay of what was acked.
+#[derive(Clone)]
+pub(crate) enum GuestDisk {
+    File(ImageFile),
+    Image(Arc<DiskImage>),
+}
+
+impl GuestDisk {
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
+        match self {
+            Self::File(file) => Arc::new(file.clone()),
+            Self::Image(image) => Arc::clone(image) as _,
+        }
+    }
+
+    /// A round of the thread that folds: a store that is full stops it and nothing else.
+    fn fold(&self, common: &mut Common) {
+        if let Self::Image(image) = self {
+            common.counts.add("blocks folded under a guest", image.fold(FOLDED).unwrap_or(0));
+        }
+    }
+}
+
 /// What a runner begins with: `node::Beginning`.
 pub(crate) struct Beginning {
-    pub(crate) replicator: Replicator<DirtySet>,
+    pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
+    pub(crate) disk: GuestDisk,
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) promotions: u32,
@@ -79,7 +109,7 @@ pub(crate) struct Beginning {
 impl Runner {
     /// `Node::new` and the beginning of `Node::run`.
     pub(crate) fn new(x: usize, incarnation: Incarnation, beginning: Beginning, common: &mut Common) -> Self {
-        let Beginning { mut replicator, mut guest, stint, release, promotions, secondary } = beginning;
+        let Beginning { mut replicator, mut guest, disk, stint, release, promotions, secondary } = beginning;
         replicator.mutate(common.mutations.runner);
         if let Err(e) = guest.resume() {
             common.outside.broken(|| format!("the guest does not run: {e}"));
@@ -92,9 +122,11 @@ impl Runner {
             incarnation,
             replicator,
             guest,
+            disk,
             stint,
             release,
-            dirty: DirtySet::new(FRAMES),
+            dirty: Changes::none(FRAMES, BLOCKS),
+            tracking: DiskTracking::Off,
             due: now + INTERVAL,
             standing: None,
             resting: None,
@@ -127,6 +159,7 @@ impl Runner {
             self.settle(common);
         }
         self.copy(common);
+        self.disk.fold(common);
         self.settle(common);
     }
 
@@ -143,6 +176,7 @@ impl Runner {
             self.arbiter.read();
             self.forget_if_late(common);
         }
+        self.track_disk();
         if self.promotions > 0 && !self.failed && common.now - self.began > STEADY {
             self.promotions = 0;
         }
@@ -172,7 +206,9 @@ impl Runner {
         common.count("guest failures");
         common.note(self.x, || "the guest failed".to_owned());
         if common.counts.of("corruptions") == 0 {
-            common.outside.broken(|| "the guest found memory that is not what it left there".to_owned());
+            common
+                .outside
+                .broken(|| "the guest found memory or a disk that is not what it left there".to_owned());
         }
         self.failed = true;
         self.park(common);
@@ -219,7 +255,7 @@ impl Runner {
     }
 
     /// `Node::act`.
-    pub(crate) fn act(&mut self, actions: Vec<Action<DirtySet>>, common: &mut Common) {
+    pub(crate) fn act(&mut self, actions: Vec<Action<Changes>>, common: &mut Common) {
         for action in actions {
             match action {
                 Action::Propose(proposal) => {
@@ -228,7 +264,11 @@ impl Runner {
                 }
                 Action::MergeBack(set) => {
                     common.count("failed epochs");
-                    self.dirty.union_with(&set);
+                    if common.mutations.failed_blocks_dropped {
+                        self.dirty.pages.union_with(&set.pages);
+                    } else {
+                        self.dirty.merge(set);
+                    }
                     self.send_resting_again();
                 }
                 Action::Detach => {
@@ -288,6 +328,25 @@ impl Runner {
             self.replicator.phase(),
             Phase::Joining { .. } | Phase::Pairing { .. } | Phase::Paired { .. }
         )
+    }
+
+    /// `Node::track_disk`.
+    pub(crate) fn track_disk(&mut self) {
+        let wanted = if self.is_shipping() {
+            DiskTracking::Bytes
+        } else if matches!(self.replicator.phase(), Phase::Seeding { .. }) || self.kept_since.is_some() {
+            DiskTracking::Blocks
+        } else {
+            DiskTracking::Off
+        };
+        if wanted == self.tracking {
+            return;
+        }
+        self.tracking = wanted;
+        self.guest.track_disk(wanted);
+        if wanted != DiskTracking::Bytes {
+            self.dirty.forget_bytes();
+        }
     }
 
     /// `Node::check_tracked`.

@@ -16,7 +16,7 @@ use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
 use crate::follower::{Durable, Follower, Outcome};
 use crate::net::{Msg, Way};
 use crate::plan::{FAULTS_END, LIMIT, Mutations, Time};
-use crate::runner::{Beginning, Runner};
+use crate::runner::{Beginning, GuestDisk, Runner};
 
 /// A guest whose rings are overrun so often after the faults cannot be protected.
 const MANY_OVERRUNS: u64 = 3;
@@ -223,7 +223,9 @@ impl World {
         };
         common.count(how);
         common.note(x, || format!("is down ({how})"));
-        node.durable.disk.crash(common.seed.next_u64());
+        let lost = common.seed.next_u64();
+        node.durable.disk.crash(lost);
+        node.durable.file.crash(lost);
         node.role = Role::Down { since: common.now };
         common.net.processes[x] = None;
     }
@@ -309,13 +311,14 @@ impl World {
         nodes[x].durable.runner = Some(Known { seen: entry.term, active: Some(entry.term), starting: None });
         common.count("primaries started");
         common.note(x, || format!("boots the guest: {entry}"));
-        let mut guest = common.guest(common.memory());
+        let disk = GuestDisk::File(nodes[x].durable.file.clone());
+        let mut guest = common.guest(common.memory(), disk.disk());
         guest.boot().expect("a new guest boots");
         let stint = common.outside.boot(x);
         let replicator = Replicator::new(name(x), incarnation, entry, History::default());
         let secondary = Some((x + 1) % nodes.len());
         let release = Release::default();
-        let beginning = Beginning { replicator, guest, stint, release, promotions: 0, secondary };
+        let beginning = Beginning { replicator, guest, disk, stint, release, promotions: 0, secondary };
         nodes[x].role = Role::Runner(Box::new(Runner::new(x, incarnation, beginning, common)));
     }
 
