@@ -8,15 +8,20 @@
 
 #[path = "output_commit/cluster.rs"]
 mod cluster;
+#[path = "output_commit/fixture.rs"]
+mod fixture;
 #[path = "output_commit/follower.rs"]
 mod follower;
+#[path = "output_commit/plan.rs"]
+mod plan;
 #[path = "output_commit/runner.rs"]
 mod runner;
 #[path = "output_commit/world.rs"]
 mod world;
 
-use cluster::{Cluster, Counts, Mutations, Op};
+use cluster::Cluster;
 use colo_secondary::replica::AckPolicy;
+use plan::{Counts, Mutations, Op};
 use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};

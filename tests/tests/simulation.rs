@@ -30,6 +30,8 @@ mod plan;
 mod promoting;
 #[path = "simulation/runner.rs"]
 mod runner;
+#[path = "simulation/seeding.rs"]
+mod seeding;
 #[path = "simulation/world.rs"]
 mod world;
 
@@ -294,4 +296,5 @@ noticed! {
     failed_blocks_dropped: failed_blocks_dropped;
     blocks_stored_late: blocks_stored_late;
     skipped_blocks_dropped: skipped_blocks_dropped;
+    file_never_synced: file_never_synced;
 }

@@ -2,134 +2,23 @@
 
 use colo_common::arbiter::scripted::ScriptedArbiter;
 use colo_common::register::{Answer, Proposal, Value};
-use colo_common::{History, Incarnation, NodeId, ProposalId, Term, VmId};
+use colo_common::{History, Incarnation, NodeId, ProposalId, Term};
 use colo_primary::encode::Encoder;
 use colo_primary::link::Purpose;
 use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Offer, Phase, Replicator};
-use colo_proto::frame::{Frame, VmTag};
+use colo_proto::frame::Frame;
 use colo_proto::message::SeedMode;
 use colo_secondary::node::offered;
 use colo_secondary::replica::AckPolicy;
 use colo_vmm::egress::OutputPosition;
-use colo_vmm::memory::GuestMemory;
-use colo_vmm::synthetic::{SyntheticConfig, SyntheticGuest};
-use colo_vmm::{BootFile, BootSource, DirtySet, GuestSpec, MachineState, ProtectedGuest};
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::collections::VecDeque;
 
+use crate::fixture::{tag, vm};
 use crate::follower::{Durable, Follower};
+use crate::plan::{Counts, Mutations, Op};
 use crate::runner::{Peer, Runner};
 use crate::world::World;
-
-/// One thing that happens.
-#[derive(Clone, Debug)]
-pub(crate) enum Op {
-    /// The guest writes so many words to its console.
-    Say(u8),
-    /// The guest sends a frame.
-    Send,
-    /// The guest is cut.
-    Cut,
-    /// So many frames arrive at the follower.
-    Deliver(u8),
-    /// So many acks arrive at the runner.
-    Hear(u8),
-    /// The follower's store does its next job.
-    Persist,
-    /// A runner that wants a link gets it, if the other node follows.
-    Connect,
-    /// The link is lost, with all that is on it.
-    Disconnect,
-    /// The arbiter takes a node's proposal; the answer may be lost, and is asked for again.
-    Arbiter { node: usize, answered: bool },
-    /// The runner asks to run alone.
-    GoSolo(usize),
-    /// The follower asks to run the guest.
-    Promote(usize),
-    /// The end of a process.
-    Crash(usize),
-    /// A process starts on a node without one.
-    Start(usize),
-    /// A node reads the register.
-    Observe(usize),
-    /// Everything that waits gets through.
-    Settle,
-}
-
-/// A rule left out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Mutations {
-    /// While protected, output goes out without waiting for the ack.
-    pub(crate) release_before_ack: bool,
-    /// A secondary that is linked anew is told the output of its next epoch alone.
-    pub(crate) output_not_told_again: bool,
-    /// Frames and console bytes of an epoch change places.
-    pub(crate) order_swapped: bool,
-    /// Output of an epoch that failed goes with it.
-    pub(crate) failed_output_dropped: bool,
-    /// A follower keeps no output of what it acked.
-    pub(crate) held_output_dropped: bool,
-    /// A follower holds what it is told again a second time.
-    pub(crate) held_output_not_cut_off: bool,
-}
-
-/// How often what happened.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Counts(BTreeMap<&'static str, u64>);
-
-impl Counts {
-    pub(crate) fn add(&mut self, what: &'static str) {
-        self.add_many(what, 1);
-    }
-
-    pub(crate) fn add_many(&mut self, what: &'static str, times: u64) {
-        *self.0.entry(what).or_default() += times;
-    }
-
-    pub(crate) fn of(&self, what: &str) -> u64 {
-        self.0.get(what).copied().unwrap_or(0)
-    }
-
-    pub(crate) fn all(&self) -> impl Iterator<Item = (&&'static str, &u64)> {
-        self.0.iter()
-    }
-
-    pub(crate) fn merge(&mut self, other: &Self) {
-        other.0.iter().for_each(|(what, times)| self.add_many(what, *times));
-    }
-}
-
-/// A guest that says nothing, for all that an epoch has beside output.
-pub(crate) struct Fixture {
-    pub(crate) memory: Arc<GuestMemory>,
-    pub(crate) state: MachineState,
-    pub(crate) digest: u64,
-    pub(crate) frames: u64,
-}
-
-pub(crate) fn fixture() -> &'static Fixture {
-    static FIXTURE: OnceLock<Fixture> = OnceLock::new();
-    FIXTURE.get_or_init(|| {
-        let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
-        let boot = BootSource::Flat { image, address: 1 << 16 };
-        let frames = 256;
-        let spec = GuestSpec::new("silent", frames * 4096, boot);
-        let digest = spec.digest();
-        let mut guest = SyntheticGuest::new(spec, SyntheticConfig::default()).expect("a guest");
-        guest.boot().and_then(|()| guest.resume()).expect("it runs");
-        let cut = guest.cut(&mut DirtySet::new(frames)).expect("it is cut");
-        Fixture { memory: Arc::clone(guest.memory()), state: cut.state, digest, frames }
-    })
-}
-
-pub(crate) fn tag() -> VmTag {
-    VmTag::of(&vm())
-}
-
-fn vm() -> VmId {
-    "web".parse().expect("a name")
-}
 
 fn name(node: usize) -> NodeId {
     ["a", "b"][node].parse().expect("a name")

@@ -12,7 +12,8 @@ use colo_secondary::staging::{StagedEpoch, Staging, Step};
 use colo_vmm::egress::OutputPosition;
 use std::collections::VecDeque;
 
-use crate::cluster::{Mutations, fixture};
+use crate::fixture::fixture;
+use crate::plan::Mutations;
 use crate::runner::Runner;
 use crate::world::{Known, World};
 

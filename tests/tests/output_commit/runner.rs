@@ -12,7 +12,8 @@ use colo_vmm::egress::{Egress, Output, OutputPosition};
 use colo_vmm::{PageBatch, PagePool};
 use std::time::Instant;
 
-use crate::cluster::{Mutations, fixture, tag};
+use crate::fixture::{fixture, tag};
+use crate::plan::Mutations;
 use crate::world::{Outlet, World};
 
 /// Epochs in flight.

@@ -5,7 +5,7 @@ use colo_primary::release::{Sink, end_of};
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::collections::{BTreeMap, HashMap};
 
-use crate::cluster::Counts;
+use crate::plan::Counts;
 
 /// Bytes of one word of console output, and of each of the three numbers of a frame.
 pub(crate) const WORD: usize = 8;

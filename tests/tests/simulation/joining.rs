@@ -1,47 +1,13 @@
-//! Getting protected: `primary::node::joining`, function by function. Its thread is a list of work that is done a bit at
-//! a time, between the guest's steps.
+//! Getting protected: `primary::node::joining`, function by function.
 
-use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE, Point};
-use colo_primary::changes::{Changes, read_blocks};
 use colo_primary::encode::Encoder;
 use colo_primary::link::Purpose;
 use colo_primary::replicator::{Ack, Offer, Phase};
-use colo_proto::message::{BlockDigests, DigestRange, DigestRequest, PageDigest, RangeDigests, SeedMode};
-use colo_vmm::page_batch::is_zero;
-use colo_vmm::{BlockSet, DirtySet, Disk, PageBatch, ProtectedGuest};
-use std::collections::VecDeque;
 
 use crate::common::{Common, name};
 use crate::net::{Msg, Way};
-use crate::plan::{
-    BACKOFF, BLOCKS, CHUNK_PAGES, DIGEST_WINDOW, FRAMES, HANDSHAKE_LIMIT, KEEP_LIMIT, MAX_ROUNDS,
-    REFUSED_BACKOFF, RELINK_LIMIT,
-};
+use crate::plan::{BACKOFF, HANDSHAKE_LIMIT, REFUSED_BACKOFF, RELINK_LIMIT};
 use crate::runner::{Linking, Peer, Runner};
-
-/// Chunks on their way before the copying thread waits.
-const MAX_CHUNKS: usize = 8;
-
-/// `joining::SeedJob` and `joining::Copier`.
-pub(crate) struct SeedJob {
-    busy: bool,
-    rounds: u32,
-    pub(crate) waits_for_rest: bool,
-    chunks: VecDeque<Chunk>,
-    digests: VecDeque<RangeDigests>,
-    block_digests: VecDeque<BlockDigests>,
-    /// The first pass of a resync: frames looked at, and those whose digests were asked for.
-    pass: Option<(u64, u64)>,
-    /// The same of blocks, after that: of a full seed too.
-    block_pass: Option<(u64, u64)>,
-    populated: Vec<(Gfn, u64)>,
-}
-
-/// What is sent at once: pages, or blocks.
-enum Chunk {
-    Pages(Gfn, u64),
-    Blocks(Block, u64),
-}
 
 impl Runner {
     pub(crate) fn look_for_secondary(&mut self, common: &mut Common) {
@@ -101,12 +67,12 @@ impl Runner {
             Msg::Ack(ack) => self.on_ack(ack, common),
             Msg::Digests(digests) => {
                 if let Some(seed) = &mut self.seed {
-                    seed.digests.push_back(digests);
+                    seed.take_digests(digests);
                 }
             }
             Msg::BlockDigests(digests) => {
                 if let Some(seed) = &mut self.seed {
-                    seed.block_digests.push_back(digests);
+                    seed.take_block_digests(digests);
                 }
             }
             Msg::Refused(why) | Msg::Down(why) => {
@@ -196,182 +162,6 @@ impl Runner {
         Ok(())
     }
 
-    fn begin_seed(&mut self, link: u64, offer: &Offer, base: Option<Point>, common: &mut Common) {
-        self.track_disk();
-        let (mode, mut changed) = self.first_pass(offer, base, common);
-        common.count(match mode {
-            SeedMode::Full => "seeds",
-            SeedMode::Resync => "resyncs",
-            SeedMode::Since(_) => "resyncs of what was written",
-        });
-        let history = self.replicator.history().points().to_vec();
-        let Some(peer) = &mut self.peer else { return };
-        let begin = peer.encoder.seed(mode, history);
-        common.send(link, Way::Transfers, Msg::Frame(Box::new(begin)));
-        let populated = self.guest.memory().populated().expect("guest memory can be read");
-        let mut seed = SeedJob {
-            busy: true,
-            rounds: 0,
-            waits_for_rest: false,
-            chunks: VecDeque::new(),
-            digests: VecDeque::new(),
-            block_digests: VecDeque::new(),
-            pass: (mode == SeedMode::Resync).then_some((0, 0)),
-            block_pass: (!matches!(mode, SeedMode::Since(_))).then_some((0, 0)),
-            populated,
-        };
-        match mode {
-            SeedMode::Full => {
-                let all = seed.populated.clone();
-                seed.frames(&all);
-            }
-            SeedMode::Resync => {}
-            SeedMode::Since(_) => seed.order(&mut changed),
-        }
-        self.seed = Some(seed);
-    }
-
-    fn first_pass(&mut self, offer: &Offer, base: Option<Point>, common: &mut Common) -> (SeedMode, Changes) {
-        self.kept_since = None;
-        if let Some(base) = base {
-            self.collect(common);
-            if !self.unknown {
-                let fresh = self.dirty.fresh();
-                return (SeedMode::Since(base), std::mem::replace(&mut self.dirty, fresh));
-            }
-        }
-        let tracked = self.guest.unprotect().and_then(|()| self.guest.protect());
-        if let Err(e) = tracked {
-            common.outside.broken(|| format!("the guest cannot be protected: {e}"));
-        }
-        self.dirty = self.dirty.fresh();
-        self.unknown = false;
-        let mode = if offer.staged.is_some() { SeedMode::Resync } else { SeedMode::Full };
-        (mode, self.dirty.fresh())
-    }
-
-    pub(crate) fn keep_or_forget(&mut self, common: &mut Common) {
-        if !matches!(self.replicator.phase(), Phase::Alone) || self.peer.is_some() {
-            return;
-        }
-        if self.replicator.kept_since().is_some() && !self.unknown {
-            self.kept_since.get_or_insert(common.now);
-            return;
-        }
-        self.forget_copy(common);
-    }
-
-    pub(crate) fn forget_if_late(&mut self, common: &mut Common) {
-        let Some(since) = self.kept_since.filter(|_| self.peer.is_none()) else { return };
-        self.collect(common);
-        if self.unknown || self.dirty.pages.len() > FRAMES * 3 / 4 || common.now - since > KEEP_LIMIT {
-            common.count("copies forgotten");
-            self.forget_copy(common);
-        }
-    }
-
-    fn forget_copy(&mut self, common: &mut Common) {
-        self.kept_since = None;
-        self.replicator.forget_copy();
-        if let Err(e) = self.guest.unprotect() {
-            common.outside.broken(|| format!("the guest's tracking does not stop: {e}"));
-        }
-        self.track_disk();
-        self.dirty = self.dirty.fresh();
-        self.unknown = false;
-    }
-
-    /// The thread's share of a tick: `Copier::copy`.
-    pub(crate) fn copy(&mut self, common: &mut Common) {
-        for _ in 0..3 {
-            let (Some(seed), Some(peer)) = (&mut self.seed, &self.peer) else { return };
-            if !seed.busy {
-                return;
-            }
-            if common.net.waiting(peer.link, Way::Transfers) > MAX_CHUNKS {
-                return;
-            }
-            if let Some(chunk) = seed.chunks.pop_front() {
-                self.send_chunk(chunk, common);
-                continue;
-            }
-            let (link, memory, disk) = (peer.link, self.guest.memory(), self.disk.disk());
-            let asked = match (seed.pass, seed.block_pass) {
-                (Some(_), _) => seed.compare_memory(memory),
-                (None, Some(_)) => seed.compare_disk(&*disk),
-                (None, None) => {
-                    seed.busy = false;
-                    return self.next_round(common);
-                }
-            };
-            match asked {
-                Pass::Ask(question) => common.send(link, Way::Say, question),
-                Pass::Wait => return,
-                Pass::Done => {}
-            }
-        }
-    }
-
-    /// `Copier::chunk` and `Copier::blocks`.
-    fn send_chunk(&mut self, chunk: Chunk, common: &mut Common) {
-        let Some(peer) = &mut self.peer else { return };
-        let mut frames = Vec::new();
-        match chunk {
-            Chunk::Pages(first, count) => {
-                let batch = PageBatch::copy(self.guest.memory(), vec![(first, count)], &common.pool);
-                let batch = batch.expect("frames of the guest");
-                if batch.iter().all(|(_, page)| is_zero(page)) {
-                    peer.encoder.zeros(&[(first, count)], |frame| frames.push(frame));
-                } else {
-                    peer.encoder.pages(batch, |frame| frames.push(frame));
-                }
-            }
-            Chunk::Blocks(first, count) => {
-                common.counts.add("blocks seeded", count);
-                let mut writes = Vec::new();
-                let read = read_blocks(&*self.disk.disk(), first, count, |write| writes.push(write));
-                read.expect("blocks of the disk");
-                peer.encoder.blocks(&writes, |frame| frames.push(frame));
-            }
-        }
-        for frame in frames {
-            common.send(peer.link, Way::Transfers, Msg::Frame(Box::new(frame)));
-        }
-    }
-
-    fn next_round(&mut self, common: &mut Common) {
-        if self.standing.is_some() || self.parked {
-            return;
-        }
-        self.collect(common);
-        let (dirty, limit) = (self.dirty.count(), common.plan.join_pages);
-        let Some(seed) = &mut self.seed else { return };
-        if dirty > limit && seed.rounds < MAX_ROUNDS {
-            seed.rounds += 1;
-            seed.order(&mut self.dirty);
-        }
-    }
-
-    pub(crate) fn seed_is_ready(&mut self, common: &mut Common) -> bool {
-        if self.unknown && matches!(self.replicator.phase(), Phase::Seeding { .. }) {
-            self.lose_link(common);
-            return false;
-        }
-        self.seed.as_ref().is_some_and(|seed| !seed.busy)
-    }
-
-    pub(crate) fn send_rest_or_join(&mut self, common: &mut Common) {
-        let too_much = !self.fits_epoch(common);
-        if let Some(seed) = self.seed.as_mut().filter(|_| too_much) {
-            common.count("rests");
-            seed.waits_for_rest = true;
-            seed.order(&mut self.dirty);
-            return;
-        }
-        self.seed = None;
-        self.ship(true, common);
-    }
-
     pub(crate) fn lose_link(&mut self, common: &mut Common) {
         self.drop_link(common);
         self.arbiter.read();
@@ -389,143 +179,6 @@ impl Runner {
             }
             common.close(peer.link, 0);
             self.linking = Linking::Waiting { until: common.now };
-        }
-    }
-}
-
-/// What a step of a first pass comes to.
-enum Pass {
-    /// The secondary is to be asked.
-    Ask(Msg),
-    /// For its answer.
-    Wait,
-    /// With this step.
-    Done,
-}
-
-impl SeedJob {
-    fn order(&mut self, dirty: &mut Changes) {
-        dirty.forget_bytes();
-        let runs: Vec<_> = dirty.pages.runs().collect();
-        let blocks: Vec<_> = dirty.blocks.runs().collect();
-        *dirty = dirty.fresh();
-        self.busy = true;
-        self.frames(&runs);
-        blocks.into_iter().for_each(|(first, count)| self.blocks(first, count));
-    }
-
-    fn frames(&mut self, runs: &[(Gfn, u64)]) {
-        for &(first, frames) in runs {
-            for offset in (0..frames).step_by(CHUNK_PAGES as usize) {
-                let count = CHUNK_PAGES.min(frames - offset);
-                self.chunks.push_back(Chunk::Pages(Gfn(first.0 + offset), count));
-            }
-        }
-    }
-
-    fn blocks(&mut self, first: Block, blocks: u64) {
-        for offset in (0..blocks).step_by(CHUNK_PAGES as usize) {
-            let count = CHUNK_PAGES.min(blocks - offset);
-            self.chunks.push_back(Chunk::Blocks(Block(first.0 + offset), count));
-        }
-    }
-
-    /// A step of `Copier::memory_by_digests`.
-    fn compare_memory(&mut self, memory: &colo_vmm::GuestMemory) -> Pass {
-        let (at, asked) = self.pass.unwrap_or_default();
-        if at == FRAMES {
-            self.pass = None;
-        } else if at == asked {
-            let count = DIGEST_WINDOW.min(FRAMES - at);
-            self.pass = Some((at, at + count));
-            return Pass::Ask(Msg::DigestRequest(DigestRequest { first: Gfn(at), count }));
-        } else if let Some(digests) = self.digests.pop_front() {
-            assert_eq!(digests.first.0, at, "digests come in order");
-            self.pass = Some((digests.end().0, asked));
-            self.compare(digests, memory);
-        } else {
-            return Pass::Wait;
-        }
-        Pass::Done
-    }
-
-    /// A step of `Copier::disk_by_digests`.
-    fn compare_disk(&mut self, disk: &dyn Disk) -> Pass {
-        let (at, asked) = self.block_pass.unwrap_or_default();
-        if at == BLOCKS {
-            self.block_pass = None;
-        } else if at == asked {
-            let count = DIGEST_WINDOW.min(BLOCKS - at);
-            self.block_pass = Some((at, at + count));
-            return Pass::Ask(Msg::BlockDigestRequest(DigestRequest { first: Block(at), count }));
-        } else if let Some(digests) = self.block_digests.pop_front() {
-            assert_eq!(digests.first.0, at, "digests come in order");
-            self.block_pass = Some((digests.end().0, asked));
-            self.compare_blocks(digests, disk);
-        } else {
-            return Pass::Wait;
-        }
-        Pass::Done
-    }
-
-    /// `Copier::compare_blocks`: sends what differs from what the secondary has.
-    fn compare_blocks(&mut self, digests: BlockDigests, disk: &dyn Disk) {
-        let mut first = digests.first.0;
-        for range in digests.ranges {
-            let end = first + range.count();
-            match range {
-                DigestRange::Zero { .. } => {
-                    let mut at = Block(first);
-                    while let Some(run) = disk.next_data(at).expect("the disk can be read")
-                        && run.start.0 < end
-                    {
-                        at = run.end.min(Block(end));
-                        self.blocks(run.start, at.0 - run.start.0);
-                    }
-                }
-                DigestRange::Each(theirs) => {
-                    let mut differing = BlockSet::new(BLOCKS);
-                    for (block, theirs) in (first..).map(Block).zip(theirs) {
-                        let mut bytes = [0; BLOCK_SIZE];
-                        disk.read(block.offset(), &mut bytes).expect("a block of the disk");
-                        if PageDigest::of(&bytes) != theirs {
-                            differing.insert(block);
-                        }
-                    }
-                    differing.runs().for_each(|(first, count)| self.blocks(first, count));
-                }
-            }
-            first = end;
-        }
-    }
-
-    /// Sends what differs from what the secondary has.
-    fn compare(&mut self, digests: RangeDigests, memory: &colo_vmm::GuestMemory) {
-        let mut first = digests.first.0;
-        for range in digests.ranges {
-            let frames = range.count();
-            let mut differing = DirtySet::new(FRAMES);
-            match range {
-                DigestRange::Zero { .. } => {
-                    let populated = self.populated.iter().flat_map(|&(at, count)| at.0..at.0 + count);
-                    let inside = populated.filter(|gfn| (first..first + frames).contains(gfn));
-                    inside.for_each(|gfn| {
-                        differing.insert(Gfn(gfn));
-                    });
-                }
-                DigestRange::Each(theirs) => {
-                    for (gfn, theirs) in (first..).map(Gfn).zip(theirs) {
-                        let mut page = [0; PAGE_SIZE];
-                        memory.read_page(gfn, &mut page).expect("a frame of the guest");
-                        if PageDigest::of(&page) != theirs {
-                            differing.insert(gfn);
-                        }
-                    }
-                }
-            }
-            let runs: Vec<_> = differing.runs().collect();
-            self.frames(&runs);
-            first += frames;
         }
     }
 }

@@ -77,6 +77,8 @@ pub(crate) struct Mutations {
     pub(crate) blocks_stored_late: bool,
     /// Blocks of epochs that were not stored are missing where the guest runs on.
     pub(crate) skipped_blocks_dropped: bool,
+    /// The image file is never synced, whoever says so.
+    pub(crate) file_never_synced: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
 }

@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use crate::common::{ArbiterClient, Common};
 use crate::image_file::ImageFile;
-use crate::joining::SeedJob;
 use crate::net::{Msg, Way};
 use crate::outside::Outlet;
 use crate::plan::{BLOCKS, FOLDED, FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
+use crate::seeding::SeedJob;
 
 /// `node::Peer`, with the encoder of its link.
 pub(crate) struct Peer {

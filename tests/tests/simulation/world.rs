@@ -94,7 +94,10 @@ impl World {
             role: Role::Down { since: 0 },
             promise: None,
         };
-        let nodes = (0..common.plan.nodes).map(|_| node()).collect();
+        let nodes: Vec<Node> = (0..common.plan.nodes).map(|_| node()).collect();
+        if mutations.file_never_synced {
+            nodes.iter().for_each(|node| node.durable.file.lie());
+        }
         let mut world = Self { nodes, common, goal: None, overruns: 0 };
         world.start_primary(0, false);
         (1..world.nodes.len()).for_each(|x| world.start_secondary(x));
