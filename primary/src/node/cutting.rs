@@ -194,8 +194,7 @@ impl Node {
     }
 
     fn is_epoch_full(&self) -> bool {
-        // What the guest wrote to its disk is not dirty before the cut.
-        is_full(self.dirty.count() + self.guest.kept_blocks(), self.epoch_limit())
+        is_full(self.dirty.count(), self.epoch_limit())
     }
 
     /// Whether the next epoch's output, and what has to be told again with it, is not too much for the secondary.

@@ -614,10 +614,6 @@ impl ProtectedGuest for KvmGuest {
     fn collect_blocks(&mut self, blocks: &mut BlockSet) {
         self.virtio.collect_blocks(blocks);
     }
-
-    fn kept_blocks(&self) -> u64 {
-        self.virtio.kept_blocks()
-    }
 }
 
 /// Whether each device of the host's has its part of it.

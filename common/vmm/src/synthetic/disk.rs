@@ -160,10 +160,6 @@ impl BlockDevice {
         self.log.collect(blocks);
     }
 
-    pub(super) fn kept_blocks(&self) -> u64 {
-        self.log.kept_blocks()
-    }
-
     /// What the disk holds once these writes have ended: the same wherever a state is restored, however far its host is
     /// with them.
     pub(super) fn digest(&self, requests: &[Request], filling: Filling, blocks: u32) -> u128 {

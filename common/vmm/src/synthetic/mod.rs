@@ -458,8 +458,4 @@ impl ProtectedGuest for SyntheticGuest {
     fn collect_blocks(&mut self, blocks: &mut BlockSet) {
         self.disk.iter().for_each(|disk| disk.collect(blocks));
     }
-
-    fn kept_blocks(&self) -> u64 {
-        self.disk.as_ref().map_or(0, BlockDevice::kept_blocks)
-    }
 }

@@ -181,8 +181,4 @@ impl ProtectedGuest for PacedGuest {
     fn collect_blocks(&mut self, blocks: &mut BlockSet) {
         self.shared.guest().collect_blocks(blocks);
     }
-
-    fn kept_blocks(&self) -> u64 {
-        self.shared.guest().kept_blocks()
-    }
 }

@@ -242,11 +242,6 @@ impl Virtio {
     pub(crate) fn collect_blocks(&self, blocks: &mut BlockSet) {
         self.log.collect(blocks);
     }
-
-    /// What is kept with its bytes for the next cut, in blocks.
-    pub(crate) fn kept_blocks(&self) -> u64 {
-        self.log.kept_blocks()
-    }
 }
 
 impl Windows {

@@ -75,12 +75,10 @@ proptest! {
         guest.track_disk(DiskTracking::Bytes);
         for (at, (steps, with_bytes, is_moved)) in (3..).zip(moves) {
             assert_eq!(guest.advance(steps), twin.advance(steps));
-            let kept = guest.kept_blocks();
             let cut = guest.cut(&mut dirty_for(&guest)).unwrap();
             let mut seen = BlockSet::new(BLOCKS);
             guest.collect_blocks(&mut seen);
-            assert!(seen.is_empty() && guest.kept_blocks() == 0, "the cut took them");
-            assert!(kept <= cut.disk.writes.len() as u64 && (kept > 0 || cut.disk.writes.is_empty()));
+            assert!(seen.is_empty(), "the cut took them");
             let twin_cut = super::cut(&mut twin);
             assert!(twin_cut.disk.writes.is_empty() && twin_cut.disk.blocks.is_empty(), "nobody asked");
             assert_eq!(cut.state.encode(), twin_cut.state.encode(), "what its host does is not in it");

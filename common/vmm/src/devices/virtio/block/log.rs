@@ -1,6 +1,5 @@
 //! What the guest wrote to its disk since the last cut: the disk's counterpart of the dirty set.
 
-use colo_common::BLOCK_SIZE;
 use colo_common::limits::MAX_EPOCH_DISK;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -98,11 +97,6 @@ impl DiskLog {
     /// Whether the guest has to wait for the cut before it writes more.
     pub(super) fn is_full(&self) -> bool {
         self.weight() >= MAX_EPOCH_DISK
-    }
-
-    /// What is kept with its bytes, in blocks.
-    pub(crate) fn kept_blocks(&self) -> u64 {
-        self.weight().div_ceil(BLOCK_SIZE) as u64
     }
 
     pub(super) fn weight(&self) -> usize {
