@@ -10,6 +10,7 @@ use super::bounds::{
     HEARTBEAT_MS, MAX_ENDPOINT, MAX_EPOCH_MIB, MAX_INTERVAL_MS, MAX_PROMOTIONS, MAX_SUSPECT_MS, MAX_WINDOW,
 };
 use super::{Problem, count_from, in_range};
+use crate::limits::MIN_EPOCH_MIB;
 
 /// How a runner protects its guest: `[replication]` of a primary, `[promoted]` of a secondary.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -52,7 +53,12 @@ impl ReplicationConfig {
         let key = |name: &str| format!("{section}.{name}");
         in_range(&key("interval_ms"), self.interval_ms.into(), 1, MAX_INTERVAL_MS.into())?;
         in_range(&key("window"), self.window.into(), 1, MAX_WINDOW.into())?;
-        in_range(&key("max_epoch_mib"), self.max_epoch_mib.into(), 1, MAX_EPOCH_MIB.into())?;
+        in_range(
+            &key("max_epoch_mib"),
+            self.max_epoch_mib.into(),
+            MIN_EPOCH_MIB.into(),
+            MAX_EPOCH_MIB.into(),
+        )?;
         check_heartbeats(section, self.heartbeat_ms, self.suspect_after_ms)
     }
 }

@@ -28,7 +28,6 @@ mod mark;
 mod memory;
 mod read;
 mod rocks;
-mod runs;
 mod scrub;
 mod summary;
 
@@ -38,7 +37,6 @@ pub use error::StoreError;
 pub use format::FORMAT_VERSION;
 pub use mark::{MAX_BATCH, Mark};
 pub use memory::MemoryDisk;
-pub use runs::{BlockRun, NewestBlocks};
 pub use scrub::{MAX_LISTED, Scrub};
 pub use summary::{StoredCopy, Summary, WholeCopy};
 
@@ -46,6 +44,11 @@ use colo_common::{ReplicaId, Term, VmId};
 use colo_vmm::memory::Page;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Blocks of a part that came.
+pub type BlockRun<'a> = colo_vmm::block_runs::BlockRun<&'a [u8]>;
+/// The newest of several.
+pub type NewestBlocks<'a> = colo_vmm::block_runs::NewestBlocks<&'a [u8]>;
 
 use checksums::Checksums;
 use engine::{Batch, Change, Column, Durability};

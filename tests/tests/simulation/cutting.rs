@@ -1,7 +1,7 @@
 //! Cuts of a simulated runner: `primary::node::cutting`, function by function.
 
 use colo_primary::checkpoint::copy_out;
-use colo_primary::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
+use colo_primary::epoch::{SeedState, Stand, Turn, can_tell, fits, has_room, is_full, page_bytes, turn};
 use colo_primary::replicator::Request;
 use colo_primary::transfer::Epoch;
 use colo_vmm::guest::Lifecycle;
@@ -189,7 +189,7 @@ impl Runner {
     }
 
     fn is_epoch_full(&self, common: &Common) -> bool {
-        is_full(self.dirty.len(), self.epoch_limit(common))
+        is_full(page_bytes(self.dirty.len()), self.epoch_limit(common))
     }
 
     fn can_tell(&self) -> bool {
@@ -204,7 +204,7 @@ impl Runner {
         if common.mutations.epochs_too_large && self.is_shipping() {
             return true;
         }
-        fits(self.dirty.len(), self.epoch_limit(common))
+        fits(page_bytes(self.dirty.len()), self.epoch_limit(common))
     }
 
     /// The primary's own limit is as in its default far above what the secondary takes here.

@@ -398,5 +398,7 @@ impl ProtectedGuest for SyntheticGuest {
     /// It has no disk.
     fn track_disk(&mut self, _: DiskTracking) {}
 
-    fn collect_blocks(&mut self, _: &mut BlockSet) {}
+    fn collect_blocks(&mut self) -> (BlockSet, usize) {
+        (BlockSet::new(0), 0)
+    }
 }

@@ -66,7 +66,7 @@ impl Copier {
             while at < end {
                 let digests = match self.inbox.recv() {
                     Ok(Order::Digests(digests)) => digests,
-                    Ok(Order::Round(_)) => continue,
+                    Ok(Order::Round(_)) => return Err(Stopped("a round amid the first pass".to_owned())),
                     Err(_) => return Err(Stopped("the seed was given up".to_owned())),
                 };
                 let digests =
