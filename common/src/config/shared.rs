@@ -22,7 +22,7 @@ pub struct ReplicationConfig {
     pub interval_ms: u32,
     /// Epochs that may be in flight, 1 to 64; default 8.
     pub window: u32,
-    /// MiB of pages in one epoch at most, 1 to 65536; default 256. A secondary may ask for less.
+    /// MiB of pages in one epoch at most, 16 to 65536; default 256. A secondary may ask for less.
     pub max_epoch_mib: u32,
     /// Milliseconds between two heartbeats to the secondary, 5 to 10000; default 50.
     pub heartbeat_ms: u32,
