@@ -16,6 +16,8 @@
 
 mod content;
 mod fold;
+mod guest;
+mod settling;
 mod state;
 
 pub use content::{block_digests, content_digest, export};
@@ -23,19 +25,16 @@ pub use content::{block_digests, content_digest, export};
 use colo_common::{BLOCK_SIZE, Block, Point};
 use colo_vmm::disk::Disk;
 use colo_vmm::memory::Page;
-use colo_vmm::{BlockSet, page_batch::is_zero};
-use std::io::{self, ErrorKind};
+use colo_vmm::BlockSet;
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::store::engine::{Batch, Change, Column, Durability, PageStore};
+use crate::store::engine::{Column, PageStore};
 use crate::store::format::{Kind, decode_block, number_key, pending_key};
 use crate::store::{BlockRun, StoreError};
 use fold::Folding;
 use state::State;
-
-/// Entries removed from the overlay at once: what a mark has to wait for meanwhile.
-const MAX_REMOVED: usize = 1024;
 
 /// The copy of the disk, with the thread that folds its overlay.
 pub struct DiskImage {
@@ -52,15 +51,9 @@ struct Core {
     /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
     /// returns before entries are gone that another has begun to remove.
     settling: Mutex<()>,
-}
-
-/// A part of a block that is read or written.
-struct Piece {
-    block: Block,
-    /// Within the block.
-    within: Range<usize>,
-    /// Within the caller's bytes.
-    bytes: Range<usize>,
+    /// Why nobody knows any more what is safe: a sync of the file has failed, or a write of the store. Set under the lock
+    /// of the state. After it no entry is removed, nothing is taken, and no flush succeeds.
+    failure: OnceLock<String>,
 }
 
 impl DiskImage {
@@ -68,7 +61,8 @@ impl DiskImage {
     pub(crate) fn new(base: Arc<dyn Disk>, engine: Arc<dyn PageStore>, entries: Entries) -> Self {
         let blocks = base.bytes() / BLOCK_SIZE as u64;
         let state = Mutex::new(State::new(entries));
-        let core = Core { base, engine, blocks, state, settling: Mutex::new(()) };
+        let core =
+            Core { base, engine, blocks, state, settling: Mutex::new(()), failure: OnceLock::new() };
         Self { core: Arc::new(core), folding: OnceLock::new() }
     }
 
@@ -81,6 +75,17 @@ impl DiskImage {
     pub fn overlay_blocks(&self) -> u64 {
         let state = self.core.lock();
         state.present.len() + state.superseded.len() + state.syncing.len()
+    }
+
+    /// Why it is of no more use to this process, once it is not. Never waits.
+    pub fn failure(&self) -> Option<&str> {
+        self.core.failure.get().map(String::as_str)
+    }
+
+    /// # Errors
+    /// It is of no more use.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        self.core.check_unbroken()
     }
 
     /// Starts the thread that folds the overlay into the image file, for as long as this lives.
@@ -179,6 +184,7 @@ impl DiskImage {
     /// Writes a part of a seed into the image file itself.
     pub(crate) fn seed(&self, run: BlockRun<'_>) -> io::Result<()> {
         let mut state = self.core.lock();
+        self.core.check_unbroken()?;
         match run.bytes() {
             Some(bytes) => self.core.base.write(run.first().offset(), bytes)?,
             None => self.core.zero_base(run.first()..run.end())?,
@@ -206,88 +212,25 @@ pub(crate) struct Entries {
     pub(crate) active: bool,
 }
 
-impl Disk for DiskImage {
-    fn bytes(&self) -> u64 {
-        self.core.base.bytes()
-    }
-
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let core = &*self.core;
-        let pieces = core.pieces(offset, bytes.len())?;
-        let state = core.lock();
-        if !state.has_newer(blocks_of(offset, bytes.len() as u64)) {
-            // No block gets an entry while it is read: marks are of a guest that runs elsewhere.
-            drop(state);
-            return core.base.read(offset, bytes);
-        }
-        for Piece { block, within, bytes: range } in pieces {
-            let into = &mut bytes[range];
-            match core.entry(&state, block)? {
-                Some(page) => into.copy_from_slice(&page[within]),
-                None => core.base.read(block.offset() + within.start as u64, into)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let core = &*self.core;
-        let pieces = core.pieces(offset, bytes.len())?;
-        let mut state = core.lock();
-        state.check_runs()?;
-        if !state.has_newer(blocks_of(offset, bytes.len() as u64)) {
-            drop(state);
-            return core.base.write(offset, bytes);
-        }
-        for Piece { block, within, bytes: range } in pieces {
-            let part = &bytes[range];
-            match core.entry(&state, block)? {
-                Some(mut page) => {
-                    page[within].copy_from_slice(part);
-                    core.base.write(block.offset(), &page[..])?;
-                    state.supersede(block..Block(block.0 + 1));
-                }
-                None => core.base.write(block.offset() + within.start as u64, part)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn zero(&self, blocks: Range<Block>, unmap: bool) -> io::Result<()> {
-        let core = &*self.core;
-        if blocks.start > blocks.end || blocks.end.0 > core.blocks {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "the range is not within the disk"));
-        }
-        let mut state = core.lock();
-        state.check_runs()?;
-        if !state.has_newer(blocks.clone()) {
-            drop(state);
-            return core.base.zero(blocks, unmap);
-        }
-        core.base.zero(blocks.clone(), unmap)?;
-        state.supersede(blocks);
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.core.settle()
-    }
-
-    fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>> {
-        let state = self.core.lock();
-        let file = self.core.base.next_data(from)?;
-        let Some(first) = state.next_entry(from) else { return Ok(file) };
-        match file {
-            Some(file) if file.start <= first => Ok(Some(file)),
-            _ => Ok(Some(first..state.end_of_entries(first))),
-        }
-    }
-}
-
 impl Core {
     /// The state is whole between any two calls, also of a thread that panicked.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For whoever holds the lock.
+    fn fail(&self, why: &dyn std::fmt::Display) {
+        // The first reason stands: what comes after it follows from it.
+        drop(self.failure.set(why.to_string()));
+    }
+
+    /// # Errors
+    /// Something failed before.
+    fn check_unbroken(&self) -> io::Result<()> {
+        match self.failure.get() {
+            Some(why) => Err(io::Error::other(format!("it has failed before: {why}"))),
+            None => Ok(()),
+        }
     }
 
     /// A write of the store's that changes entries. While it is under way nobody removes or reads any.
@@ -304,7 +247,7 @@ impl Core {
             }
             Err(error) => {
                 // Nobody knows which entries there are now.
-                state.broken = true;
+                self.fail(&error);
                 Err(error)
             }
         }
@@ -322,77 +265,8 @@ impl Core {
         let value = value.map_err(io::Error::other)?;
         let content = value.as_deref().and_then(|value| decode_block(block, value));
         let damaged =
-            || io::Error::new(ErrorKind::InvalidData, format!("the store's entry of {block} is damaged"));
+            || io::Error::new(io::ErrorKind::InvalidData, format!("the store's entry of {block} is damaged"));
         Ok(Some(Box::new(content.ok_or_else(damaged)?.copied().unwrap_or([0; BLOCK_SIZE]))))
-    }
-
-    /// Copies entries into the file, and removes them once it is synced.
-    fn fold(&self, most: usize) -> io::Result<u64> {
-        let mut copied = 0;
-        while copied < most as u64 {
-            let mut state = self.lock();
-            if state.aside || state.adopted.is_some() {
-                break;
-            }
-            state.check_unbroken()?;
-            let Some(block) = state.present.next(state.cursor) else {
-                // Blocks that are written again and again are folded once a round.
-                state.cursor = Block(0);
-                break;
-            };
-            let page = self.entry(&state, block)?;
-            match page.filter(|page| !is_zero(page)) {
-                Some(page) => self.base.write(block.offset(), &page[..])?,
-                None => self.base.zero(block..Block(block.0 + 1), true)?,
-            }
-            state.supersede(block..Block(block.0 + 1));
-            state.cursor = Block(block.0 + 1);
-            copied += 1;
-        }
-        if copied > 0 || !self.lock().superseded.is_empty() {
-            self.settle()?;
-        }
-        Ok(copied)
-    }
-
-    fn settle(&self) -> io::Result<()> {
-        let _alone = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        {
-            let mut state = self.lock();
-            state.check_unbroken()?;
-            state.begin_sync();
-        }
-        if let Err(error) = self.base.flush() {
-            self.lock().sync_failed();
-            return Err(error);
-        }
-        while self.remove_synced()? {}
-        Ok(())
-    }
-
-    /// Removes some of the entries that were superseded before the sync and were not renewed; whether there are more.
-    fn remove_synced(&self) -> io::Result<bool> {
-        let mut state = self.lock();
-        let blocks: Vec<Block> = state.syncing.iter().take(MAX_REMOVED).collect();
-        let mut batch = Batch::default();
-        for block in &blocks {
-            batch.push(Change::Delete(Column::Disk, number_key(block.0).to_vec()));
-        }
-        let more = state.syncing.len() > blocks.len() as u64;
-        if batch.is_empty() {
-            return Ok(false);
-        }
-        // While following, an entry that comes back after a crash is what the file holds. Under a guest that runs, it
-        // would hide what that wrote; the last of them is synced, and all before it with it.
-        let durability = if state.active && !more { Durability::Synced } else { Durability::Unsynced };
-        if let Err(error) = self.engine.write(&batch, durability) {
-            state.broken = true;
-            return Err(io::Error::other(error));
-        }
-        for block in blocks {
-            state.syncing.remove(block);
-        }
-        Ok(more)
     }
 
     /// Makes blocks of the file zero where they are not.
@@ -407,43 +281,10 @@ impl Core {
         }
         Ok(())
     }
-
-    fn pieces(&self, offset: u64, len: usize) -> io::Result<impl Iterator<Item = Piece> + use<>> {
-        check_range(self.base.bytes(), offset, len as u64)?;
-        let mut at = 0;
-        Ok(std::iter::from_fn(move || {
-            if at == len {
-                return None;
-            }
-            let place = offset + at as u64;
-            let start = (place % BLOCK_SIZE as u64) as usize;
-            let bytes = (BLOCK_SIZE - start).min(len - at);
-            let piece = Piece {
-                block: Block::containing(place),
-                within: start..start + bytes,
-                bytes: at..at + bytes,
-            };
-            at += bytes;
-            Some(piece)
-        }))
-    }
 }
 
 impl std::fmt::Debug for DiskImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "DiskImage({} blocks, {:?})", self.core.blocks, self.core.lock())
-    }
-}
-
-/// Blocks that these bytes are in.
-fn blocks_of(offset: u64, len: u64) -> Range<Block> {
-    Block::containing(offset)..Block((offset + len).div_ceil(BLOCK_SIZE as u64))
-}
-
-/// Whether a range is within a disk of `size` bytes.
-fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
-    match offset.checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(io::Error::new(ErrorKind::InvalidInput, "the range is not within the disk")),
+        write!(f, "DiskImage({} blocks, {:?}, {:?})", self.core.blocks, self.core.failure, self.core.lock())
     }
 }

@@ -22,8 +22,6 @@ pub(super) struct State {
     pub(super) aside: bool,
     /// The guest runs here: it writes to the file.
     pub(super) active: bool,
-    /// The file or the store failed in a way after which nobody knows what is safe: no entry is removed any more.
-    pub(super) broken: bool,
     /// Where folding goes on.
     pub(super) cursor: Block,
 }
@@ -33,7 +31,7 @@ impl State {
         let Entries { present, adopted, aside, active } = entries;
         let none = || BlockSet::new(present.blocks());
         let (superseded, syncing) = (none(), none());
-        Self { superseded, syncing, present, adopted, aside, active, broken: false, cursor: Block(0) }
+        Self { superseded, syncing, present, adopted, aside, active, cursor: Block(0) }
     }
 
     /// Whether the overlay has something that counts of any of these blocks.
@@ -94,24 +92,12 @@ impl State {
     /// The file holds nobody knows what of the blocks written since the last sync. While following, their entries have
     /// the same; what a running guest wrote is in the file alone.
     pub(super) fn sync_failed(&mut self) {
-        self.broken = true;
         if !self.active {
             self.present.union_with(&self.syncing);
             self.present.union_with(&self.superseded);
             self.syncing.clear();
             self.superseded.clear();
         }
-    }
-
-    /// # Errors
-    /// Something failed before.
-    pub(super) fn check_unbroken(&self) -> io::Result<()> {
-        if self.broken {
-            return Err(io::Error::other(
-                "the disk has failed before: end this process and check its device",
-            ));
-        }
-        Ok(())
     }
 
     /// # Errors

@@ -211,6 +211,10 @@ impl Store {
         if self.broken {
             return Err(StoreError::Broken { dir: self.dir.clone() });
         }
+        if let Some(disk) = &self.disk {
+            // Nothing is promised any more over a file of which nobody knows what it holds.
+            disk.check().map_err(|source| self.disk_error(source))?;
+        }
         let written = self.engine.write(batch, durability);
         self.broken = written.is_err();
         written
