@@ -73,8 +73,7 @@ impl DiskImage {
 
     /// Blocks that the overlay has.
     pub fn overlay_blocks(&self) -> u64 {
-        let state = self.core.lock();
-        state.present.len() + state.superseded.len() + state.syncing.len()
+        self.core.lock().entries()
     }
 
     /// Why it is of no more use to this process, once it is not. Never waits.
@@ -145,14 +144,15 @@ impl DiskImage {
         self.core.write(write, |state| state.renew(touched))
     }
 
-    /// The same where the entries are in `pending` under this point, until [`moved`](Self::moved).
+    /// The same where the entries are in `pending` under this point: until they are [`moved`](Self::moved), or, of a
+    /// promotion, folded into the image file.
     pub(crate) fn adopt(
         &self,
         point: Point,
         touched: BlockSet,
         write: impl FnOnce() -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.core.write(write, |state| state.adopted = Some((point, touched)))
+        self.core.write(write, |state| state.adopt(point, touched))
     }
 
     /// All entries of `pending` were moved to where they belong.

@@ -16,7 +16,8 @@ pub(super) struct State {
     pub(super) superseded: BlockSet,
     /// The same, and the file is being synced: their entries are removed after that.
     pub(super) syncing: BlockSet,
-    /// Blocks whose newest content is in `pending` under this point, until it is moved.
+    /// Blocks whose newest content is in `pending` under this point, until it is moved or folded; an entry of the
+    /// overlay that they have beside it is older, and goes with it.
     pub(super) adopted: Option<(Point, BlockSet)>,
     /// The file must stay as it is, for the copy that is kept aside.
     pub(super) aside: bool,
@@ -59,20 +60,45 @@ impl State {
         [&self.present, &self.superseded, &self.syncing].into_iter().chain(adopted)
     }
 
+    /// The next block whose entry counts.
+    pub(super) fn next_counting(&self, from: Block) -> Option<Block> {
+        let adopted = self.adopted.as_ref().and_then(|(_, set)| set.next(from));
+        self.present.next(from).into_iter().chain(adopted).min()
+    }
+
+    /// Entries of all kinds.
+    pub(super) fn entries(&self) -> u64 {
+        self.sets().map(BlockSet::len).sum()
+    }
+
+    /// These have new entries in `pending`.
+    pub(super) fn adopt(&mut self, point: Point, blocks: BlockSet) {
+        self.forget(&blocks);
+        self.adopted = Some((point, blocks));
+    }
+
     /// These have new entries.
     pub(super) fn renew(&mut self, blocks: &BlockSet) {
+        self.forget(blocks);
+        self.present.union_with(blocks);
+    }
+
+    /// Whatever entries these had, nobody removes them for what the file holds now.
+    fn forget(&mut self, blocks: &BlockSet) {
         for block in blocks.iter() {
             self.superseded.remove(block);
             self.syncing.remove(block);
         }
-        self.present.union_with(blocks);
     }
 
     /// The file has what counts of these; where they had entries, those are of no more use.
     pub(super) fn supersede(&mut self, blocks: Range<Block>) {
         let mut at = blocks.start;
-        while let Some(block) = self.present.next(at).filter(|block| *block < blocks.end) {
+        while let Some(block) = self.next_counting(at).filter(|block| *block < blocks.end) {
             self.present.remove(block);
+            if let Some((_, adopted)) = &mut self.adopted {
+                adopted.remove(block);
+            }
             self.superseded.insert(block);
             at = Block(block.0 + 1);
         }
