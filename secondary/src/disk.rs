@@ -36,6 +36,12 @@ use crate::store::{BlockRun, StoreError};
 use fold::Folding;
 use state::State;
 
+/// Bytes of a seed after which the image file is synced behind it: the sync that makes the copy whole, for which a promotion
+/// right after it waits, has no more to do than the last of them.
+const SYNC_EVERY: u64 = 32 << 20;
+/// Bytes of a seed that may be written and not synced: a device slower than the link slows the seed.
+const MAX_UNSYNCED: u64 = 4 * SYNC_EVERY;
+
 /// The copy of the disk, with the thread that folds its overlay.
 pub struct DiskImage {
     core: Arc<Core>,
@@ -87,7 +93,7 @@ impl DiskImage {
         self.core.check_unbroken()
     }
 
-    /// Starts the thread that folds the overlay into the image file, for as long as this lives.
+    /// Starts the thread that folds the overlay into the image file, and syncs that behind a seed, for as long as this lives.
     ///
     /// # Errors
     /// No thread can be had.
@@ -181,7 +187,7 @@ impl DiskImage {
         self.core.lock().active = false;
     }
 
-    /// Writes a part of a seed into the image file itself.
+    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind.
     pub(crate) fn seed(&self, run: BlockRun<'_>) -> io::Result<()> {
         let mut state = self.core.lock();
         self.core.check_unbroken()?;
@@ -190,7 +196,13 @@ impl DiskImage {
             None => self.core.zero_base(run.first()..run.end())?,
         }
         state.supersede(run.first()..run.end());
-        Ok(())
+        state.seeded += run.bytes().map_or(0, |bytes| bytes.len() as u64);
+        let unsynced = state.seeded;
+        drop(state);
+        if unsynced >= SYNC_EVERY {
+            self.folding.get().iter().for_each(|folding| folding.wake());
+        }
+        if unsynced >= MAX_UNSYNCED { self.core.settle() } else { Ok(()) }
     }
 
     /// Syncs the image file and removes the entries that it made superfluous.

@@ -37,7 +37,11 @@ impl Core {
             state.cursor = Block(block.0 + 1);
             copied += 1;
         }
-        if copied > 0 || !self.lock().superseded.is_empty() {
+        let due = {
+            let state = self.lock();
+            copied > 0 || state.seeded > 0 || !state.superseded.is_empty()
+        };
+        if due {
             self.settle()?;
         }
         Ok(copied)

@@ -23,6 +23,8 @@ pub(super) struct State {
     pub(super) aside: bool,
     /// The guest runs here: it writes to the file.
     pub(super) active: bool,
+    /// Bytes that a seed has written to the file since the last sync of it began.
+    pub(super) seeded: u64,
     /// Where folding goes on.
     pub(super) cursor: Block,
 }
@@ -32,7 +34,7 @@ impl State {
         let Entries { present, adopted, aside, active } = entries;
         let none = || BlockSet::new(present.blocks());
         let (superseded, syncing) = (none(), none());
-        Self { superseded, syncing, present, adopted, aside, active, cursor: Block(0) }
+        Self { superseded, syncing, present, adopted, aside, active, seeded: 0, cursor: Block(0) }
     }
 
     /// Whether the overlay has something that counts of any of these blocks.
@@ -106,6 +108,7 @@ impl State {
 
     /// What is superseded now is so in the file before it is synced.
     pub(super) fn begin_sync(&mut self) {
+        self.seeded = 0;
         if self.syncing.is_empty() {
             std::mem::swap(&mut self.superseded, &mut self.syncing);
         } else {
