@@ -23,11 +23,13 @@ mod state;
 pub use content::{block_digests, content_digest, export};
 
 use colo_common::{BLOCK_SIZE, Block, Point};
+use colo_primary::node::status::Overlay;
 use colo_vmm::disk::Disk;
 use colo_vmm::memory::Page;
 use colo_vmm::BlockSet;
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::store::engine::{Column, PageStore};
@@ -54,6 +56,8 @@ struct Core {
     engine: Arc<dyn PageStore>,
     blocks: u64,
     state: Mutex<State>,
+    /// Entries of the overlay, as the state's last holder left them: told to whoever cannot wait for the lock.
+    entries: AtomicU64,
     /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
     /// returns before entries are gone that another has begun to remove.
     settling: Mutex<()>,
@@ -62,13 +66,46 @@ struct Core {
     failure: OnceLock<String>,
 }
 
+/// The state, locked.
+struct Held<'a> {
+    state: MutexGuard<'a, State>,
+    entries: &'a AtomicU64,
+}
+
+impl Deref for Held<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.entries.store(self.state.entries(), Ordering::Relaxed);
+    }
+}
+
 impl DiskImage {
     /// Takes an image file and what `state` says of the overlay in `engine`.
     pub(crate) fn new(base: Arc<dyn Disk>, engine: Arc<dyn PageStore>, entries: Entries) -> Self {
         let blocks = base.bytes() / BLOCK_SIZE as u64;
-        let state = Mutex::new(State::new(entries));
-        let core =
-            Core { base, engine, blocks, state, settling: Mutex::new(()), failure: OnceLock::new() };
+        let state = State::new(entries);
+        let core = Core {
+            base,
+            engine,
+            blocks,
+            entries: AtomicU64::new(state.entries()),
+            state: Mutex::new(state),
+            settling: Mutex::new(()),
+            failure: OnceLock::new(),
+        };
         Self { core: Arc::new(core), folding: OnceLock::new() }
     }
 
@@ -77,9 +114,9 @@ impl DiskImage {
         self.core.blocks
     }
 
-    /// Blocks that the overlay has.
+    /// Entries that the overlay has. Never waits.
     pub fn overlay_blocks(&self) -> u64 {
-        self.core.lock().entries()
+        self.core.entries.load(Ordering::Relaxed)
     }
 
     /// Why it is of no more use to this process, once it is not. Never waits.
@@ -226,8 +263,9 @@ pub(crate) struct Entries {
 
 impl Core {
     /// The state is whole between any two calls, also of a thread that panicked.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Held<'_> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Held { state, entries: &self.entries }
     }
 
     /// For whoever holds the lock.
@@ -295,8 +333,18 @@ impl Core {
     }
 }
 
+impl Overlay for DiskImage {
+    fn bytes_to_fold(&self) -> u64 {
+        self.overlay_blocks() * BLOCK_SIZE as u64
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure().map(str::to_owned)
+    }
+}
+
 impl std::fmt::Debug for DiskImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "DiskImage({} blocks, {:?}, {:?})", self.core.blocks, self.core.failure, self.core.lock())
+        write!(f, "DiskImage({} blocks, {:?}, {:?})", self.core.blocks, self.core.failure, *self.core.lock())
     }
 }

@@ -6,6 +6,7 @@ mod store_script;
 
 use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, History, Term};
+use colo_primary::node::status::Overlay;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::persist::{Job, Persisted, Persister};
 use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoredCopy};
@@ -67,6 +68,9 @@ fn a_store_whose_file_failed_takes_no_mark_and_lets_nothing_run() {
     assert_eq!(disk.failure(), None);
     fail_sync(&file, &disk);
     assert!(disk.failure().unwrap().contains("the device is gone"), "{disk:?}");
+    let overlay: &dyn Overlay = disk.as_ref();
+    assert!(overlay.failure().is_some_and(|why| why.contains("the device is gone")));
+    assert_eq!(overlay.bytes_to_fold(), BLOCK_SIZE as u64, "block 3, which the mark has brought");
     let told = [
         step(&mut store, 3, BlockRun::data(Block(4), &one)).unwrap_err().to_string(),
         store.activate(Term(2), &[]).unwrap_err().to_string(),
