@@ -60,6 +60,10 @@ pub const MAX_DISK_REQUEST: usize = 1 << 20;
 /// beside pages.
 pub const MIN_EPOCH_MIB: u32 = 16;
 
+/// Pages or blocks whose digests one request may ask for: 256 MiB, which whoever answers reads at one go, and for which
+/// the answer has at most 1 MiB.
+pub const MAX_DIGESTS_ASKED: u64 = 1 << 16;
+
 /// Console input bytes waiting for the guest to read them.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 
