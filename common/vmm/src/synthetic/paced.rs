@@ -178,7 +178,7 @@ impl ProtectedGuest for PacedGuest {
         self.shared.guest().track_disk(tracking);
     }
 
-    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
-        self.shared.guest().collect_blocks(blocks);
+    fn collect_blocks(&mut self) -> (BlockSet, usize) {
+        self.shared.guest().collect_blocks()
     }
 }
