@@ -49,7 +49,7 @@ impl Follower {
                 self.yielded += 1;
                 self.detector.yielded(common.now);
             }
-            Msg::Goodbye => link.goodbye = true,
+            Msg::Goodbye => {}
             Msg::Down(why) => self.link_down(&why, common),
             other => panic!("a runner said {other:?}"),
         }
@@ -85,16 +85,8 @@ impl Follower {
             common.count("links replaced");
             common.close(old.number, 1);
         }
-        let link = Link {
-            number,
-            node: node.clone(),
-            term,
-            seeding: false,
-            asked: None,
-            goodbye: false,
-            staging,
-            over: false,
-        };
+        let link =
+            Link { number, node: node.clone(), term, seeding: false, asked: None, staging, over: false };
         self.link = Some(link);
         self.detector.heard();
         if let Purpose::Link(replica) = purpose {
