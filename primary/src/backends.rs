@@ -56,8 +56,12 @@ pub fn open(
         let file = FileDisk::open(path, *read_only)?;
         let serial = serial.clone().unwrap_or_else(|| vm.as_str().chars().take(MAX_SERIAL).collect());
         opened.disk = Some(DiskSpec { bytes: file.bytes(), read_only: *read_only, serial });
-        opened.devices.disk =
-            Some(DiskAccount { path: path.clone(), bytes: file.bytes(), read_only: *read_only, overlay: None });
+        opened.devices.disk = Some(DiskAccount {
+            path: path.clone(),
+            bytes: file.bytes(),
+            read_only: *read_only,
+            overlay: None,
+        });
         opened.backends.disk = Some(Arc::new(file));
     }
     Ok(opened)

@@ -78,9 +78,15 @@ fn status_as_json_has_stable_keys() {
     assert_eq!(status["points"]["tip"], Value::Null);
     assert_eq!(status["counters"]["ring_overruns"], 0);
     assert_eq!((&status["disk"]["path"], &status["disk"]["failure"]), (&"/web.img".into(), &"gone".into()));
-    assert_eq!((&status["disk"]["bytes"], &status["disk"]["overlay_bytes"]), (&(1 << 20).into(), &Value::Null));
+    assert_eq!(
+        (&status["disk"]["bytes"], &status["disk"]["overlay_bytes"]),
+        (&(1 << 20).into(), &Value::Null)
+    );
     assert_eq!((&status["network"]["tap"], &status["network"]["carrier"]), (&"colo-a".into(), &true.into()));
-    assert_eq!((&status["network"]["frames_held"], &status["network"]["frames_lost"]), (&3.into(), &0.into()));
+    assert_eq!(
+        (&status["network"]["frames_held"], &status["network"]["frames_lost"]),
+        (&3.into(), &0.into())
+    );
     assert_eq!(answer["nodes"][1]["answers"], false);
     let error = answer["nodes"][1]["error"].as_str().unwrap();
     assert!(error.starts_with(&format!("no node answers at {}: ", nodes[1])), "{error}");

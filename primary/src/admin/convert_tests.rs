@@ -4,7 +4,8 @@ use super::{account, progress, report};
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
 use crate::node::status::{
-    Counters, Devices, DiskAccount, LinkState, Marks, NetworkAccount, Overlay, Policy, Report, Role, Seed, Status,
+    Counters, Devices, DiskAccount, LinkState, Marks, NetworkAccount, Overlay, Policy, Report, Role, Seed,
+    Status,
 };
 use crate::release::Size;
 use colo_common::history::point;
