@@ -15,6 +15,7 @@
 //! under one lock; the medium is waited for under it only where a block's place changes.
 
 mod content;
+mod core;
 mod fold;
 mod guest;
 mod settling;
@@ -28,15 +29,13 @@ use colo_vmm::BlockSet;
 use colo_vmm::disk::Disk;
 use colo_vmm::memory::Page;
 use std::io;
-use std::ops::{Deref, DerefMut, Range};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
-use crate::store::engine::{Column, PageStore};
-use crate::store::format::{Kind, decode_block, number_key, pending_key};
+use self::core::Core;
+use crate::store::engine::PageStore;
 use crate::store::{BlockRun, StoreError};
 use fold::Folding;
-use state::State;
 
 /// Bytes of a seed after which the image file is synced behind it: the sync that makes the copy whole, for which a promotion
 /// right after it waits, has no more to do than the last of them.
@@ -50,63 +49,11 @@ pub struct DiskImage {
     folding: OnceLock<Folding>,
 }
 
-/// The copy of the disk.
-struct Core {
-    base: Arc<dyn Disk>,
-    engine: Arc<dyn PageStore>,
-    blocks: u64,
-    state: Mutex<State>,
-    /// Entries of the overlay, as the state's last holder left them: told to whoever cannot wait for the lock.
-    entries: AtomicU64,
-    /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
-    /// returns before entries are gone that another has begun to remove.
-    settling: Mutex<()>,
-    /// Why nobody knows any more what is safe: a sync of the file has failed, or a write of the store. Set under the lock
-    /// of the state. After it no entry is removed, nothing is taken, and no flush succeeds.
-    failure: OnceLock<String>,
-}
-
-/// The state, locked.
-struct Held<'a> {
-    state: MutexGuard<'a, State>,
-    entries: &'a AtomicU64,
-}
-
-impl Deref for Held<'_> {
-    type Target = State;
-
-    fn deref(&self) -> &State {
-        &self.state
-    }
-}
-
-impl DerefMut for Held<'_> {
-    fn deref_mut(&mut self) -> &mut State {
-        &mut self.state
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.entries.store(self.state.entries(), Ordering::Relaxed);
-    }
-}
-
 impl DiskImage {
-    /// Takes an image file and what `state` says of the overlay in `engine`.
+    /// Takes an image file and what `entries` say of the overlay in `engine`.
     pub(crate) fn new(base: Arc<dyn Disk>, engine: Arc<dyn PageStore>, entries: Entries) -> Self {
-        let blocks = base.bytes() / BLOCK_SIZE as u64;
-        let state = State::new(entries);
-        let core = Core {
-            base,
-            engine,
-            blocks,
-            entries: AtomicU64::new(state.entries()),
-            state: Mutex::new(state),
-            settling: Mutex::new(()),
-            failure: OnceLock::new(),
-        };
-        Self { core: Arc::new(core), folding: OnceLock::new() }
+        let core = Arc::new(Core::new(base, engine, entries));
+        Self { core, folding: OnceLock::new() }
     }
 
     /// Number of its blocks.
@@ -259,78 +206,6 @@ pub(crate) struct Entries {
     pub(crate) aside: bool,
     /// This node runs the guest, or did.
     pub(crate) active: bool,
-}
-
-impl Core {
-    /// The state is whole between any two calls, also of a thread that panicked.
-    fn lock(&self) -> Held<'_> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Held { state, entries: &self.entries }
-    }
-
-    /// For whoever holds the lock.
-    fn fail(&self, why: &dyn std::fmt::Display) {
-        // The first reason stands: what comes after it follows from it.
-        drop(self.failure.set(why.to_string()));
-    }
-
-    /// # Errors
-    /// Something failed before.
-    fn check_unbroken(&self) -> io::Result<()> {
-        match self.failure.get() {
-            Some(why) => Err(io::Error::other(format!("it has failed before: {why}"))),
-            None => Ok(()),
-        }
-    }
-
-    /// A write of the store's that changes entries. While it is under way nobody removes or reads any.
-    fn write(
-        &self,
-        write: impl FnOnce() -> Result<(), StoreError>,
-        then: impl FnOnce(&mut State),
-    ) -> Result<(), StoreError> {
-        let mut state = self.lock();
-        match write() {
-            Ok(()) => {
-                then(&mut state);
-                Ok(())
-            }
-            Err(error) => {
-                // Nobody knows which entries there are now.
-                self.fail(&error);
-                Err(error)
-            }
-        }
-    }
-
-    /// What the overlay has of a block that counts; none if the file's content does.
-    fn entry(&self, state: &State, block: Block) -> io::Result<Option<Box<Page>>> {
-        let value = match &state.adopted {
-            Some((point, blocks)) if blocks.contains(block) => {
-                self.engine.get(Column::Pending, &pending_key(*point, Kind::Block, block.0))
-            }
-            _ if state.present.contains(block) => self.engine.get(Column::Disk, &number_key(block.0)),
-            _ => return Ok(None),
-        };
-        let value = value.map_err(io::Error::other)?;
-        let content = value.as_deref().and_then(|value| decode_block(block, value));
-        let damaged =
-            || io::Error::new(io::ErrorKind::InvalidData, format!("the store's entry of {block} is damaged"));
-        Ok(Some(Box::new(content.ok_or_else(damaged)?.copied().unwrap_or([0; BLOCK_SIZE]))))
-    }
-
-    /// Makes blocks of the file zero where they are not.
-    fn zero_base(&self, blocks: Range<Block>) -> io::Result<()> {
-        let mut at = blocks.start;
-        while at < blocks.end
-            && let Some(found) = self.base.next_data(at)?.filter(|found| found.start < blocks.end)
-        {
-            let end = found.end.min(blocks.end);
-            self.base.zero(found.start..end, true)?;
-            at = end;
-        }
-        Ok(())
-    }
 }
 
 impl Overlay for DiskImage {

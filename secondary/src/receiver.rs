@@ -121,8 +121,6 @@ pub enum LinkEvent {
     BlockDigests(BlockDigestRequest),
     /// The runner's guest does not run any more: take over.
     Yield(Yield),
-    /// The runner ended the link on purpose.
-    Goodbye,
     /// Nothing follows.
     Down(String),
 }
@@ -240,7 +238,8 @@ impl Receiver {
                 Control::DigestRequest(request) => LinkEvent::Digests(request),
                 Control::BlockDigestRequest(request) => LinkEvent::BlockDigests(request),
                 Control::Yield(word) => LinkEvent::Yield(word),
-                Control::Goodbye(Goodbye) => LinkEvent::Goodbye,
+                // The end of the connection says the same, once all that was sent before it is read.
+                Control::Goodbye(Goodbye) => continue,
                 other => return format!("the runner said {other:?}, which is not its part"),
             };
             self.tell(number, event).await;

@@ -38,7 +38,10 @@ fn main() -> anyhow::Result<()> {
     let protected = measure(&mut connection, &large)?;
     for (name, at) in [("into the guest", 0), ("out of the guest", 1)] {
         let ratio = protected[at] / alone[at];
-        println!("{name}: unprotected {:.2} MB/s, protected {:.2} MB/s, {ratio:.2}", alone[at], protected[at]);
+        println!(
+            "{name}: unprotected {:.2} MB/s, protected {:.2} MB/s, {ratio:.2}",
+            alone[at], protected[at]
+        );
     }
     Ok(())
 }

@@ -50,6 +50,17 @@ pub trait Disk: Send + Sync {
     fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>>;
 }
 
+/// Whether a range is within a disk of `size` bytes.
+///
+/// # Errors
+/// It is not.
+pub fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "the range is not within the disk")),
+    }
+}
+
 /// Whole blocks that a guest has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskWrite {

@@ -1,7 +1,7 @@
 //! The disk as the guest's device has it once the guest runs here, and as anybody reads it: overlay and file as one.
 
 use colo_common::{BLOCK_SIZE, Block};
-use colo_vmm::disk::Disk;
+use colo_vmm::disk::{Disk, check_range};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 
@@ -119,12 +119,4 @@ impl Core {
 /// Blocks that these bytes are in.
 fn blocks_of(offset: u64, len: u64) -> Range<Block> {
     Block::containing(offset)..Block((offset + len).div_ceil(BLOCK_SIZE as u64))
-}
-
-/// Whether a range is within a disk of `size` bytes.
-fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
-    match offset.checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(io::Error::new(ErrorKind::InvalidInput, "the range is not within the disk")),
-    }
 }

@@ -44,7 +44,6 @@ impl Follower {
             seeding: false,
             asked: None,
             asked_blocks: None,
-            goodbye: false,
         });
         self.board.linked(LinkState::new(hello.node.clone(), address, pulse));
         self.detector.heard();
@@ -147,7 +146,6 @@ impl Follower {
                 self.yielded += u32::from(word.failed);
                 self.detector.yielded(Instant::now());
             }
-            LinkEvent::Goodbye => link.goodbye = true,
             LinkEvent::Down(why) => self.link_down(&why),
         }
     }

@@ -135,8 +135,6 @@ struct Link {
     asked: Option<colo_proto::message::DigestRequest>,
     /// The same for the disk.
     asked_blocks: Option<colo_proto::message::BlockDigestRequest>,
-    /// It said goodbye: not to be suspected.
-    goodbye: bool,
 }
 
 /// The newest staged epoch, and the room that those before it take.

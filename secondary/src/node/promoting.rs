@@ -53,10 +53,7 @@ pub struct HandBack {
 impl Follower {
     /// Asks to run the guest once the runner has had its time.
     pub(super) fn suspect_if_due(&mut self, now: Instant) {
-        if !self.detector.is_due(now)
-            || !self.settings.auto_failover
-            || self.link.as_ref().is_some_and(|link| link.goodbye)
-        {
+        if !self.detector.is_due(now) || !self.settings.auto_failover {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run().is_some() {

@@ -38,7 +38,6 @@ pub(crate) struct Link {
     pub(crate) seeding: bool,
     pub(crate) asked: Option<colo_proto::message::DigestRequest>,
     pub(crate) asked_blocks: Option<colo_proto::message::BlockDigestRequest>,
-    pub(crate) goodbye: bool,
     pub(crate) staging: Staging,
     /// The stream was no good; the link is being closed.
     pub(crate) over: bool,

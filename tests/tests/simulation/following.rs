@@ -53,7 +53,7 @@ impl Follower {
                 self.yielded += 1;
                 self.detector.yielded(common.now);
             }
-            Msg::Goodbye => link.goodbye = true,
+            Msg::Goodbye => {}
             Msg::Down(why) => self.link_down(&why, common),
             other => panic!("a runner said {other:?}"),
         }
@@ -96,7 +96,6 @@ impl Follower {
             seeding: false,
             asked: None,
             asked_blocks: None,
-            goodbye: false,
             staging,
             over: false,
         };

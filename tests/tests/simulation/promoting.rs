@@ -17,10 +17,7 @@ use std::sync::Arc;
 
 impl Follower {
     pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
-        if !self.detector.is_due(common.now)
-            || !common.plan.auto_failover
-            || self.link.as_ref().is_some_and(|link| link.goodbye)
-        {
+        if !self.detector.is_due(common.now) || !common.plan.auto_failover {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run() {

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use vmm_sys_util::seek_hole::SeekHole;
 
-use super::Disk;
+use super::{Disk, check_range};
 
 /// Why an image file cannot be a guest's disk.
 #[derive(Debug, thiserror::Error)]
@@ -183,14 +183,6 @@ fn make_sized(path: &Path, bytes: u64) -> io::Result<()> {
     file.sync_all()?;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
-}
-
-/// Whether a range is within a disk of `size` bytes.
-fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
-    match offset.checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "the range is not within the disk")),
-    }
 }
 
 #[cfg(test)]
