@@ -53,6 +53,17 @@ pub const MAX_DISK_BYTES: u64 = 16 << 40;
 /// wait for the cut.
 pub const MAX_EPOCH_DISK: usize = 4 << 20;
 
+/// Bytes to read or to write of one request to a disk.
+pub const MAX_DISK_REQUEST: usize = 1 << 20;
+
+/// MiB of an epoch that every secondary takes, and that a primary may be held to: room for what the guest's disk brings
+/// beside pages.
+pub const MIN_EPOCH_MIB: u32 = 16;
+
+/// Pages or blocks whose digests one request may ask for: 256 MiB, which whoever answers reads at one go, and for which
+/// the answer has at most 1 MiB.
+pub const MAX_DIGESTS_ASKED: u64 = 1 << 16;
+
 /// Console input bytes waiting for the guest to read them.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 

@@ -8,6 +8,8 @@ use colo_vmm::tap::{Tap, TapError};
 use colo_vmm::{Backends, Disk};
 use std::sync::Arc;
 
+use crate::node::status::{Devices, DiskAccount, NetworkAccount};
+
 /// A part of the host that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -28,6 +30,8 @@ pub struct Opened {
     pub net: Option<NetSpec>,
     /// The disk.
     pub disk: Option<DiskSpec>,
+    /// The same for the control plane.
+    pub devices: Devices,
 }
 
 /// Opens what a configuration names.
@@ -44,12 +48,20 @@ pub fn open(
         let tap = Tap::open(tap)?;
         let mac = mac.unwrap_or_else(|| Mac::of(vm));
         opened.net = Some(NetSpec { mac, offloads: tap.offers_offloads() });
-        opened.backends.tap = Some(Arc::new(tap));
+        let tap = Arc::new(tap);
+        opened.devices.network = Some(NetworkAccount { tap: Arc::clone(&tap), mac });
+        opened.backends.tap = Some(tap);
     }
     if let Some(DiskConfig { path, read_only, serial }) = disk {
         let file = FileDisk::open(path, *read_only)?;
         let serial = serial.clone().unwrap_or_else(|| vm.as_str().chars().take(MAX_SERIAL).collect());
         opened.disk = Some(DiskSpec { bytes: file.bytes(), read_only: *read_only, serial });
+        opened.devices.disk = Some(DiskAccount {
+            path: path.clone(),
+            bytes: file.bytes(),
+            read_only: *read_only,
+            overlay: None,
+        });
         opened.backends.disk = Some(Arc::new(file));
     }
     Ok(opened)

@@ -9,10 +9,10 @@ use colo_proto::message::{
     TransferDigest,
 };
 use colo_proto::pages::{Content, MAX_RUNS, Run, RunTable};
+use colo_vmm::block_runs::{BlockRun, NewestBlocks};
 use colo_vmm::egress::{OutputItem, OutputPosition};
 use colo_vmm::page_batch::{PageBuffer, is_zero};
-use colo_vmm::{DiskContent, DiskWrite, PageBatch};
-use std::collections::BTreeMap;
+use colo_vmm::{DiskWrite, PageBatch};
 
 use crate::transfer::Epoch;
 
@@ -94,34 +94,32 @@ impl Encoder {
         }
     }
 
-    /// Blocks of the disk, of each its newest content.
+    /// Blocks of the disk, of each its newest content. Zeroes are never counted block by block: a guest may have made its
+    /// whole disk zero.
     pub fn blocks(&mut self, writes: &[DiskWrite], mut send: impl FnMut(Frame)) {
-        let mut newest: BTreeMap<u64, Option<&[u8]>> = BTreeMap::new();
-        for write in writes {
-            let blocks = write.blocks().start.0..write.blocks().end.0;
-            match &write.content {
-                DiskContent::Bytes(bytes) => newest.extend(blocks.zip(bytes.chunks(BLOCK_SIZE).map(Some))),
-                DiskContent::Zeroes(_) => newest.extend(blocks.map(|block| (block, None))),
+        let mut newest = NewestBlocks::default();
+        newest.extend(writes.iter().map(BlockRun::from));
+        let mut open = BlockFrame::default();
+        for run in newest.into_runs() {
+            let (mut first, mut left) = (run.first().0, run.count());
+            let mut rest: &[u8] = run.bytes().unwrap_or_default();
+            while left > 0 {
+                let content = if run.bytes().is_some() { Content::Data } else { Content::Zero };
+                let room = open.room(content);
+                if room == 0 {
+                    let full = std::mem::take(&mut open);
+                    send(self.block_frame(&full.runs, full.body.into()));
+                    continue;
+                }
+                let count = left.min(room);
+                let bytes;
+                (bytes, rest) = rest.split_at(rest.len().min(count as usize * BLOCK_SIZE));
+                open.push(Run { first: Block(first), count: count as u32, content }, bytes);
+                (first, left) = (first + count, left - count);
             }
         }
-        let (mut runs, mut body): (Vec<Run<Block>>, Vec<u8>) = (Vec::new(), Vec::new());
-        for (number, bytes) in newest {
-            let content = if bytes.is_some() { Content::Data } else { Content::Zero };
-            let continues = runs.last().is_some_and(|run| {
-                run.content == content && run.first.0 + u64::from(run.count) == number && run.count < u32::MAX
-            });
-            let full = body.len() == MAX_FRAME_PAGES * BLOCK_SIZE && bytes.is_some();
-            if full || (!continues && runs.len() == MAX_RUNS) {
-                send(self.block_frame(&std::mem::take(&mut runs), std::mem::take(&mut body).into()));
-            }
-            match runs.last_mut().filter(|_| continues && !full) {
-                Some(run) => run.count += 1,
-                None => runs.push(Run { first: Block(number), count: 1, content }),
-            }
-            body.extend_from_slice(bytes.unwrap_or_default());
-        }
-        if !runs.is_empty() {
-            send(self.block_frame(&runs, body.into()));
+        if !open.runs.is_empty() {
+            send(self.block_frame(&open.runs, open.body.into()));
         }
     }
 
@@ -259,10 +257,108 @@ impl Cutter<'_> {
     }
 }
 
+/// A frame of blocks that is being filled.
+#[derive(Default)]
+struct BlockFrame {
+    runs: Vec<Run<Block>>,
+    body: Vec<u8>,
+}
+
+impl BlockFrame {
+    /// How many blocks more a run may have; none if the frame is full.
+    fn room(&self, content: Content) -> u64 {
+        match content {
+            _ if self.runs.len() == MAX_RUNS => 0,
+            Content::Zero => u32::MAX.into(),
+            Content::Data => (MAX_FRAME_PAGES - self.body.len() / BLOCK_SIZE) as u64,
+        }
+    }
+
+    fn push(&mut self, run: Run<Block>, bytes: &[u8]) {
+        self.body.extend_from_slice(bytes);
+        if let Some(last) = self.runs.last_mut()
+            && last.content == run.content
+            && last.first.0 + u64::from(last.count) == run.first.0
+            && let Some(count) = last.count.checked_add(run.count)
+        {
+            last.count = count;
+        } else {
+            self.runs.push(run);
+        }
+    }
+}
+
 fn position(at: OutputPosition) -> Position {
     Position { console: at.console, frames: at.frames }
 }
 
 fn checked(history: Vec<Point>) -> History {
     History::from_points(history).expect("the runner's own history ascends")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Encoder;
+    use bytes::Bytes;
+    use colo_common::{BLOCK_SIZE, Block, Epoch, Point, Term};
+    use colo_proto::frame::{Frame, VmTag};
+    use colo_proto::pages::{Content, Run, RunTable};
+    use colo_vmm::{DiskContent, DiskWrite};
+    use proptest::prelude::{ProptestConfig, any, prop_assert_eq, proptest};
+    use std::collections::BTreeMap;
+
+    fn frames(writes: &[DiskWrite]) -> Vec<Frame> {
+        let (vm, point) = ("vm".parse().expect("a name"), Point { term: Term(1), epoch: Epoch(1) });
+        let mut frames = Vec::new();
+        Encoder::new(VmTag::of(&vm), point).blocks(writes, |frame| frames.push(frame));
+        frames
+    }
+
+    fn runs(frame: &Frame) -> Vec<Run<Block>> {
+        let runs = RunTable::decode(frame.table(), u64::MAX).expect("a table");
+        RunTable::check_body(&runs, frame.body().len()).expect("its body");
+        runs
+    }
+
+    #[test]
+    fn a_disk_of_zeroes_is_a_few_runs() {
+        let blocks = (1 << 33) + 5;
+        let frames = frames(&[DiskWrite { first: Block(1), content: DiskContent::Zeroes(blocks) }]);
+        let runs: Vec<_> = frames.iter().flat_map(runs).collect();
+        assert_eq!((frames.len(), runs.len()), (1, 3));
+        assert_eq!(runs.iter().map(|run| u64::from(run.count)).sum::<u64>(), blocks);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn what_comes_is_the_newest_of_every_block(
+            writes in proptest::collection::vec((0..3000_u64, 1..400_u64, any::<u8>()), 0..20),
+        ) {
+            let mut model = BTreeMap::new();
+            let writes: Vec<_> = writes.into_iter().map(|(first, count, value)| {
+                model.extend((first..first + count).map(|block| (block, value)));
+                let content = match value {
+                    0..128 => DiskContent::Zeroes(count),
+                    _ => DiskContent::Bytes(Bytes::from(vec![value; count as usize * BLOCK_SIZE])),
+                };
+                DiskWrite { first: Block(first), content }
+            }).collect();
+            let (mut found, mut end) = (BTreeMap::new(), 0);
+            for frame in frames(&writes) {
+                let mut body = frame.body().chunks(BLOCK_SIZE);
+                for run in runs(&frame) {
+                    assert!(run.first.0 >= end, "{run:?} after {end}");
+                    end = run.first.0 + u64::from(run.count);
+                    for block in run.places() {
+                        let data = run.content == Content::Data;
+                        found.insert(block.0, data.then(|| body.next().expect("its bytes")[7]));
+                    }
+                }
+            }
+            let model: BTreeMap<_, _> =
+                model.into_iter().map(|(block, value)| (block, (value >= 128).then_some(value))).collect();
+            prop_assert_eq!(found, model);
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! When to cut, and what becomes of a guest that was cut: pure decisions, time is an argument.
 
 use colo_common::PAGE_SIZE;
-use colo_common::limits::MAX_HELD_OUTPUT;
+use colo_common::limits::{MAX_DISK_REQUEST, MAX_EPOCH_DISK, MAX_HELD_OUTPUT, MIN_EPOCH_MIB};
 use colo_proto::message::ITEM_COST;
 use colo_proto::pages::RUN_LEN;
 use std::time::{Duration, Instant};
@@ -64,17 +64,35 @@ impl Pacer {
     }
 }
 
-/// Whether so many dirty pages fill half of an epoch of at most `limit` bytes: the guest goes on writing until it is
-/// stopped.
-pub fn is_full(pages: u64, limit: u64) -> bool {
-    pages * PAGE_SIZE as u64 >= limit / 2
+/// Bytes of an epoch that so many pages, or blocks of a disk, take: with a run for each at worst.
+pub fn page_bytes(pages: u64) -> u64 {
+    pages * (PAGE_SIZE + RUN_LEN) as u64
 }
 
-/// Whether so many dirty pages make an epoch of at most `limit` bytes: with a run for each page at worst, and an eighth
-/// left for what the secondary counts beside pages.
-pub fn fits(pages: u64, limit: u64) -> bool {
-    pages * (PAGE_SIZE + RUN_LEN) as u64 <= limit - limit / 8
+/// Whether so many bytes of pages and blocks fill half of an epoch of at most `limit` bytes: the guest goes on writing
+/// until it is stopped.
+pub fn is_full(bytes: u64, limit: u64) -> bool {
+    bytes >= limit / 2
 }
+
+/// Whether so many bytes of pages and blocks make an epoch of at most `limit` bytes: with an eighth left for what the
+/// secondary counts beside them.
+pub fn fits(bytes: u64, limit: u64) -> bool {
+    bytes <= limit - limit / 8
+}
+
+/// Bytes of disk writes that may be collected for an epoch of at most `limit` bytes: as much may be under way, and end
+/// before the cut that half an epoch of pages has already asked for. The smallest epoch has room for that and for one
+/// request more on either side.
+pub fn disk_share(limit: u64) -> usize {
+    usize::try_from(limit / 8).unwrap_or(usize::MAX).min(MAX_EPOCH_DISK)
+}
+
+const _: () = {
+    let least = (MIN_EPOCH_MIB as u64) << 20;
+    let writes = 2 * (least / 8 + MAX_DISK_REQUEST as u64);
+    assert!(least / 2 + writes <= least - least / 8, "the smallest epoch has room for what a disk brings");
+};
 
 /// Whether an epoch more may be in flight, with so much output held and epochs of at most `limit` bytes: what is held,
 /// and one epoch's more, should fit one of them, for a secondary that comes back. With nothing in flight there is nothing
@@ -144,7 +162,7 @@ pub fn turn(phase: &Phase, stand: Stand) -> Turn {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pacer, SeedState, Stand, Turn, can_tell, fits, has_room, is_full, turn};
+    use super::{Pacer, SeedState, Stand, Turn, can_tell, fits, has_room, is_full, page_bytes, turn};
     use crate::release::Size;
     use crate::replicator::Phase;
     use colo_common::ReplicaId;
@@ -156,8 +174,8 @@ mod tests {
     #[test]
     fn an_epoch_is_cut_well_before_it_is_too_large() {
         let limit = 64 * 4096;
-        assert!(!is_full(31, limit) && is_full(32, limit));
-        assert!(fits(55, limit) && !fits(56, limit));
+        assert!(!is_full(page_bytes(31), limit) && is_full(page_bytes(32), limit));
+        assert!(fits(page_bytes(55), limit) && !fits(page_bytes(56), limit));
     }
 
     #[test]

@@ -63,11 +63,6 @@ impl Outlet {
     pub fn announce_if_due(&mut self, now: Instant) {
         self.network.iter_mut().for_each(|network| network.announce_if_due(now));
     }
-
-    /// Frames that the host's network did not take, in all.
-    pub fn lost(&self) -> u64 {
-        self.network.as_ref().map_or(0, |network| network.lost)
-    }
 }
 
 impl Sink for Outlet {

@@ -61,6 +61,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
     plane.board.describe(account(&spec, &kind), memory);
+    plane.board.attach(opened.devices);
     // The sockets first: a port in use must not cost a term.
     runtime.block_on(async {
         serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;

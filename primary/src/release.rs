@@ -30,12 +30,14 @@ pub struct Release {
     released: OutputPosition,
     /// How much is held.
     size: Size,
+    /// The frames in it.
+    frames: Size,
 }
 
 impl Release {
     /// Nothing held; everything before `released` is out.
     pub fn new(released: OutputPosition) -> Self {
-        Self { held: VecDeque::new(), released, size: Size::default() }
+        Self { released, ..Self::default() }
     }
 
     /// Holds the output of an epoch.
@@ -47,7 +49,8 @@ impl Release {
         if output.items.is_empty() {
             return;
         }
-        self.size.add(&output);
+        self.size.add(Size::of(&output));
+        self.frames.add(Size::of_frames(&output));
         self.held.push_back((epoch, output));
     }
 
@@ -59,9 +62,7 @@ impl Release {
             Entitled::Nothing => false,
         };
         while let Some((_, output)) = self.held.pop_front_if(|(epoch, _)| allowed(*epoch)) {
-            self.size.subtract(&output);
-            self.released = end_of(&output);
-            sink.let_out(output);
+            self.pass_on(output, sink);
         }
     }
 
@@ -69,10 +70,15 @@ impl Release {
     pub fn let_out_to(&mut self, position: OutputPosition, sink: &mut dyn Sink) {
         let known = |end: OutputPosition| end.console <= position.console && end.frames <= position.frames;
         while let Some((_, output)) = self.held.pop_front_if(|(_, output)| known(end_of(output))) {
-            self.size.subtract(&output);
-            self.released = end_of(&output);
-            sink.let_out(output);
+            self.pass_on(output, sink);
         }
+    }
+
+    fn pass_on(&mut self, output: Output, sink: &mut dyn Sink) {
+        self.size.subtract(Size::of(&output));
+        self.frames.subtract(Size::of_frames(&output));
+        self.released = end_of(&output);
+        sink.let_out(output);
     }
 
     /// Everything before this is out.
@@ -90,11 +96,16 @@ impl Release {
         self.size
     }
 
+    /// How much of it is frames.
+    pub fn frames(&self) -> Size {
+        self.frames
+    }
+
     /// How much is held of one epoch: of the newest, mostly.
     pub fn size_of(&self, epoch: Epoch) -> Size {
         let mut size = Size::default();
         let newest = self.held.iter().rev().skip_while(|(of, _)| *of > epoch);
-        newest.take_while(|(of, _)| *of == epoch).for_each(|(_, output)| size.add(output));
+        newest.take_while(|(of, _)| *of == epoch).for_each(|(_, output)| size.add(Size::of(output)));
         size
     }
 
@@ -114,22 +125,32 @@ impl Release {
 }
 
 impl Size {
-    fn add(&mut self, output: &Output) {
-        self.bytes += bytes(output);
-        self.items += output.items.len();
+    fn of(output: &Output) -> Self {
+        let bytes = |item: &OutputItem| match item {
+            OutputItem::Console(bytes) | OutputItem::Frame { bytes, .. } => bytes.len(),
+        };
+        Self { bytes: output.items.iter().map(bytes).sum(), items: output.items.len() }
     }
 
-    fn subtract(&mut self, output: &Output) {
-        self.bytes -= bytes(output);
-        self.items -= output.items.len();
+    fn of_frames(output: &Output) -> Self {
+        let mut size = Self::default();
+        for item in &output.items {
+            if let OutputItem::Frame { bytes, .. } = item {
+                size.add(Self { bytes: bytes.len(), items: 1 });
+            }
+        }
+        size
     }
-}
 
-fn bytes(output: &Output) -> usize {
-    let of = |item: &OutputItem| match item {
-        OutputItem::Console(bytes) | OutputItem::Frame { bytes, .. } => bytes.len(),
-    };
-    output.items.iter().map(of).sum()
+    fn add(&mut self, more: Self) {
+        self.bytes += more.bytes;
+        self.items += more.items;
+    }
+
+    fn subtract(&mut self, less: Self) {
+        self.bytes -= less.bytes;
+        self.items -= less.items;
+    }
 }
 
 /// What of `output` comes after `known`; nothing if there is a gap before it.
@@ -169,7 +190,7 @@ pub fn end_of(output: &Output) -> OutputPosition {
 
 #[cfg(test)]
 mod tests {
-    use super::{Release, Sink, after, end_of};
+    use super::{Release, Sink, Size, after, end_of};
     use crate::replicator::Entitled;
     use colo_common::Epoch;
     use colo_vmm::egress::{Output, OutputItem, OutputPosition};
@@ -202,6 +223,20 @@ mod tests {
         assert_eq!(after(output.clone(), at(15, 5)).unwrap().items, []);
         assert_eq!(after(output.clone(), at(9, 4)), None);
         assert_eq!(after(output, at(20, 3)), None);
+    }
+
+    #[test]
+    fn frames_are_counted_apart() {
+        let (mut release, mut world) = (Release::default(), World::default());
+        let frame = OutputItem::Frame { slot: 0, bytes: vec![1; 60] };
+        let items = vec![frame.clone(), OutputItem::Console(b"abc".to_vec()), frame];
+        release.hold(Epoch(1), Output { start: OutputPosition::default(), items });
+        assert_eq!(
+            (release.size(), release.frames()),
+            (Size { bytes: 123, items: 3 }, Size { bytes: 120, items: 2 })
+        );
+        release.let_out(Entitled::All, &mut world);
+        assert_eq!((release.size(), release.frames()), (Size::default(), Size::default()));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Versions:
 //! - 1: the first. Frames, run tables, messages, heartbeats and the gRPC package `colo.v1`.
-//! - 2: disks. `Blocks`, `BlockDigestRequest` and `BlockDigests`; `EpochEnd` counts blocks.
+//! - 2: disks. `Blocks`, `BlockDigestRequest` and `BlockDigests`; `EpochEnd` counts blocks. A request for digests has a
+//!   bound (`MAX_DIGESTS_ASKED`), which version 1 kept to.
 //!
 //! Every change of the wire adds a line here and a test against the version before. What never changes, so that
 //! nodes of any two versions understand why they part: the length of a frame's header, its magic, the places of

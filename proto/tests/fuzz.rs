@@ -6,14 +6,15 @@ mod samples;
 use bolero::check;
 use bolero::generator::produce;
 use bytes::Bytes;
+use colo_common::limits::MAX_DIGESTS_ASKED;
 use colo_common::register::Entry;
 use colo_common::{Block, Gfn};
 use colo_proto::convert;
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag, check_body};
 use colo_proto::heartbeat::{HEARTBEAT_LEN, Heartbeat};
 use colo_proto::message::{
-    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, EpochBegin, EpochEnd, Goodbye, Hello,
-    Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
+    Ack, BlockDigestRequest, BlockDigests, Compared, Control, DigestRequest, EpochBegin, EpochEnd, Goodbye,
+    Hello, Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{MAX_RUNS, RunTable};
 use colo_proto::v1;
@@ -179,6 +180,27 @@ fn history_points() {
             assert_eq!(convert::history_points(&history), points);
         }
     });
+}
+
+#[test]
+fn requests_for_digests_are_bounded() {
+    check!().with_type::<(u64, u64, u8, u8)>().with_iterations(ITERATIONS).for_each(
+        |&(first, count, near, edge)| {
+            let edge = EDGES[usize::from(edge) % EDGES.len()];
+            for (first, count) in [
+                (first, count),
+                (edge, count % (2 * MAX_DIGESTS_ASKED)),
+                (first % Block::END, MAX_DIGESTS_ASKED - 2 + u64::from(near % 5)),
+                (Block::END - u64::from(near), 1 + count % 512),
+            ] {
+                let request = BlockDigestRequest { first: Block(first), count };
+                let good = (1..=MAX_DIGESTS_ASKED).contains(&count)
+                    && first.checked_add(count).is_some_and(|end| end <= Block::END);
+                let decoded = BlockDigestRequest::decode(&postcard::to_stdvec(&request).unwrap());
+                assert_eq!(decoded.is_ok(), good, "{request:?}");
+            }
+        },
+    );
 }
 
 /// A target for each message.

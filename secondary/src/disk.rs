@@ -16,26 +16,33 @@
 
 mod content;
 mod fold;
+mod guest;
+mod settling;
 mod state;
 
 pub use content::{block_digests, content_digest, export};
 
 use colo_common::{BLOCK_SIZE, Block, Point};
+use colo_primary::node::status::Overlay;
+use colo_vmm::BlockSet;
 use colo_vmm::disk::Disk;
 use colo_vmm::memory::Page;
-use colo_vmm::{BlockSet, page_batch::is_zero};
-use std::io::{self, ErrorKind};
-use std::ops::Range;
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::store::engine::{Batch, Change, Column, Durability, PageStore};
+use crate::store::engine::{Column, PageStore};
 use crate::store::format::{Kind, decode_block, number_key, pending_key};
 use crate::store::{BlockRun, StoreError};
 use fold::Folding;
 use state::State;
 
-/// Entries removed from the overlay at once: what a mark has to wait for meanwhile.
-const MAX_REMOVED: usize = 1024;
+/// Bytes of a seed after which the image file is synced behind it: the sync that makes the copy whole, for which a promotion
+/// right after it waits, has no more to do than the last of them.
+const SYNC_EVERY: u64 = 32 << 20;
+/// Bytes of a seed that may be written and not synced: a device slower than the link slows the seed.
+const MAX_UNSYNCED: u64 = 4 * SYNC_EVERY;
 
 /// The copy of the disk, with the thread that folds its overlay.
 pub struct DiskImage {
@@ -49,26 +56,56 @@ struct Core {
     engine: Arc<dyn PageStore>,
     blocks: u64,
     state: Mutex<State>,
+    /// Entries of the overlay, as the state's last holder left them: told to whoever cannot wait for the lock.
+    entries: AtomicU64,
     /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
     /// returns before entries are gone that another has begun to remove.
     settling: Mutex<()>,
+    /// Why nobody knows any more what is safe: a sync of the file has failed, or a write of the store. Set under the lock
+    /// of the state. After it no entry is removed, nothing is taken, and no flush succeeds.
+    failure: OnceLock<String>,
 }
 
-/// A part of a block that is read or written.
-struct Piece {
-    block: Block,
-    /// Within the block.
-    within: Range<usize>,
-    /// Within the caller's bytes.
-    bytes: Range<usize>,
+/// The state, locked.
+struct Held<'a> {
+    state: MutexGuard<'a, State>,
+    entries: &'a AtomicU64,
+}
+
+impl Deref for Held<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.entries.store(self.state.entries(), Ordering::Relaxed);
+    }
 }
 
 impl DiskImage {
     /// Takes an image file and what `state` says of the overlay in `engine`.
     pub(crate) fn new(base: Arc<dyn Disk>, engine: Arc<dyn PageStore>, entries: Entries) -> Self {
         let blocks = base.bytes() / BLOCK_SIZE as u64;
-        let state = Mutex::new(State::new(entries));
-        let core = Core { base, engine, blocks, state, settling: Mutex::new(()) };
+        let state = State::new(entries);
+        let core = Core {
+            base,
+            engine,
+            blocks,
+            entries: AtomicU64::new(state.entries()),
+            state: Mutex::new(state),
+            settling: Mutex::new(()),
+            failure: OnceLock::new(),
+        };
         Self { core: Arc::new(core), folding: OnceLock::new() }
     }
 
@@ -77,13 +114,23 @@ impl DiskImage {
         self.core.blocks
     }
 
-    /// Blocks that the overlay has.
+    /// Entries that the overlay has. Never waits.
     pub fn overlay_blocks(&self) -> u64 {
-        let state = self.core.lock();
-        state.present.len() + state.superseded.len() + state.syncing.len()
+        self.core.entries.load(Ordering::Relaxed)
     }
 
-    /// Starts the thread that folds the overlay into the image file, for as long as this lives.
+    /// Why it is of no more use to this process, once it is not. Never waits.
+    pub fn failure(&self) -> Option<&str> {
+        self.core.failure.get().map(String::as_str)
+    }
+
+    /// # Errors
+    /// It is of no more use.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        self.core.check_unbroken()
+    }
+
+    /// Starts the thread that folds the overlay into the image file, and syncs that behind a seed, for as long as this lives.
     ///
     /// # Errors
     /// No thread can be had.
@@ -140,14 +187,15 @@ impl DiskImage {
         self.core.write(write, |state| state.renew(touched))
     }
 
-    /// The same where the entries are in `pending` under this point, until [`moved`](Self::moved).
+    /// The same where the entries are in `pending` under this point: until they are [`moved`](Self::moved), or, of a
+    /// promotion, folded into the image file.
     pub(crate) fn adopt(
         &self,
         point: Point,
         touched: BlockSet,
         write: impl FnOnce() -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.core.write(write, |state| state.adopted = Some((point, touched)))
+        self.core.write(write, |state| state.adopt(point, touched))
     }
 
     /// All entries of `pending` were moved to where they belong.
@@ -176,15 +224,22 @@ impl DiskImage {
         self.core.lock().active = false;
     }
 
-    /// Writes a part of a seed into the image file itself.
+    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind.
     pub(crate) fn seed(&self, run: BlockRun<'_>) -> io::Result<()> {
         let mut state = self.core.lock();
+        self.core.check_unbroken()?;
         match run.bytes() {
             Some(bytes) => self.core.base.write(run.first().offset(), bytes)?,
             None => self.core.zero_base(run.first()..run.end())?,
         }
         state.supersede(run.first()..run.end());
-        Ok(())
+        state.seeded += run.bytes().map_or(0, |bytes| bytes.len() as u64);
+        let unsynced = state.seeded;
+        drop(state);
+        if unsynced >= SYNC_EVERY {
+            self.folding.get().iter().for_each(|folding| folding.wake());
+        }
+        if unsynced >= MAX_UNSYNCED { self.core.settle() } else { Ok(()) }
     }
 
     /// Syncs the image file and removes the entries that it made superfluous.
@@ -206,88 +261,26 @@ pub(crate) struct Entries {
     pub(crate) active: bool,
 }
 
-impl Disk for DiskImage {
-    fn bytes(&self) -> u64 {
-        self.core.base.bytes()
-    }
-
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let core = &*self.core;
-        let pieces = core.pieces(offset, bytes.len())?;
-        let state = core.lock();
-        if !state.has_newer(blocks_of(offset, bytes.len() as u64)) {
-            // No block gets an entry while it is read: marks are of a guest that runs elsewhere.
-            drop(state);
-            return core.base.read(offset, bytes);
-        }
-        for Piece { block, within, bytes: range } in pieces {
-            let into = &mut bytes[range];
-            match core.entry(&state, block)? {
-                Some(page) => into.copy_from_slice(&page[within]),
-                None => core.base.read(block.offset() + within.start as u64, into)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let core = &*self.core;
-        let pieces = core.pieces(offset, bytes.len())?;
-        let mut state = core.lock();
-        state.check_runs()?;
-        if !state.has_newer(blocks_of(offset, bytes.len() as u64)) {
-            drop(state);
-            return core.base.write(offset, bytes);
-        }
-        for Piece { block, within, bytes: range } in pieces {
-            let part = &bytes[range];
-            match core.entry(&state, block)? {
-                Some(mut page) => {
-                    page[within].copy_from_slice(part);
-                    core.base.write(block.offset(), &page[..])?;
-                    state.supersede(block..Block(block.0 + 1));
-                }
-                None => core.base.write(block.offset() + within.start as u64, part)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn zero(&self, blocks: Range<Block>, unmap: bool) -> io::Result<()> {
-        let core = &*self.core;
-        if blocks.start > blocks.end || blocks.end.0 > core.blocks {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "the range is not within the disk"));
-        }
-        let mut state = core.lock();
-        state.check_runs()?;
-        if !state.has_newer(blocks.clone()) {
-            drop(state);
-            return core.base.zero(blocks, unmap);
-        }
-        core.base.zero(blocks.clone(), unmap)?;
-        state.supersede(blocks);
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.core.settle()
-    }
-
-    fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>> {
-        let state = self.core.lock();
-        let file = self.core.base.next_data(from)?;
-        let Some(first) = state.next_entry(from) else { return Ok(file) };
-        match file {
-            Some(file) if file.start <= first => Ok(Some(file)),
-            _ => Ok(Some(first..state.end_of_entries(first))),
-        }
-    }
-}
-
 impl Core {
     /// The state is whole between any two calls, also of a thread that panicked.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Held<'_> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Held { state, entries: &self.entries }
+    }
+
+    /// For whoever holds the lock.
+    fn fail(&self, why: &dyn std::fmt::Display) {
+        // The first reason stands: what comes after it follows from it.
+        drop(self.failure.set(why.to_string()));
+    }
+
+    /// # Errors
+    /// Something failed before.
+    fn check_unbroken(&self) -> io::Result<()> {
+        match self.failure.get() {
+            Some(why) => Err(io::Error::other(format!("it has failed before: {why}"))),
+            None => Ok(()),
+        }
     }
 
     /// A write of the store's that changes entries. While it is under way nobody removes or reads any.
@@ -304,7 +297,7 @@ impl Core {
             }
             Err(error) => {
                 // Nobody knows which entries there are now.
-                state.broken = true;
+                self.fail(&error);
                 Err(error)
             }
         }
@@ -322,77 +315,8 @@ impl Core {
         let value = value.map_err(io::Error::other)?;
         let content = value.as_deref().and_then(|value| decode_block(block, value));
         let damaged =
-            || io::Error::new(ErrorKind::InvalidData, format!("the store's entry of {block} is damaged"));
+            || io::Error::new(io::ErrorKind::InvalidData, format!("the store's entry of {block} is damaged"));
         Ok(Some(Box::new(content.ok_or_else(damaged)?.copied().unwrap_or([0; BLOCK_SIZE]))))
-    }
-
-    /// Copies entries into the file, and removes them once it is synced.
-    fn fold(&self, most: usize) -> io::Result<u64> {
-        let mut copied = 0;
-        while copied < most as u64 {
-            let mut state = self.lock();
-            if state.aside || state.adopted.is_some() {
-                break;
-            }
-            state.check_unbroken()?;
-            let Some(block) = state.present.next(state.cursor) else {
-                // Blocks that are written again and again are folded once a round.
-                state.cursor = Block(0);
-                break;
-            };
-            let page = self.entry(&state, block)?;
-            match page.filter(|page| !is_zero(page)) {
-                Some(page) => self.base.write(block.offset(), &page[..])?,
-                None => self.base.zero(block..Block(block.0 + 1), true)?,
-            }
-            state.supersede(block..Block(block.0 + 1));
-            state.cursor = Block(block.0 + 1);
-            copied += 1;
-        }
-        if copied > 0 || !self.lock().superseded.is_empty() {
-            self.settle()?;
-        }
-        Ok(copied)
-    }
-
-    fn settle(&self) -> io::Result<()> {
-        let _alone = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        {
-            let mut state = self.lock();
-            state.check_unbroken()?;
-            state.begin_sync();
-        }
-        if let Err(error) = self.base.flush() {
-            self.lock().sync_failed();
-            return Err(error);
-        }
-        while self.remove_synced()? {}
-        Ok(())
-    }
-
-    /// Removes some of the entries that were superseded before the sync and were not renewed; whether there are more.
-    fn remove_synced(&self) -> io::Result<bool> {
-        let mut state = self.lock();
-        let blocks: Vec<Block> = state.syncing.iter().take(MAX_REMOVED).collect();
-        let mut batch = Batch::default();
-        for block in &blocks {
-            batch.push(Change::Delete(Column::Disk, number_key(block.0).to_vec()));
-        }
-        let more = state.syncing.len() > blocks.len() as u64;
-        if batch.is_empty() {
-            return Ok(false);
-        }
-        // While following, an entry that comes back after a crash is what the file holds. Under a guest that runs, it
-        // would hide what that wrote; the last of them is synced, and all before it with it.
-        let durability = if state.active && !more { Durability::Synced } else { Durability::Unsynced };
-        if let Err(error) = self.engine.write(&batch, durability) {
-            state.broken = true;
-            return Err(io::Error::other(error));
-        }
-        for block in blocks {
-            state.syncing.remove(block);
-        }
-        Ok(more)
     }
 
     /// Makes blocks of the file zero where they are not.
@@ -407,43 +331,20 @@ impl Core {
         }
         Ok(())
     }
+}
 
-    fn pieces(&self, offset: u64, len: usize) -> io::Result<impl Iterator<Item = Piece> + use<>> {
-        check_range(self.base.bytes(), offset, len as u64)?;
-        let mut at = 0;
-        Ok(std::iter::from_fn(move || {
-            if at == len {
-                return None;
-            }
-            let place = offset + at as u64;
-            let start = (place % BLOCK_SIZE as u64) as usize;
-            let bytes = (BLOCK_SIZE - start).min(len - at);
-            let piece = Piece {
-                block: Block::containing(place),
-                within: start..start + bytes,
-                bytes: at..at + bytes,
-            };
-            at += bytes;
-            Some(piece)
-        }))
+impl Overlay for DiskImage {
+    fn bytes_to_fold(&self) -> u64 {
+        self.overlay_blocks() * BLOCK_SIZE as u64
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure().map(str::to_owned)
     }
 }
 
 impl std::fmt::Debug for DiskImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "DiskImage({} blocks, {:?})", self.core.blocks, self.core.lock())
-    }
-}
-
-/// Blocks that these bytes are in.
-fn blocks_of(offset: u64, len: u64) -> Range<Block> {
-    Block::containing(offset)..Block((offset + len).div_ceil(BLOCK_SIZE as u64))
-}
-
-/// Whether a range is within a disk of `size` bytes.
-fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
-    match offset.checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(io::Error::new(ErrorKind::InvalidInput, "the range is not within the disk")),
+        write!(f, "DiskImage({} blocks, {:?}, {:?})", self.core.blocks, self.core.failure, *self.core.lock())
     }
 }

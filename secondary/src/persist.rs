@@ -25,12 +25,6 @@ use crate::store::{Base, BlockRun, Mark, NewestBlocks, PageContent, Store, Store
 const MAX_WAITING: usize = 1024;
 /// Epochs folded into one mark at most.
 const MAX_FOLDED: usize = 64;
-/// What the one batch of a promotion may take beside the rest: with more, the epochs that are not stored are stored as
-/// any others first.
-const MAX_LAST_BLOCKS: u64 = 64 << 20;
-/// What a block of zeroes counts for in it.
-const ZERO_COST: u64 = 64;
-
 /// What is stored as a point's state: the machine, and the output that may not be out yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredState {
@@ -292,34 +286,22 @@ impl<T: Fn(Persisted)> Worker<T> {
             self.skipped.extend(epochs);
             return Ok(());
         }
-        self.store_epochs(&epochs)
-    }
-
-    fn store_epochs(&mut self, epochs: &[ToStore]) -> Result<(), StoreError> {
         let Some(last) = epochs.last() else { return Ok(()) };
         let mut newest_pages: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
         for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
             newest_pages.extend(contents(part));
         }
-        let (state, blocks) = (StoredState::new(&last.epoch, &last.held).encode(), newest(epochs));
+        let (state, blocks) = (StoredState::new(&last.epoch, &last.held).encode(), newest(&epochs));
         self.store.persist(newest_pages, mark(&last.epoch, &state, &blocks))?;
         (self.tell)(Persisted::Point(last.replica, last.epoch.point));
         Ok(())
     }
 
-    /// The guest runs from the newest epoch. Of those that are not stored, the disk's blocks are still missing.
+    /// The guest runs from the newest epoch. Of those that are not stored, the disk's blocks are still missing; nobody
+    /// needs their pages.
     fn activate(&mut self, term: Term) -> Result<(), StoreError> {
         let skipped = std::mem::take(&mut self.skipped);
-        let blocks = newest(&skipped);
-        let cost =
-            |run: &BlockRun<'_>| run.bytes().map_or(run.count() * ZERO_COST, |bytes| bytes.len() as u64);
-        if blocks.iter().map(cost).sum::<u64>() <= MAX_LAST_BLOCKS {
-            return self.store.activate(term, &blocks);
-        }
-        for epochs in skipped.chunks(MAX_FOLDED) {
-            self.store_epochs(epochs)?;
-        }
-        self.store.activate(term, &[])
+        self.store.activate(term, &newest(&skipped))
     }
 
     fn digests(&self, link: u64, request: BlockDigestRequest) -> Result<(), StoreError> {

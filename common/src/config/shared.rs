@@ -10,6 +10,7 @@ use super::bounds::{
     HEARTBEAT_MS, MAX_ENDPOINT, MAX_EPOCH_MIB, MAX_INTERVAL_MS, MAX_PROMOTIONS, MAX_SUSPECT_MS, MAX_WINDOW,
 };
 use super::{Problem, count_from, in_range};
+use crate::limits::MIN_EPOCH_MIB;
 
 /// How a runner protects its guest: `[replication]` of a primary, `[promoted]` of a secondary.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -21,7 +22,7 @@ pub struct ReplicationConfig {
     pub interval_ms: u32,
     /// Epochs that may be in flight, 1 to 64; default 8.
     pub window: u32,
-    /// MiB of pages in one epoch at most, 1 to 65536; default 256. A secondary may ask for less.
+    /// MiB of pages in one epoch at most, 16 to 65536; default 256. A secondary may ask for less.
     pub max_epoch_mib: u32,
     /// Milliseconds between two heartbeats to the secondary, 5 to 10000; default 50.
     pub heartbeat_ms: u32,
@@ -52,7 +53,12 @@ impl ReplicationConfig {
         let key = |name: &str| format!("{section}.{name}");
         in_range(&key("interval_ms"), self.interval_ms.into(), 1, MAX_INTERVAL_MS.into())?;
         in_range(&key("window"), self.window.into(), 1, MAX_WINDOW.into())?;
-        in_range(&key("max_epoch_mib"), self.max_epoch_mib.into(), 1, MAX_EPOCH_MIB.into())?;
+        in_range(
+            &key("max_epoch_mib"),
+            self.max_epoch_mib.into(),
+            MIN_EPOCH_MIB.into(),
+            MAX_EPOCH_MIB.into(),
+        )?;
         check_heartbeats(section, self.heartbeat_ms, self.suspect_after_ms)
     }
 }

@@ -168,7 +168,7 @@ fn what_is_out_of_its_bounds_is_refused() {
         ("replication", "interval_ms = 10001"),
         ("replication", "window = 0"),
         ("replication", "window = 65"),
-        ("replication", "max_epoch_mib = 0"),
+        ("replication", "max_epoch_mib = 15"),
         ("replication", "max_epoch_mib = 65537"),
         ("replication", "heartbeat_ms = 4"),
         ("replication", "heartbeat_ms = 10001"),

@@ -332,12 +332,9 @@ pub trait ProtectedGuest: Send {
     /// turned off.
     fn track_disk(&mut self, tracking: DiskTracking);
 
-    /// Adds the blocks that were written since the last cut or collect, and whose bytes are not kept, to `blocks`.
-    /// Writes that have not ended are told when they have.
-    fn collect_blocks(&mut self, blocks: &mut BlockSet);
-
-    /// How many blocks' worth of bytes is kept for the next cut: they are part of the size of its epoch.
-    fn kept_blocks(&self) -> u64;
+    /// Takes the blocks that were written since the last cut or collect, where no bytes are kept; and tells how many
+    /// bytes of writes are kept for the next cut. Writes that have not ended are told when they have.
+    fn collect_blocks(&mut self) -> (BlockSet, usize);
 }
 
 const _: () = assert!(MAX_CONSOLE_INPUT >= 64, "the console's own queue must fit");

@@ -7,6 +7,7 @@
 
 pub mod admission;
 pub mod arch;
+pub mod block_runs;
 pub mod block_set;
 pub mod boot;
 pub mod devices;

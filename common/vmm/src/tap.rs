@@ -8,14 +8,19 @@ pub mod announce;
 mod error;
 pub mod learn;
 mod sys;
+mod traffic;
 
 pub use error::TapError;
+pub use traffic::Traffic;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use traffic::{Counts, count};
 
 /// Bytes of the virtio-net header in front of every frame: the one with the number of buffers, as of virtio 1.
 pub const HEADER: usize = 12;
@@ -71,6 +76,9 @@ pub struct Tap {
     file: File,
     name: String,
     kind: Kind,
+    /// As it was switched last.
+    carrier: AtomicBool,
+    counts: Counts,
 }
 
 #[derive(Debug)]
@@ -100,7 +108,7 @@ impl Tap {
         let offloads = sys::set_offloads(&file, Offloads::ALL.bits()).is_ok();
         sys::set_offloads(&file, 0).map_err(lacks("switch offloads off (TUNSETOFFLOAD)"))?;
         sys::bring_up(name).map_err(|source| TapError::up(name, source))?;
-        Ok(Self { file, name: name.to_owned(), kind: Kind::Interface { offloads } })
+        Ok(Self::new(file, name, Kind::Interface { offloads }))
     }
 
     /// For tests: one end of a pair of datagram sockets in an interface's place. It has all offloads, and switching
@@ -112,7 +120,11 @@ impl Tap {
         let socket = UnixDatagram::from(socket);
         socket.set_nonblocking(true)?;
         let file = File::from(OwnedFd::from(socket));
-        Ok(Self { file, name: "socket".to_owned(), kind: Kind::Socket })
+        Ok(Self::new(file, "socket", Kind::Socket))
+    }
+
+    fn new(file: File, name: &str, kind: Kind) -> Self {
+        Self { file, name: name.to_owned(), kind, carrier: AtomicBool::new(false), counts: Counts::default() }
     }
 
     /// The interface's name.
@@ -147,9 +159,21 @@ impl Tap {
     /// The interface is gone.
     pub fn set_carrier(&self, on: bool) -> io::Result<()> {
         match self.kind {
-            Kind::Interface { .. } => sys::set_carrier(&self.file, on),
-            Kind::Socket => Ok(()),
+            Kind::Interface { .. } => sys::set_carrier(&self.file, on)?,
+            Kind::Socket => {}
         }
+        self.carrier.store(on, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the cable is plugged in.
+    pub fn has_carrier(&self) -> bool {
+        self.carrier.load(Ordering::Relaxed)
+    }
+
+    /// What has passed since it was opened.
+    pub fn traffic(&self) -> Traffic {
+        self.counts.traffic()
     }
 
     /// Reads the next frame with its header; nothing if there is none now. What `frame` has no room for is cut off: it
@@ -164,7 +188,10 @@ impl Tap {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // No interface gives these, but whoever has the other socket may.
                 Ok(len) if len < HEADER => {}
-                done => return done.map(Some),
+                done => {
+                    done.iter().for_each(|_| count(&self.counts.received));
+                    return done.map(Some);
+                }
             }
         }
     }
@@ -174,6 +201,13 @@ impl Tap {
     /// # Errors
     /// The descriptor is broken, as in [`read_frame`](Self::read_frame).
     pub fn write_frame(&self, frame: &[u8]) -> io::Result<Written> {
+        let written = self.try_to_write(frame);
+        let taken = matches!(written, Ok(Written::Taken));
+        count(if taken { &self.counts.sent } else { &self.counts.lost });
+        written
+    }
+
+    fn try_to_write(&self, frame: &[u8]) -> io::Result<Written> {
         loop {
             let Err(e) = (&self.file).write(frame) else { return Ok(Written::Taken) };
             return match e.raw_os_error() {
@@ -214,7 +248,7 @@ fn open_device() -> Result<File, TapError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{HEADER, Offloads, Tap, TapError, Written};
+    use super::{HEADER, Offloads, Tap, TapError, Traffic, Written};
     use std::os::unix::net::UnixDatagram;
 
     fn pair() -> (Tap, UnixDatagram) {
@@ -243,6 +277,7 @@ mod tests {
         assert_eq!(tap.read_frame(&mut frame).unwrap(), None);
         assert_eq!(tap.write_frame(&[9; 72]).unwrap(), Written::Taken);
         assert_eq!((far.recv(&mut frame).unwrap(), frame[71]), (72, 9));
+        assert_eq!(tap.traffic(), Traffic { sent: 1, received: 1, lost: 0 });
     }
 
     #[test]
@@ -253,6 +288,7 @@ mod tests {
         far.recv(&mut [0; 1000]).unwrap();
         drop(far);
         assert!(tap.write_frame(&[1; 1000]).is_err());
+        assert_eq!(tap.traffic().lost, 2, "the one that had no room, and the last");
     }
 
     #[test]

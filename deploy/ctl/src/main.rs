@@ -5,6 +5,7 @@ mod args;
 mod connect;
 mod console;
 mod demo;
+mod devices;
 mod error;
 mod format;
 mod health;

@@ -9,7 +9,7 @@ use crate::format::{Table, bytes, clean, micros, millis, percent};
 use crate::locate::{Sight, Wanted, nobody, runner, stopped, survey};
 use crate::output::{print, print_json};
 use crate::status_json::{answer, lag, protected};
-use crate::words;
+use crate::{devices, words};
 
 /// Shows all nodes. It fails only if none answers.
 pub(crate) async fn run(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
@@ -26,7 +26,7 @@ pub(crate) async fn run(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
 /// A row of the table: its name, and what a node says to it.
 type Row = (&'static str, fn(&StatusReply) -> String);
 
-const ROWS: [Row; 24] = [
+const ROWS: [Row; 27] = [
     ("vm", |s| clean(&s.vm)),
     ("role", |s| words::role(s.role).to_owned()),
     ("protection", protection),
@@ -44,6 +44,9 @@ const ROWS: [Row; 24] = [
     ("replica", |s| words::id(&s.replica).chars().take(16).collect()),
     ("link", link),
     ("guest", guest),
+    ("disk", devices::disk),
+    ("network", devices::network),
+    ("frames", devices::frames),
     ("console", console),
     ("epochs", epochs),
     ("wire", |s| s.counters.filter(|c| c.wire_bytes > 0).map(|c| bytes(c.wire_bytes)).unwrap_or_default()),
@@ -90,6 +93,7 @@ fn verdict(sights: &[Sight]) -> String {
 
 /// What went wrong last, below the table: it is too long for a column.
 fn errors(sights: &[Sight]) -> String {
+    let disks = sights.iter().filter_map(|sight| devices::failure(&sight.found.as_ref().ok()?.1));
     let lines = sights.iter().filter_map(|sight| match &sight.found {
         Ok((_, status)) if status.last_error.is_empty() => None,
         Ok((_, status)) => {
@@ -98,7 +102,7 @@ fn errors(sights: &[Sight]) -> String {
         }
         Err(e) => Some(format!("{e}\n")),
     });
-    let lines: String = lines.collect();
+    let lines: String = disks.chain(lines).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 

@@ -5,6 +5,7 @@ use colo_common::register::{Entry, Value};
 use colo_proto::v1::{self, StatusReply};
 use serde::Serialize;
 
+use crate::devices::{Disk, Network};
 use crate::format::clean;
 use crate::locate::{Sight, runner};
 use crate::words;
@@ -44,6 +45,8 @@ struct Status {
     lag_epochs: Option<u64>,
     history: Vec<Point>,
     guest: Option<Guest>,
+    disk: Option<Disk>,
+    network: Option<Network>,
     link: Option<Link>,
     last_error: Option<LastError>,
     seed: Option<Progress>,
@@ -184,6 +187,8 @@ fn status(status: &StatusReply) -> Status {
         lag_epochs: lag(status),
         history: status.history.iter().copied().map(Point::from).collect(),
         guest: status.guest.as_ref().map(guest),
+        disk: status.disk.as_ref().map(Disk::from),
+        network: status.network.as_ref().map(Network::from),
         link: status.link.as_ref().map(link),
         last_error: error.map(|text| LastError { text, age_ms: status.last_error_age_ms }),
         seed: status.seed.as_ref().map(progress),

@@ -3,7 +3,9 @@
 mod fake;
 
 use colo_proto::v1::protect_progress::Phase;
-use colo_proto::v1::{EpochReport, HealthReply, Link, Pause, Point, Points, ProtectProgress, Role};
+use colo_proto::v1::{
+    Disk, EpochReport, HealthReply, Link, Network, Pause, Point, Points, ProtectProgress, Role,
+};
 use fake::run::run;
 use fake::{Fake, paired, solo, status, stopped};
 use serde_json::Value;
@@ -30,6 +32,13 @@ fn status_shows_both_nodes_side_by_side() {
     b.state().status.points = Some(Points { staged: point(8), ..Default::default() });
     b.state().status.last_error = "disk full\x1b[2J".to_owned();
     b.state().status.last_error_age_ms = 61_000;
+    b.state().status.disk = Some(Disk {
+        path: "/web.img".into(),
+        bytes: 1 << 20,
+        overlay_bytes: Some(4096),
+        failure: "a sync failed".into(),
+        ..Default::default()
+    });
     let (code, out, err) = run(&nodes, "status");
     assert_eq!((code, err.as_str()), (0, ""));
     let line = |name: &str| {
@@ -45,13 +54,19 @@ fn status_shows_both_nodes_side_by_side() {
     assert_eq!(line("register"), ["on a, protected by b in term 2"; 2].join(" "));
     assert_eq!((line("tip").as_str(), line("staged").as_str()), ("2.9", "2.8"));
     assert_eq!(line("lag"), "2 epochs, 2 in flight");
-    assert!(out.ends_with("\nb, 61 s ago: disk full?[2J\n"), "{out}");
+    assert_eq!(line("disk"), "1.0 MiB, /web.img, 4.0 KiB to fold, FAILED");
+    let below = "\nb: the guest's disk has failed: a sync failed\nb, 61 s ago: disk full?[2J\n";
+    assert!(out.ends_with(below), "{out}");
 }
 
 #[test]
 fn status_as_json_has_stable_keys() {
     let (a, b, nodes) = pair();
     drop(b);
+    a.state().status.disk =
+        Some(Disk { path: "/web.img".into(), bytes: 1 << 20, failure: "gone".into(), ..Default::default() });
+    a.state().status.network =
+        Some(Network { tap: "colo-a".into(), carrier: true, frames_held: 3, ..Default::default() });
     let (code, out, _) = run(&nodes, "status --json");
     assert_eq!((code, out.lines().count()), (0, 1));
     let answer = json(&out);
@@ -62,6 +77,16 @@ fn status_as_json_has_stable_keys() {
     assert_eq!(status["register"]["replica"], format!("{:032x}", 0xabc));
     assert_eq!(status["points"]["tip"], Value::Null);
     assert_eq!(status["counters"]["ring_overruns"], 0);
+    assert_eq!((&status["disk"]["path"], &status["disk"]["failure"]), (&"/web.img".into(), &"gone".into()));
+    assert_eq!(
+        (&status["disk"]["bytes"], &status["disk"]["overlay_bytes"]),
+        (&(1 << 20).into(), &Value::Null)
+    );
+    assert_eq!((&status["network"]["tap"], &status["network"]["carrier"]), (&"colo-a".into(), &true.into()));
+    assert_eq!(
+        (&status["network"]["frames_held"], &status["network"]["frames_lost"]),
+        (&3.into(), &0.into())
+    );
     assert_eq!(answer["nodes"][1]["answers"], false);
     let error = answer["nodes"][1]["error"].as_str().unwrap();
     assert!(error.starts_with(&format!("no node answers at {}: ", nodes[1])), "{error}");

@@ -80,6 +80,8 @@ fn account(status: &Status, console: v1::Console) -> v1::StatusReply {
         holding: holding(status).unwrap_or_default().to_owned(),
         promotion: status.promotion.and_then(promotion),
         epoch_age_ms: status.epoch_at.map(age),
+        disk: disk(status),
+        network: network(status),
         ..Default::default()
     }
 }
@@ -91,6 +93,32 @@ fn guest(status: &Status) -> Option<v1::Guest> {
         // A memfd that was mapped can be asked.
         populated_bytes: guest.memory.populated_bytes().unwrap_or_default(),
         ..guest.description.clone()
+    })
+}
+
+fn disk(status: &Status) -> Option<v1::Disk> {
+    let disk = status.devices.disk.as_ref()?;
+    Some(v1::Disk {
+        path: disk.path.display().to_string(),
+        bytes: disk.bytes,
+        read_only: disk.read_only,
+        overlay_bytes: disk.overlay.as_ref().map(|overlay| overlay.bytes_to_fold()),
+        failure: disk.failure().unwrap_or_default(),
+    })
+}
+
+fn network(status: &Status) -> Option<v1::Network> {
+    let network = status.devices.network.as_ref()?;
+    let (traffic, held) = (network.tap.traffic(), status.held_frames);
+    Some(v1::Network {
+        tap: network.tap.name().to_owned(),
+        mac: network.mac.to_string(),
+        carrier: network.tap.has_carrier(),
+        frames_sent: traffic.sent,
+        frames_received: traffic.received,
+        frames_lost: traffic.lost,
+        frames_held: held.items as u64,
+        held_bytes: held.bytes as u64,
     })
 }
 

@@ -3,12 +3,18 @@
 use super::{account, progress, report};
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
-use crate::node::status::{Counters, LinkState, Marks, Policy, Report, Role, Seed, Status};
+use crate::node::status::{
+    Counters, Devices, DiskAccount, LinkState, Marks, NetworkAccount, Overlay, Policy, Report, Role, Seed,
+    Status,
+};
+use crate::release::Size;
 use colo_common::history::point;
 use colo_common::register::{Entry, Value};
 use colo_common::{Incarnation, ProposalId, Term};
 use colo_proto::v1;
 use colo_proto::v1::protect_progress::Phase;
+use colo_vmm::tap::Tap;
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -98,9 +104,67 @@ fn what_is_not_known_is_absent() {
     let told = account(&Status::default(), v1::Console::default());
     assert_eq!((told.register_age_ms, told.epoch_age_ms), (None, None));
     assert!(told.link.is_none() && told.guest.is_none());
+    assert!(told.disk.is_none() && told.network.is_none());
     assert_eq!(told.points, Some(v1::Points::default()));
     assert_eq!(told.ack_policy(), v1::AckPolicy::Unspecified);
     assert!(told.seed.is_none() && told.register.is_none());
+}
+
+/// Of a disk that has failed.
+#[derive(Debug)]
+struct Failed;
+
+impl Overlay for Failed {
+    fn bytes_to_fold(&self) -> u64 {
+        8192
+    }
+
+    fn failure(&self) -> Option<String> {
+        Some("a sync failed".to_owned())
+    }
+}
+
+#[test]
+fn the_disk_and_the_network_card_are_told_as_they_are_now() {
+    let disk = DiskAccount { path: "/images/web.img".into(), bytes: 4096, read_only: true, overlay: None };
+    let (near, far) = UnixDatagram::pair().unwrap();
+    let tap = Arc::new(Tap::from_socket(near.into()).unwrap());
+    let network = NetworkAccount { tap: Arc::clone(&tap), mac: "02:00:00:12:34:56".parse().unwrap() };
+    let mut status = Status {
+        devices: Devices { disk: Some(disk.clone()), network: Some(network) },
+        held_frames: Size { bytes: 100, items: 2 },
+        ..Status::default()
+    };
+    tap.set_carrier(true).unwrap();
+    tap.write_frame(&[1; 60]).unwrap();
+    far.send(&[2; 60]).unwrap();
+    tap.read_frame(&mut [0; 64]).unwrap();
+    drop(far);
+    tap.write_frame(&[1; 60]).unwrap_err();
+    let told = account(&status, v1::Console::default());
+    let plain = v1::Disk {
+        path: "/images/web.img".to_owned(),
+        bytes: 4096,
+        read_only: true,
+        overlay_bytes: None,
+        failure: String::new(),
+    };
+    assert_eq!(told.disk, Some(plain.clone()));
+    let network = v1::Network {
+        tap: "socket".to_owned(),
+        mac: "02:00:00:12:34:56".to_owned(),
+        carrier: true,
+        frames_sent: 1,
+        frames_received: 1,
+        frames_lost: 1,
+        frames_held: 2,
+        held_bytes: 100,
+    };
+    assert_eq!(told.network, Some(network));
+    status.devices.disk = Some(DiskAccount { overlay: Some(Arc::new(Failed)), ..disk });
+    let told = account(&status, v1::Console::default());
+    let failed = v1::Disk { overlay_bytes: Some(8192), failure: "a sync failed".to_owned(), ..plain };
+    assert_eq!(told.disk, Some(failed));
 }
 
 #[test]

@@ -42,6 +42,12 @@ fn standing(status: &Status, node: &NodeId, now: Instant) -> Vec<String> {
         _ => {}
     }
     problems.extend(status.failure.clone());
+    if status.failure.is_none()
+        && let Some(why) = status.devices.disk.as_ref().and_then(|disk| disk.failure())
+    {
+        // A follower's is in its store's failure.
+        problems.push(format!("the guest's disk has failed: {why}"));
+    }
     let ms = |at: Instant| now.saturating_duration_since(at).as_millis();
     let wanted = match status.role {
         Role::Pairing | Role::Paired => true,

@@ -63,10 +63,8 @@ pub(super) struct Round {
 impl Round {
     /// Everything that has changed, which is none after that.
     pub(super) fn of(changes: &mut Changes) -> Self {
-        changes.forget_bytes();
-        let round = Self { pages: changes.pages.runs().collect(), blocks: changes.blocks.runs().collect() };
+        let round = Self { pages: changes.pages.runs().collect(), blocks: changes.take_blocks() };
         changes.pages.clear();
-        changes.blocks.clear();
         round
     }
 

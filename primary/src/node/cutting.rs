@@ -30,7 +30,9 @@ impl Node {
     /// Takes what is known to be dirty without stopping the guest.
     pub(super) fn collect(&mut self) -> Result<(), NodeError> {
         let tracked = self.guest.collect(&mut self.dirty.pages)?;
-        self.guest.collect_blocks(&mut self.dirty.blocks);
+        let (blocks, kept) = self.guest.collect_blocks();
+        self.dirty.add_blocks(&blocks);
+        self.disk_bytes = kept as u64;
         self.check_tracked(tracked);
         Ok(())
     }
@@ -50,6 +52,7 @@ impl Node {
         self.check_tracked(cut.tracked);
         let output = std::mem::take(&mut cut.output);
         self.release.hold(self.replicator.next_point().epoch, output);
+        self.disk_bytes = 0;
         self.dirty.add_disk(std::mem::replace(&mut cut.disk, DiskDelta::none()));
         if !self.is_shipping() {
             self.dirty.forget_bytes();
@@ -67,7 +70,7 @@ impl Node {
             waits_for_rest: self.seed.as_ref().is_some_and(|seed| seed.waits_for_rest),
         };
         let stand = Stand {
-            is_sound: !self.unknown && self.fits_epoch() && self.can_tell(),
+            is_sound: !self.unknown && !self.disk_fails && self.fits_epoch() && self.can_tell(),
             has_room: self.has_room(),
             may_leave: self.settings.solo_on_loss || self.replicator.is_linked(),
             seed,
@@ -139,11 +142,12 @@ impl Node {
         self.act(actions)
     }
 
-    /// The disk cannot be read, so no epoch can be made of what was written to it: this node asks to run alone.
+    /// The disk cannot be read, so no epoch can be made of what was written to it: this node asks to run alone, once.
     fn disk_failed(&mut self, error: &std::io::Error) -> Result<(), NodeError> {
         let why = format!("the guest's disk cannot be read, so it cannot be protected: {error}");
         tracing::error!(vm = %self.vm, "{why}");
         self.board.error(why);
+        self.disk_fails = true;
         if matches!(self.replicator.phase(), Phase::Paired { .. } | Phase::Pairing { .. }) {
             return self.give_up_epochs();
         }
@@ -194,8 +198,7 @@ impl Node {
     }
 
     fn is_epoch_full(&self) -> bool {
-        // What the guest wrote to its disk is not dirty before the cut.
-        is_full(self.dirty.count() + self.guest.kept_blocks(), self.epoch_limit())
+        is_full(self.dirty.bytes() + self.disk_bytes, self.epoch_limit())
     }
 
     /// Whether the next epoch's output, and what has to be told again with it, is not too much for the secondary.
@@ -209,7 +212,7 @@ impl Node {
 
     /// Whether the open set makes an epoch that the secondary takes.
     pub(super) fn fits_epoch(&self) -> bool {
-        fits(self.dirty.count(), self.epoch_limit())
+        fits(self.dirty.bytes(), self.epoch_limit())
     }
 
     /// Bytes of pages in an epoch at most.

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use crate::arbiter_worker::{ArbiterWorker, Found};
 use crate::changes::Changes;
 use crate::checkpoint::Standing;
-use crate::epoch::Pacer;
+use crate::epoch::{Pacer, disk_share};
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::outlet::Outlet;
 use crate::release::Release;
@@ -166,6 +166,10 @@ pub struct Node {
     disk: Option<Arc<dyn Disk>>,
     /// How the guest's writes to it are kept.
     tracking: DiskTracking,
+    /// Bytes of its writes that are kept for the next cut.
+    disk_bytes: u64,
+    /// It could not be read when an epoch needed it.
+    disk_fails: bool,
     /// What changed since the last epoch that was sent.
     dirty: Changes,
     pool: PagePool,
@@ -253,6 +257,8 @@ impl Node {
             moved,
             disk,
             tracking: DiskTracking::Off,
+            disk_bytes: 0,
+            disk_fails: false,
             dirty,
             pool: PagePool::default(),
             pacer: Pacer::new(settings.interval, now),
@@ -447,7 +453,8 @@ impl Node {
             match action {
                 Action::Propose(proposal) => self.arbiter.propose(proposal),
                 Action::MergeBack(set) => {
-                    self.dirty.merge(set);
+                    let newer = std::mem::replace(&mut self.dirty, set);
+                    self.dirty.merge(newer);
                     self.send_resting_again();
                 }
                 Action::Detach => {
@@ -503,7 +510,7 @@ impl Node {
     /// copy that is being made or may come back.
     fn track_disk(&mut self) {
         let wanted = if self.is_shipping() {
-            DiskTracking::Bytes
+            DiskTracking::Bytes { most: disk_share(self.epoch_limit()) }
         } else if matches!(self.replicator.phase(), Phase::Seeding { .. }) || self.kept_since.is_some() {
             DiskTracking::Blocks
         } else {
@@ -514,7 +521,7 @@ impl Node {
         }
         self.tracking = wanted;
         self.guest.track_disk(wanted);
-        if wanted != DiskTracking::Bytes {
+        if !self.is_shipping() {
             self.dirty.forget_bytes();
         }
     }

@@ -67,6 +67,7 @@ impl Node {
     ) -> Result<(), NodeError> {
         // Before anything is read: what is written from now on is known.
         self.track_disk();
+        self.disk_fails = false;
         let first = self.first_pass(offer, base)?;
         let mode = first.mode();
         self.board.seed_begins(mode);

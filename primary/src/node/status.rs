@@ -1,6 +1,10 @@
 //! What a node tells about itself: written by the thread that owns the guest or the copy, read by the control plane.
 //! Instants stand here where the control plane tells ages: an age is as of the question.
 
+mod devices;
+
+pub use devices::{Devices, DiskAccount, NetworkAccount, Overlay};
+
 use colo_common::register::Entry;
 use colo_common::{History, NodeId, Point, ReplicaId};
 use colo_proto::message::SeedMode;
@@ -13,6 +17,7 @@ use tokio::sync::broadcast;
 
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
+use crate::release::Size;
 
 /// Reports that a slow watcher may be behind before it misses some.
 const REPORTS: usize = 1024;
@@ -212,6 +217,10 @@ pub struct Status {
     pub policy: Option<Policy>,
     /// The guest, once it is known.
     pub guest: Option<GuestAccount>,
+    /// What is behind its disk and its network card.
+    pub devices: Devices,
+    /// Frames of epochs that are cut and may not go out yet.
+    pub held_frames: Size,
     /// Its vCPUs run here.
     pub running: bool,
     /// Why this node cannot do its part any more: its guest or its store has failed.
@@ -344,6 +353,11 @@ impl Board {
     /// The guest is this one.
     pub fn describe(&self, description: v1::Guest, memory: Arc<GuestMemory>) {
         self.lock().guest = Some(GuestAccount { description, memory });
+    }
+
+    /// These are behind the guest's devices.
+    pub fn attach(&self, devices: Devices) {
+        self.lock().devices = devices;
     }
 
     /// A link has come up.

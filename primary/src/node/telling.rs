@@ -122,6 +122,7 @@ impl Node {
             status.running = role.runs() && !resting && failure.is_none();
             status.failure = failure;
             status.released = self.release.released().console;
+            status.held_frames = self.release.frames();
             status.input = input;
             if entitled == Entitled::All {
                 status.input_done = input;

@@ -6,15 +6,15 @@ use colo_common::{Epoch, NodeId, Point, ReplicaId, Term};
 
 /// What an epoch carried that must not be lost before its ack: the dirty set.
 pub trait Carried {
-    /// Takes what `other`, of a neighbouring epoch, carried as well.
-    fn merge(&mut self, other: Self);
+    /// Takes what `newer`, of the epoch after, carried as well.
+    fn merge(&mut self, newer: Self);
 
     /// Whether there is nothing to lose.
     fn is_empty(&self) -> bool;
 }
 
 impl Carried for () {
-    fn merge(&mut self, _other: Self) {}
+    fn merge(&mut self, _newer: Self) {}
 
     fn is_empty(&self) -> bool {
         true
@@ -22,8 +22,8 @@ impl Carried for () {
 }
 
 impl Carried for colo_vmm::DirtySet {
-    fn merge(&mut self, other: Self) {
-        self.union_with(&other);
+    fn merge(&mut self, newer: Self) {
+        self.union_with(&newer);
     }
 
     fn is_empty(&self) -> bool {

@@ -2,7 +2,7 @@
 //! range, the secondary answers with what its copy holds there, in one or more messages that follow each other without
 //! a gap.
 
-use colo_common::limits::{MAX_DISK_BYTES, MAX_GUEST_MEMORY};
+use colo_common::limits::{MAX_DIGESTS_ASKED, MAX_DISK_BYTES, MAX_GUEST_MEMORY};
 use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -57,9 +57,11 @@ impl PageDigest {
 pub struct DigestRequest<N = Gfn> {
     /// The first page or block.
     pub first: N,
-    /// How many, holes of the address map among them.
+    /// How many, holes of the address map among them; [`MAX_DIGESTS_ASKED`] at most.
     pub count: u64,
 }
+
+const _: () = assert!(MAX_DIGESTS_ASKED <= Gfn::END && MAX_DIGESTS_ASKED <= Block::END);
 
 /// Asks what the secondary's copy of the disk holds.
 pub type BlockDigestRequest = DigestRequest<Block>;
@@ -68,7 +70,7 @@ impl<N: Compared> Message for DigestRequest<N> {
     const KIND: Kind = N::REQUEST;
 
     fn check(&self) -> Result<(), MessageError> {
-        check_range(Self::KIND, "a range of so many:", self.count, 1, N::END)?;
+        check_range(Self::KIND, "a range of so many:", self.count, 1, MAX_DIGESTS_ASKED)?;
         check_range(Self::KIND, "a first number of", self.first.number(), 0, N::END - self.count)
     }
 }
@@ -145,8 +147,8 @@ impl<N: Compared> Message for RangeDigests<N> {
 #[cfg(test)]
 mod tests {
     use super::{
-        Compared, DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, Message, PageDigest,
-        RangeDigests,
+        Compared, DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS, MAX_DIGESTS_ASKED, Message,
+        PageDigest, RangeDigests,
     };
     use colo_common::{Block, Gfn, PAGE_SIZE};
 
@@ -193,6 +195,16 @@ mod tests {
                 "{request:?}"
             );
         }
+    }
+
+    #[test]
+    fn nobody_is_asked_to_read_more_at_one_go_than_the_limit() {
+        let request = |count| DigestRequest { first: Gfn(0), count };
+        let most = request(MAX_DIGESTS_ASKED);
+        assert_eq!(DigestRequest::decode(&most.encode()), Ok(most));
+        let beyond = postcard::to_stdvec(&request(MAX_DIGESTS_ASKED + 1)).unwrap();
+        let error = DigestRequest::<Gfn>::decode(&beyond).unwrap_err().to_string();
+        assert!(error.contains("a range of so many: 65537") && error.contains("65536"), "{error}");
     }
 
     #[test]

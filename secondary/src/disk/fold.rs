@@ -1,5 +1,6 @@
 //! The thread that folds a disk's overlay into its image file, in rounds with pauses between them: it takes no more than
-//! half of a device's time, and a block that is written again and again is folded once a second.
+//! half of a device's time, and a block that is written again and again is folded once a second. While a copy is made, its
+//! rounds sync what came.
 
 use crossbeam_channel::{RecvTimeoutError, Sender};
 use std::io;
@@ -16,19 +17,19 @@ const AFTER_FAILURE: Duration = Duration::from_secs(30);
 
 /// A handle on the thread; it ends with it.
 pub(super) struct Folding {
-    /// Dropped to end it.
-    stop: Option<Sender<()>>,
+    /// Wakes it; dropped to end it.
+    wake: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Folding {
     /// Starts a thread that calls `round` with the blocks that it may fold.
     pub(super) fn start(round: impl Fn(usize) -> io::Result<u64> + Send + 'static) -> io::Result<Self> {
-        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+        let (wake, woken) = crossbeam_channel::bounded::<()>(1);
         let builder = std::thread::Builder::new().name("fold".to_owned());
         let thread = builder.spawn(move || {
             let (mut pause, mut failed) = (IDLE, false);
-            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(pause) {
+            while woken.recv_timeout(pause) != Err(RecvTimeoutError::Disconnected) {
                 let began = Instant::now();
                 pause = match round(ROUND) {
                     Ok(folded) if folded as usize == ROUND => began.elapsed().max(BREATH),
@@ -45,13 +46,21 @@ impl Folding {
                 failed = pause == AFTER_FAILURE;
             }
         })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
+        Ok(Self { wake: Some(wake), thread: Some(thread) })
+    }
+
+    /// Has the next round begin now.
+    pub(super) fn wake(&self) {
+        // One that is waiting to be woken already will be.
+        if let Some(wake) = &self.wake {
+            let _ = wake.try_send(());
+        }
     }
 }
 
 impl Drop for Folding {
     fn drop(&mut self) {
-        drop(self.stop.take());
+        drop(self.wake.take());
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -16,14 +16,15 @@ pub(super) struct State {
     pub(super) superseded: BlockSet,
     /// The same, and the file is being synced: their entries are removed after that.
     pub(super) syncing: BlockSet,
-    /// Blocks whose newest content is in `pending` under this point, until it is moved.
+    /// Blocks whose newest content is in `pending` under this point, until it is moved or folded; an entry of the
+    /// overlay that they have beside it is older, and goes with it.
     pub(super) adopted: Option<(Point, BlockSet)>,
     /// The file must stay as it is, for the copy that is kept aside.
     pub(super) aside: bool,
     /// The guest runs here: it writes to the file.
     pub(super) active: bool,
-    /// The file or the store failed in a way after which nobody knows what is safe: no entry is removed any more.
-    pub(super) broken: bool,
+    /// Bytes that a seed has written to the file since the last sync of it began.
+    pub(super) seeded: u64,
     /// Where folding goes on.
     pub(super) cursor: Block,
 }
@@ -33,7 +34,7 @@ impl State {
         let Entries { present, adopted, aside, active } = entries;
         let none = || BlockSet::new(present.blocks());
         let (superseded, syncing) = (none(), none());
-        Self { superseded, syncing, present, adopted, aside, active, broken: false, cursor: Block(0) }
+        Self { superseded, syncing, present, adopted, aside, active, seeded: 0, cursor: Block(0) }
     }
 
     /// Whether the overlay has something that counts of any of these blocks.
@@ -61,20 +62,45 @@ impl State {
         [&self.present, &self.superseded, &self.syncing].into_iter().chain(adopted)
     }
 
+    /// The next block whose entry counts.
+    pub(super) fn next_counting(&self, from: Block) -> Option<Block> {
+        let adopted = self.adopted.as_ref().and_then(|(_, set)| set.next(from));
+        self.present.next(from).into_iter().chain(adopted).min()
+    }
+
+    /// Entries of all kinds.
+    pub(super) fn entries(&self) -> u64 {
+        self.sets().map(BlockSet::len).sum()
+    }
+
+    /// These have new entries in `pending`.
+    pub(super) fn adopt(&mut self, point: Point, blocks: BlockSet) {
+        self.forget(&blocks);
+        self.adopted = Some((point, blocks));
+    }
+
     /// These have new entries.
     pub(super) fn renew(&mut self, blocks: &BlockSet) {
+        self.forget(blocks);
+        self.present.union_with(blocks);
+    }
+
+    /// Whatever entries these had, nobody removes them for what the file holds now.
+    fn forget(&mut self, blocks: &BlockSet) {
         for block in blocks.iter() {
             self.superseded.remove(block);
             self.syncing.remove(block);
         }
-        self.present.union_with(blocks);
     }
 
     /// The file has what counts of these; where they had entries, those are of no more use.
     pub(super) fn supersede(&mut self, blocks: Range<Block>) {
         let mut at = blocks.start;
-        while let Some(block) = self.present.next(at).filter(|block| *block < blocks.end) {
+        while let Some(block) = self.next_counting(at).filter(|block| *block < blocks.end) {
             self.present.remove(block);
+            if let Some((_, adopted)) = &mut self.adopted {
+                adopted.remove(block);
+            }
             self.superseded.insert(block);
             at = Block(block.0 + 1);
         }
@@ -82,6 +108,7 @@ impl State {
 
     /// What is superseded now is so in the file before it is synced.
     pub(super) fn begin_sync(&mut self) {
+        self.seeded = 0;
         if self.syncing.is_empty() {
             std::mem::swap(&mut self.superseded, &mut self.syncing);
         } else {
@@ -94,24 +121,12 @@ impl State {
     /// The file holds nobody knows what of the blocks written since the last sync. While following, their entries have
     /// the same; what a running guest wrote is in the file alone.
     pub(super) fn sync_failed(&mut self) {
-        self.broken = true;
         if !self.active {
             self.present.union_with(&self.syncing);
             self.present.union_with(&self.superseded);
             self.syncing.clear();
             self.superseded.clear();
         }
-    }
-
-    /// # Errors
-    /// Something failed before.
-    pub(super) fn check_unbroken(&self) -> io::Result<()> {
-        if self.broken {
-            return Err(io::Error::other(
-                "the disk has failed before: end this process and check its device",
-            ));
-        }
-        Ok(())
     }
 
     /// # Errors

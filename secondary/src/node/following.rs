@@ -333,14 +333,28 @@ impl Follower {
                     self.say(Say::BlockDigests(digests));
                 }
             }
-            Persisted::Failed(why) => {
-                tracing::error!(vm = %self.vm, "the store has failed: {why}");
-                self.board.error(format!("the store has failed: {why}"));
-                self.store_failed = Some(why.clone());
-                // Under `memory` the copy is as good as before, but it is not what the operator was promised.
-                self.refuse(WireRefusal::Failed, &format!("the store has failed: {why}"));
-            }
+            Persisted::Failed(why) => self.on_store_failed(&why),
         }
+    }
+
+    /// The image file of the disk may fail while nothing is written to the store.
+    pub(super) fn look_at_disk(&mut self) {
+        let disk = self.warm.as_ref().and_then(|warm| warm.disk.clone());
+        if let Some(why) = disk.as_ref().and_then(|disk| disk.failure()) {
+            self.on_store_failed(&format!("the guest's disk: {why}"));
+        }
+    }
+
+    /// It takes nothing more; the first reason is told.
+    fn on_store_failed(&mut self, why: &str) {
+        if self.store_failed.is_some() {
+            return;
+        }
+        tracing::error!(vm = %self.vm, "the store has failed: {why}");
+        self.board.error(format!("the store has failed: {why}"));
+        self.store_failed = Some(why.to_owned());
+        // Under `memory` the copy is as good as before, but it is not what the operator was promised.
+        self.refuse(WireRefusal::Failed, &format!("the store has failed: {why}"));
     }
 
     /// Room is free once an epoch is in the image and in the store.

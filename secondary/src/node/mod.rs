@@ -362,6 +362,7 @@ impl Follower {
                 Told::Persisted(persisted) => self.on_persisted(persisted),
             }
         }
+        self.look_at_disk();
         self.suspect_if_due(now);
         if now >= self.next_read && self.link.is_none() {
             self.next_read = now + READ_INTERVAL;

@@ -268,6 +268,7 @@ impl Follower {
     /// Has a guest that was built wait for its state.
     fn warm_up(&mut self, (warm, image): (Warm, Image)) -> Result<(), PairError> {
         self.board.describe(account(warm.guest.spec(), &warm.spec.kind), Arc::clone(&warm.memory));
+        self.board.attach(self.devices(&warm));
         let tray = self.tray.clone();
         let applier = Applier::start(image, move |applied| tray.applied(applied));
         self.applier = Some(applier.map_err(|e| PairError::Build(e.to_string()))?);

@@ -2,11 +2,12 @@
 
 use colo_common::Point;
 use colo_common::register::Entry;
-use colo_primary::node::status::{Policy, Report, Role};
+use colo_primary::node::status::{Devices, DiskAccount, NetworkAccount, Overlay, Policy, Report, Role};
 use colo_proto::message::SeedMode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Follower, Outcome, READ_INTERVAL};
+use super::{Follower, Outcome, READ_INTERVAL, Warm};
 use crate::replica::{AckPolicy, Copy};
 use crate::staging::{Measures, StagedEpoch};
 
@@ -27,6 +28,20 @@ impl Follower {
     pub(super) fn policy(&self) -> Policy {
         let disk = self.replica.policy() == AckPolicy::Disk;
         Policy { disk, pending: self.replica.is_changing_policy() }
+    }
+
+    /// What of this node is behind the devices of the guest that waits.
+    pub(super) fn devices(&self, warm: &Warm) -> Devices {
+        let virtio = warm.spec.virtio();
+        let disk = virtio.disk.as_ref().zip(warm.disk.as_ref()).zip(self.settings.disk.as_ref());
+        let disk = disk.map(|((spec, disk), path)| DiskAccount {
+            path: path.clone(),
+            bytes: spec.bytes,
+            read_only: spec.read_only,
+            overlay: Some(Arc::clone(disk) as Arc<dyn Overlay>),
+        });
+        let network = virtio.net.zip(self.tap.clone()).map(|(net, tap)| NetworkAccount { tap, mac: net.mac });
+        Devices { disk, network }
     }
 
     /// Reads the register for the account, whose answer decides nothing: nobody asked on behalf of the protocol.
@@ -67,6 +82,7 @@ impl Follower {
             status.policy = Some(self.policy());
             status.failure = self.store_failed.as_ref().map(|why| format!("the store has failed: {why}"));
             (status.released, status.input, status.input_done) = (self.console.end(), input, input);
+            status.held_frames = self.held.frames();
             if role != Role::Following && role != Role::Promoting {
                 status.epoch_at = None;
             }

@@ -1,11 +1,10 @@
 //! A copy's beginning and end: a seed or resync starts and fills it, a promotion takes it away.
 
 use colo_common::{Gfn, Term};
-use colo_vmm::BlockSet;
 
 use super::engine::{Batch, Change, Column, Durability};
-use super::format::{Kind, MetaCopy, decode_pending_key, encode_block, number_key};
-use super::read::Entries;
+use super::format::{Kind, MetaCopy, number_key, promotion_point};
+use super::pending::{Changed, Delta};
 use super::{BlockRun, PageContent, Store, StoreError};
 
 /// What a new copy starts from.
@@ -25,9 +24,10 @@ impl Store {
     /// # Errors
     /// The device fails or is full.
     pub fn begin_copy(&mut self, base: Base) -> Result<(), StoreError> {
+        // Nobody adopts anything while a copy is inconsistent.
+        self.fold()?;
         let mut meta = self.meta.clone();
         if let Some(point) = self.whole().map(|whole| whole.point) {
-            self.fold()?;
             self.keep_file(true);
             meta.previous = self.engine.keep_aside()?.then_some(point);
         } else if meta.previous.is_some() && !self.engine.has_room() {
@@ -73,8 +73,8 @@ impl Store {
     /// This node runs the guest from `term` on: one synced write with the `blocks` that the point it runs from has
     /// beyond what is stored (the disk moves on from there) and the end of the stored memory and its replica id. Do it
     /// before a vCPU runs. The copy may be any: under the policy `memory` the store may be far behind the staged point.
-    /// [`reclaim`](Self::reclaim) gives the room back later. The blocks, ascending and each once, are held in memory
-    /// twice: if they are many, persist their point before.
+    /// [`reclaim`](Self::reclaim) gives the room back later. The blocks come ascending and each once; what is too much
+    /// for one batch of them is in `pending` until it is folded into the image file.
     ///
     /// # Errors
     /// A block is not the guest's, or the device fails or is full.
@@ -88,28 +88,26 @@ impl Store {
             // Blocks that a mark left in `pending` are part of the disk; its pages are of no more use.
             self.move_pending(point, Kind::Block)?;
         }
-        let mut batch = Batch::default();
-        let mut touched = BlockSet::new(disk.as_ref().map_or(0, |disk| disk.blocks()));
-        for entry in disk.iter().flat_map(|disk| blocks.iter().flat_map(|run| disk.to_store(*run))) {
-            let (block, page) = entry.map_err(|source| self.disk_error(source))?;
-            touched.insert(block);
-            batch.push(stored_change(Column::Disk, block.0, encode_block(block, page)));
-        }
-        for column in [Column::Pages, Column::Pending, Column::Epochs] {
-            batch.push(Change::Clear(column));
+        let mut delta = Delta::new(promotion_point(term));
+        let blocks = self.add_blocks(&mut delta, disk.as_deref(), blocks)?;
+        let (mut batch, adopted) = delta.finish();
+        batch.push(Change::Clear(Column::Pages));
+        batch.push(Change::Clear(Column::Epochs));
+        if adopted.is_none() {
+            // Else what a mark left there goes with the last of the blocks.
+            batch.push(Change::Clear(Column::Pending));
         }
         let mut meta = self.meta.clone();
         meta.term = meta.term.max(Some(term));
         meta.active = Some(term);
         meta.copy = MetaCopy::None;
         meta.previous = None;
-        match &disk {
-            Some(disk) => {
-                disk.commit(&touched, || self.commit(batch, meta))?;
+        self.commit_with(batch, meta, Some(Changed { blocks, adopted }))?;
+        if let Some(disk) = disk {
+            if adopted.is_none() {
                 disk.moved();
-                disk.run();
             }
-            None => self.commit(batch, meta)?,
+            disk.run();
         }
         self.record = None;
         self.checksums = Some(Default::default());
@@ -134,18 +132,6 @@ impl Store {
         self.engine.reclaim(Column::Pending)
     }
 
-    /// After a start: `pending` that no mark adopted, and a previous copy that no new one follows.
-    pub(super) fn drop_leftovers(&mut self) -> Result<(), StoreError> {
-        let adopted = self.whole().is_some_and(|whole| whole.adopted);
-        let first = self.engine.scan(Column::Pending, &[]).next().transpose()?;
-        if !adopted && first.is_some() {
-            let mut batch = Batch::default();
-            batch.push(Change::Clear(Column::Pending));
-            self.write(&batch, Durability::Unsynced)?;
-        }
-        if self.meta.previous.is_none() { self.engine.drop_aside() } else { Ok(()) }
-    }
-
     /// The change of a page, with its checksum remembered.
     pub(super) fn push_page(&mut self, batch: &mut Batch, gfn: Gfn, content: PageContent<'_>) {
         if let Some(value) = self.remember(gfn, content) {
@@ -155,18 +141,6 @@ impl Store {
 
     pub(super) fn check_inconsistent(&self, wanted: &'static str) -> Result<(), StoreError> {
         if self.meta.copy == MetaCopy::Inconsistent { Ok(()) } else { Err(self.out_of_place(wanted)) }
-    }
-
-    /// Entries of the adopted `pending` of one kind, from a number on; none if nothing is adopted.
-    pub(super) fn adopted_from(&self, kind: Kind, number: u64) -> Entries<'_> {
-        let Some(point) = self.whole().filter(|whole| whole.adopted).map(|whole| whole.point) else {
-            return Box::new(std::iter::empty());
-        };
-        let from = super::format::pending_key(point, kind, number);
-        let of_kind =
-            move |key: &[u8]| decode_pending_key(key).is_some_and(|(at, of, _)| (at, of) == (point, kind));
-        let entries = self.engine.scan(Column::Pending, &from);
-        Box::new(entries.take_while(move |entry| entry.as_ref().map_or(true, |(key, _)| of_kind(key))))
     }
 }
 

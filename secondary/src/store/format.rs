@@ -7,10 +7,10 @@
 //! | `epochs` | term, epoch (u64 BE), 1 | the machine state as it came; its checksum is in the record |
 //! | `pages` | gfn (u64 BE) | encoding (1 byte), XXH3-64 of the bytes seeded with the gfn, bytes; zero pages have no key |
 //! | `disk` | block (u64 BE) | as a page, seeded with the block; encoding 1 and no bytes: the block is zero |
-//! | `pending` | term, epoch, kind (0 page, 1 block), number | as in `pages` and `disk`; empty: a zero page |
+//! | `pending` | term, epoch, kind (0 page, 1 block), number | as in `pages` and `disk`; empty: a zero page. Under epoch 0: what a promotion to this term brought |
 //!
 //! Versions: 1, the first. 2: `meta` has the bytes of the guest's disk; blocks are of 4096 bytes, and none is deleted by
-//! a mark.
+//! a mark; a node that runs the guest may have blocks in `pending`.
 
 use colo_common::{Block, Epoch, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term, VmId};
 use colo_vmm::memory::Page;
@@ -238,6 +238,12 @@ pub(crate) fn pending_key(point: Point, kind: Kind, number: u64) -> [u8; PENDING
     key[16] = kind as u8;
     key[17..].copy_from_slice(&number_key(number));
     key
+}
+
+/// Where a promotion puts the blocks that are too many for its batch: after every point that this node held before, and no
+/// point itself, for a term's first epoch is 1 or a later one.
+pub(super) fn promotion_point(term: Term) -> Point {
+    Point { term, epoch: Epoch(0) }
 }
 
 /// What a key of `pending` says.

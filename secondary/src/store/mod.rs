@@ -12,7 +12,7 @@
 //!
 //! Every arrow is one synced batch of the [`PageStore`] below, so a crash at any instant leaves one end of it or the
 //! other. What is too large for a batch is written before it to where no reader looks: into the pages of an
-//! inconsistent copy, or to `pending`, which the mark's batch adopts.
+//! inconsistent copy, or to `pending`, which the batch of the mark or promotion adopts.
 //!
 //! All calls block; they are for the persist thread. A write that fails breaks the store for this process
 //! ([`StoreError::Broken`]), since it is then open whether the write is found at the next opening.
@@ -26,9 +26,9 @@ pub(crate) mod format;
 mod home;
 mod mark;
 mod memory;
+mod pending;
 mod read;
 mod rocks;
-mod runs;
 mod scrub;
 mod summary;
 
@@ -38,7 +38,6 @@ pub use error::StoreError;
 pub use format::FORMAT_VERSION;
 pub use mark::{MAX_BATCH, Mark};
 pub use memory::MemoryDisk;
-pub use runs::{BlockRun, NewestBlocks};
 pub use scrub::{MAX_LISTED, Scrub};
 pub use summary::{StoredCopy, Summary, WholeCopy};
 
@@ -46,6 +45,11 @@ use colo_common::{ReplicaId, Term, VmId};
 use colo_vmm::memory::Page;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Blocks of a part that came.
+pub type BlockRun<'a> = colo_vmm::block_runs::BlockRun<&'a [u8]>;
+/// The newest of several.
+pub type NewestBlocks<'a> = colo_vmm::block_runs::NewestBlocks<&'a [u8]>;
 
 use checksums::Checksums;
 use engine::{Batch, Change, Column, Durability};
@@ -210,6 +214,10 @@ impl Store {
     fn write(&mut self, batch: &Batch, durability: Durability) -> Result<(), StoreError> {
         if self.broken {
             return Err(StoreError::Broken { dir: self.dir.clone() });
+        }
+        if let Some(disk) = &self.disk {
+            // Nothing is promised any more over a file of which nobody knows what it holds.
+            disk.check().map_err(|source| self.disk_error(source))?;
         }
         let written = self.engine.write(batch, durability);
         self.broken = written.is_err();

@@ -184,7 +184,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
         },
         Copy::Inconsistent => match rng.below(12) {
             0 => Step::BeginCopy { base_stored: rng.below(2) == 0 },
-            1 => Step::Activate { term: term.next(), blocks: rng.tags(3, BLOCKS) },
+            1 => Step::Activate { term: term.next(), blocks: rng.tags(14, BLOCKS) },
             2 | 3 => {
                 let point = Point { term, epoch: Epoch(rng.below(1000)) };
                 Step::Complete { point, replica, state: rng.next(), blocks: rng.tags(4, BLOCKS) }
@@ -195,7 +195,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
         },
         Copy::Whole { point: at, .. } => match rng.below(24) {
             0 => Step::BeginCopy { base_stored: rng.below(2) == 0 },
-            1 => Step::Activate { term: term.next(), blocks: rng.tags(3, BLOCKS) },
+            1 => Step::Activate { term: term.next(), blocks: rng.tags(14, BLOCKS) },
             2 => Step::SeeTerm(term.next()),
             3 => Step::StoreReplica(id),
             4 => Step::EraseReplica,

@@ -34,7 +34,9 @@ impl Runner {
     }
 
     pub(crate) fn collect(&mut self, common: &mut Common) {
-        self.guest.collect_blocks(&mut self.dirty.blocks);
+        let (blocks, kept) = self.guest.collect_blocks();
+        self.dirty.add_blocks(&blocks);
+        self.disk_bytes = kept as u64;
         match self.guest.collect(&mut self.dirty.pages) {
             Ok(tracked) => self.check_tracked(tracked, common),
             Err(e) => common.outside.broken(|| format!("the guest's writes are not told: {e}")),
@@ -54,6 +56,7 @@ impl Runner {
         self.check_tracked(cut.tracked, common);
         let output = std::mem::take(&mut cut.output);
         self.release.hold(self.replicator.next_point().epoch, output);
+        self.disk_bytes = 0;
         self.dirty.add_disk(std::mem::replace(&mut cut.disk, DiskDelta::none()));
         if !self.is_shipping() {
             self.dirty.forget_bytes();
@@ -128,7 +131,7 @@ impl Runner {
         common.count(if join { "joins" } else { "epochs" });
         common.note(self.x, || format!("ships {point}{}", if join { " as J" } else { "" }));
         let state = cut.state.clone();
-        self.track_disk();
+        self.track_disk(common);
         self.go_on(cut, common);
         let Some(peer) = &mut self.peer else { return self.act(actions, common) };
         let output =
@@ -199,8 +202,8 @@ impl Runner {
     }
 
     fn is_epoch_full(&self, common: &Common) -> bool {
-        let kept = if common.mutations.kept_blocks_uncounted { 0 } else { self.guest.kept_blocks() };
-        is_full(self.dirty.count() + kept, self.epoch_limit(common))
+        let kept = if common.mutations.kept_blocks_uncounted { 0 } else { self.disk_bytes };
+        is_full(self.dirty.bytes() + kept, self.epoch_limit(common))
     }
 
     fn can_tell(&self) -> bool {
@@ -215,7 +218,7 @@ impl Runner {
         if common.mutations.epochs_too_large && self.is_shipping() {
             return true;
         }
-        fits(self.dirty.count(), self.epoch_limit(common))
+        fits(self.dirty.bytes(), self.epoch_limit(common))
     }
 
     /// The primary's own limit is as in its default far above what the secondary takes here.

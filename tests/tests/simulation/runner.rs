@@ -6,6 +6,7 @@ use colo_common::{Incarnation, Point};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::changes::Changes;
 use colo_primary::encode::Encoder;
+use colo_primary::epoch::disk_share;
 use colo_primary::release::Release;
 use colo_primary::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
 use colo_secondary::disk::DiskImage;
@@ -48,6 +49,8 @@ pub(crate) struct Runner {
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) dirty: Changes,
+    /// Bytes of writes to the disk that are kept for the next cut.
+    pub(crate) disk_bytes: u64,
     tracking: DiskTracking,
     pub(crate) due: Time,
     pub(crate) standing: Option<Cut>,
@@ -126,6 +129,7 @@ impl Runner {
             stint,
             release,
             dirty: Changes::none(FRAMES, BLOCKS),
+            disk_bytes: 0,
             tracking: DiskTracking::Off,
             due: now + INTERVAL,
             standing: None,
@@ -176,7 +180,7 @@ impl Runner {
             self.arbiter.read();
             self.forget_if_late(common);
         }
-        self.track_disk();
+        self.track_disk(common);
         if self.promotions > 0 && !self.failed && common.now - self.began > STEADY {
             self.promotions = 0;
         }
@@ -267,7 +271,8 @@ impl Runner {
                     if common.mutations.failed_blocks_dropped {
                         self.dirty.pages.union_with(&set.pages);
                     } else {
-                        self.dirty.merge(set);
+                        let newer = std::mem::replace(&mut self.dirty, set);
+                        self.dirty.merge(newer);
                     }
                     self.send_resting_again();
                 }
@@ -331,9 +336,9 @@ impl Runner {
     }
 
     /// `Node::track_disk`.
-    pub(crate) fn track_disk(&mut self) {
+    pub(crate) fn track_disk(&mut self, common: &Common) {
         let wanted = if self.is_shipping() {
-            DiskTracking::Bytes
+            DiskTracking::Bytes { most: disk_share(self.epoch_limit(common)) }
         } else if matches!(self.replicator.phase(), Phase::Seeding { .. }) || self.kept_since.is_some() {
             DiskTracking::Blocks
         } else {
@@ -344,7 +349,7 @@ impl Runner {
         }
         self.tracking = wanted;
         self.guest.track_disk(wanted);
-        if wanted != DiskTracking::Bytes {
+        if !self.is_shipping() {
             self.dirty.forget_bytes();
         }
     }

@@ -40,7 +40,7 @@ enum Chunk {
 
 impl Runner {
     pub(crate) fn begin_seed(&mut self, link: u64, offer: &Offer, base: Option<Point>, common: &mut Common) {
-        self.track_disk();
+        self.track_disk(common);
         let (mode, mut changed) = self.first_pass(offer, base, common);
         common.count(match mode {
             SeedMode::Full => "seeds",
@@ -119,7 +119,7 @@ impl Runner {
         if let Err(e) = self.guest.unprotect() {
             common.outside.broken(|| format!("the guest's tracking does not stop: {e}"));
         }
-        self.track_disk();
+        self.track_disk(common);
         self.dirty = self.dirty.fresh();
         self.unknown = false;
     }
@@ -236,9 +236,8 @@ impl SeedJob {
     }
 
     fn order(&mut self, dirty: &mut Changes) {
-        dirty.forget_bytes();
         let runs: Vec<_> = dirty.pages.runs().collect();
-        let blocks: Vec<_> = dirty.blocks.runs().collect();
+        let blocks = dirty.take_blocks();
         *dirty = dirty.fresh();
         self.busy = true;
         self.frames(&runs);

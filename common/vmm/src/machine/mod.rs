@@ -611,12 +611,8 @@ impl ProtectedGuest for KvmGuest {
         self.virtio.track_disk(tracking);
     }
 
-    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
-        self.virtio.collect_blocks(blocks);
-    }
-
-    fn kept_blocks(&self) -> u64 {
-        self.virtio.kept_blocks()
+    fn collect_blocks(&mut self) -> (BlockSet, usize) {
+        self.virtio.collect_blocks()
     }
 }
 

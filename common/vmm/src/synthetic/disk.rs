@@ -156,12 +156,8 @@ impl BlockDevice {
         DiskDelta { writes, blocks }
     }
 
-    pub(super) fn collect(&self, blocks: &mut BlockSet) {
-        self.log.collect(blocks);
-    }
-
-    pub(super) fn kept_blocks(&self) -> u64 {
-        self.log.kept_blocks()
+    pub(super) fn collect(&self) -> (BlockSet, usize) {
+        self.log.collect()
     }
 
     /// What the disk holds once these writes have ended: the same wherever a state is restored, however far its host is

@@ -455,11 +455,7 @@ impl ProtectedGuest for SyntheticGuest {
         self.disk.iter().for_each(|disk| disk.track(tracking));
     }
 
-    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
-        self.disk.iter().for_each(|disk| disk.collect(blocks));
-    }
-
-    fn kept_blocks(&self) -> u64 {
-        self.disk.as_ref().map_or(0, BlockDevice::kept_blocks)
+    fn collect_blocks(&mut self) -> (BlockSet, usize) {
+        self.disk.as_ref().map_or_else(|| (BlockSet::new(0), 0), BlockDevice::collect)
     }
 }

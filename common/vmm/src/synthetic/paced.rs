@@ -178,11 +178,7 @@ impl ProtectedGuest for PacedGuest {
         self.shared.guest().track_disk(tracking);
     }
 
-    fn collect_blocks(&mut self, blocks: &mut BlockSet) {
-        self.shared.guest().collect_blocks(blocks);
-    }
-
-    fn kept_blocks(&self) -> u64 {
-        self.shared.guest().kept_blocks()
+    fn collect_blocks(&mut self) -> (BlockSet, usize) {
+        self.shared.guest().collect_blocks()
     }
 }

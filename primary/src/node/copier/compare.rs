@@ -2,6 +2,7 @@
 //! its copy is a base, of the disk always. So a seed that broke off goes on where it was, and an empty disk costs
 //! nothing.
 
+use colo_common::limits::MAX_DIGESTS_ASKED;
 use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE};
 use colo_proto::message::{DigestRange, DigestRequest, PageDigest, RangeDigests};
 use colo_proto::pages::Place;
@@ -9,9 +10,6 @@ use colo_vmm::{BlockSet, DirtySet, Disk};
 
 use super::{Copier, Order, Stopped};
 use crate::link::{Ask, Digests};
-
-/// Pages or blocks whose digests are asked for at once: 256 MiB, for which the answer has at most 1 MiB.
-const DIGEST_WINDOW: u64 = 1 << 16;
 
 /// Blocks that may hold something.
 pub(super) fn data_blocks(disk: &dyn Disk) -> Result<u64, Stopped> {
@@ -60,13 +58,14 @@ impl Copier {
     ) -> Result<(), Stopped> {
         let mut at = 0;
         while at < limit {
-            let window = DIGEST_WINDOW.min(limit - at);
+            let window = MAX_DIGESTS_ASKED.min(limit - at);
             self.link.request_digests(ask(at, window)).map_err(Stopped)?;
             let end = at + window;
             while at < end {
                 let digests = match self.inbox.recv() {
                     Ok(Order::Digests(digests)) => digests,
-                    Ok(Order::Round(_)) => continue,
+                    // Nobody was told that this pass has ended: what it would send is taken out of the open set, and lost.
+                    Ok(Order::Round(_)) => return Err(Stopped("a round came before its time".to_owned())),
                     Err(_) => return Err(Stopped("the seed was given up".to_owned())),
                 };
                 let digests =
@@ -158,8 +157,13 @@ fn overlap(runs: &[(Gfn, u64)], first: u64, frames: u64) -> Vec<(Gfn, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::overlap;
+    use super::{Copier, Order, Stopped, overlap};
+    use crate::changes::Changes;
+    use crate::link::LinkHandle;
+    use crate::node::copier::Round;
     use colo_common::Gfn;
+    use colo_vmm::GuestMemory;
+    use std::sync::Arc;
 
     #[test]
     fn runs_are_cut_to_a_range() {
@@ -169,5 +173,20 @@ mod tests {
         assert_eq!(overlap(&runs, 5, 5), []);
         assert_eq!(overlap(&runs, 15, 1), [(Gfn(15), 1)]);
         assert_eq!(overlap(&runs, 20, 9), []);
+    }
+
+    #[test]
+    fn a_round_before_the_first_pass_has_ended_is_not_lost_silently() {
+        let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
+        let mut changes = Changes::none(memory.layout().frame_limit(), 0);
+        changes.pages.insert(Gfn(3));
+        let (link, _end) = LinkHandle::new();
+        let (orders, inbox) = crossbeam_channel::bounded(1);
+        let (outbox, _told) = crossbeam_channel::bounded(1);
+        orders.send(Order::Round(Round::of(&mut changes))).unwrap();
+        drop(orders);
+        let mut copier = Copier::new(1, (memory, None), link, inbox, outbox);
+        let Err(Stopped(why)) = copier.memory_by_digests(&[]) else { panic!("the round is lost") };
+        assert!(why.contains("a round came before its time"), "{why}");
     }
 }

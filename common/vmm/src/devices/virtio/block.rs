@@ -14,8 +14,9 @@ mod io;
 mod log;
 mod request;
 
+use colo_common::BLOCK_SIZE;
 use colo_common::bounded::list;
-use colo_common::limits::MAX_EPOCH_DISK;
+use colo_common::limits::{MAX_DISK_REQUEST, MAX_EPOCH_DISK};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -39,13 +40,15 @@ pub(crate) use log::DiskLog;
 pub use log::DiskTracking;
 use request::{MAX_ZERO_SECTORS, Request, SECTOR, SECTORS_PER_BLOCK};
 
+const _: () = assert!((SEG_MAX * SIZE_MAX) as usize <= MAX_DISK_REQUEST);
+
 /// Kind of the device.
 const BLOCK: u32 = 2;
 /// Requests of the one queue.
 const QUEUE: u16 = 128;
 /// Descriptors with data in one request, and bytes in each, that drivers keep to.
 const SEG_MAX: u32 = 62;
-const SIZE_MAX: u32 = 64 << 10;
+const SIZE_MAX: u32 = 16 << 10;
 /// Requests that have not ended, those of drivers that are gone included.
 const MAX_REQUESTS: usize = 256;
 /// Requests taken from the queue, or given back to it, at once.
@@ -62,8 +65,8 @@ pub(super) struct BlockState {
 impl BlockState {
     pub(super) fn check_limits(&self) -> Result<(), StateError> {
         let bytes: usize = self.requests.iter().map(Request::bytes).sum();
-        // One request is taken whatever its size, and then one more may be under way.
-        let most = MAX_EPOCH_DISK + 2 * request::MAX_DATA;
+        // One more is taken as long as there is room, and it may begin and end within a block.
+        let most = MAX_EPOCH_DISK + MAX_DISK_REQUEST + BLOCK_SIZE;
         if bytes > most {
             return Err(StateError::Malformed(format!("{bytes} bytes of disk requests")));
         }
@@ -93,6 +96,8 @@ pub(super) struct Block {
     next: u64,
     /// Ended, and not yet given back.
     ended: VecDeque<Ended>,
+    /// Requests that the disk has failed.
+    failed: u64,
 }
 
 impl Block {
@@ -119,6 +124,7 @@ impl Block {
             bytes: 0,
             next: 0,
             ended: VecDeque::new(),
+            failed: 0,
         }
     }
 
@@ -127,9 +133,10 @@ impl Block {
     fn take_ended(&mut self) {
         while let Some(ended) = self.io.ended() {
             let Some(at) = self.open.iter().position(|open| open.number == ended.number) else { continue };
-            for write in &ended.writes {
+            for write in &ended.done.writes {
                 self.log.record(write.clone());
             }
+            self.log.record_unknown(ended.done.unknown.clone());
             if let Some(open) = self.open.remove(at) {
                 self.bytes -= open.request.bytes();
                 if !open.request.is_orphan() {
@@ -194,10 +201,14 @@ impl Block {
         let mut any = false;
         while let Some(ended) = self.ended.pop_front() {
             let Some(request) = ended.request else { continue };
-            let written = match &ended.result {
+            let written = match &ended.done.result {
                 Ok(read) => request.give(ram, read, &self.serial, VIRTIO_BLK_S_OK as u8)?,
                 Err(reason) => {
-                    tracing::error!("the guest's disk: {}: {reason}", request.name());
+                    self.failed += 1;
+                    if self.failed.is_power_of_two() {
+                        let (failed, request) = (self.failed, request.name());
+                        tracing::error!(failed, "the guest's disk: {request}: {reason}");
+                    }
                     request.give(ram, &[], &self.serial, VIRTIO_BLK_S_IOERR as u8)?
                 }
             };

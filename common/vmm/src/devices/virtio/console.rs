@@ -17,7 +17,7 @@ use crate::state::StateError;
 const CONSOLE: u32 = 3;
 /// The queue that input goes to.
 pub(super) const INPUT: usize = 0;
-/// Bytes of one chain that are taken; drivers write a page at most.
+/// Bytes of one chain at most; drivers write a page.
 const MAX_BYTES: usize = 64 << 10;
 /// Chains served at once.
 const BATCH: usize = 32;
@@ -40,6 +40,9 @@ impl Console {
             if self.egress.is_full() {
                 put_back(queue);
                 return Ok(Served { full: true, ..served });
+            }
+            if chain.readable.len() > MAX_BYTES {
+                return Err(Broken("more than 64 KiB for the console in one chain"));
             }
             self.egress.push_console(&chain.readable.read(ram, MAX_BYTES)?);
             give_back(queue, ram, chain.head, 0)?;

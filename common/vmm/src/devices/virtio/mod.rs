@@ -238,14 +238,9 @@ impl Virtio {
         DiskDelta { writes, blocks }
     }
 
-    /// The blocks that are known to be written, without stopping anything.
-    pub(crate) fn collect_blocks(&self, blocks: &mut BlockSet) {
-        self.log.collect(blocks);
-    }
-
-    /// What is kept with its bytes for the next cut, in blocks.
-    pub(crate) fn kept_blocks(&self) -> u64 {
-        self.log.kept_blocks()
+    /// The blocks that are known to be written, without stopping anything, and what is kept with its bytes for the cut.
+    pub(crate) fn collect_blocks(&self) -> (BlockSet, usize) {
+        self.log.collect()
     }
 }
 
@@ -268,8 +263,7 @@ impl Windows {
         let served = match device.serve(index, queue, self.memory.ram()) {
             Ok(served) => served,
             Err(Broken(why)) => {
-                tracing::warn!(slot = number, "the guest's driver breaks the rules, its device stops: {why}");
-                transport.breaks();
+                transport.breaks(why);
                 self.pulse(number);
                 return false;
             }

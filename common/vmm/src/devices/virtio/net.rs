@@ -160,11 +160,15 @@ impl Net {
             return Some(frame);
         }
         let tap = self.tap.as_ref()?;
-        match tap.read_frame(&mut self.buffer) {
-            Ok(len) => len.filter(|&len| len > HEADER).map(|len| self.buffer[..len].to_vec()),
-            Err(e) => {
-                tracing::debug!(tap = tap.name(), "no frame can be read: {e}");
-                None
+        loop {
+            match tap.read_frame(&mut self.buffer) {
+                // Nothing but a header: there may be frames behind it.
+                Ok(Some(len)) if len <= HEADER => {}
+                Ok(len) => return len.map(|len| self.buffer[..len].to_vec()),
+                Err(e) => {
+                    tracing::debug!(tap = tap.name(), "no frame can be read: {e}");
+                    return None;
+                }
             }
         }
     }

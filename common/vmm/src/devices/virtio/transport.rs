@@ -81,6 +81,8 @@ pub(super) struct Transport {
     status: u32,
     interrupt: u32,
     pub(super) queues: Vec<Queue>,
+    /// How often the driver broke the rules; not part of the state.
+    breaches: u64,
 }
 
 impl Transport {
@@ -95,6 +97,7 @@ impl Transport {
             status: 0,
             interrupt: 0,
             queues,
+            breaches: 0,
         }
     }
 
@@ -119,9 +122,19 @@ impl Transport {
     }
 
     /// The driver broke the rules: nothing is done before it resets the device.
-    pub(super) fn breaks(&mut self) {
+    pub(super) fn breaks(&mut self, why: &str) {
+        self.complain(why);
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         self.interrupt |= VIRTIO_MMIO_INT_CONFIG;
+    }
+
+    /// Tells of a driver that breaks the rules; ever more seldom, as it may do so as often as it likes.
+    fn complain(&mut self, why: &str) {
+        self.breaches += 1;
+        if self.breaches.is_power_of_two() {
+            let (device, times) = (self.identity.kind, self.breaches);
+            tracing::warn!(device, times, "the guest's driver breaks the rules: {why}");
+        }
     }
 
     /// A register; `config` is the device's own space.
@@ -187,8 +200,8 @@ impl Transport {
             queue.set_event_idx(event_idx);
             queue.set_ready(value == 1);
             if value == 1 && !queue.is_valid(ram) {
-                tracing::warn!(device = self.identity.kind, "the guest sets up a queue that cannot be one");
                 queue.set_ready(false);
+                self.complain("a queue that cannot be one");
             }
             return;
         }
@@ -211,7 +224,7 @@ impl Transport {
 
     fn set_status(&mut self, value: u32) -> Effect {
         if value == 0 {
-            *self = Self::new(self.identity);
+            *self = Self { breaches: self.breaches, ..Self::new(self.identity) };
             return Effect::Reset;
         }
         let was_running = self.is_running();
@@ -261,6 +274,7 @@ impl Transport {
             status: state.status,
             interrupt: state.interrupt,
             identity,
+            breaches: 0,
         })
     }
 }

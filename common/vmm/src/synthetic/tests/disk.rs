@@ -2,10 +2,10 @@
 
 use super::super::{Program, SyntheticGuest, Tracking};
 use super::{copy_all, dirty_for, guest, ring_spec};
-use crate::block_set::BlockSet;
 use crate::devices::DiskTracking;
 use crate::disk::{Disk, DiskContent, DiskDelta, DiskWrite, FileDisk};
 use crate::guest::ProtectedGuest;
+use colo_common::limits::MAX_EPOCH_DISK;
 use colo_common::{BLOCK_SIZE, Block};
 use proptest::prelude::{ProptestConfig, any, proptest};
 use std::sync::Arc;
@@ -52,6 +52,8 @@ fn program(seed: u64, blocks: u32, write_steps: u32) -> Program {
     Program { seed, pages: 40, blocks, block_every: 2, write_steps, ..Program::default() }
 }
 
+const BYTES: DiskTracking = DiskTracking::Bytes { most: MAX_EPOCH_DISK };
+
 fn started(mut guest: SyntheticGuest) -> SyntheticGuest {
     guest.boot().unwrap();
     guest.resume().unwrap();
@@ -72,15 +74,14 @@ proptest! {
         let (twins, mut here, mut there) = (Place::new(), Place::new(), Place::new());
         let mut twin = started(twins.guest(&program, 1));
         let mut guest = started(here.guest(&program, 2));
-        guest.track_disk(DiskTracking::Bytes);
+        guest.track_disk(BYTES);
         for (at, (steps, with_bytes, is_moved)) in (3..).zip(moves) {
             assert_eq!(guest.advance(steps), twin.advance(steps));
-            let kept = guest.kept_blocks();
+            let kept = guest.collect_blocks().1;
             let cut = guest.cut(&mut dirty_for(&guest)).unwrap();
-            let mut seen = BlockSet::new(BLOCKS);
-            guest.collect_blocks(&mut seen);
-            assert!(seen.is_empty() && guest.kept_blocks() == 0, "the cut took them");
-            assert!(kept <= cut.disk.writes.len() as u64 && (kept > 0 || cut.disk.writes.is_empty()));
+            let seen = guest.collect_blocks();
+            assert!(seen.0.is_empty() && seen.1 == 0, "the cut took them");
+            assert!(kept <= cut.disk.writes.len() * BLOCK_SIZE && (kept > 0 || cut.disk.writes.is_empty()));
             let twin_cut = super::cut(&mut twin);
             assert!(twin_cut.disk.writes.is_empty() && twin_cut.disk.blocks.is_empty(), "nobody asked");
             assert_eq!(cut.state.encode(), twin_cut.state.encode(), "what its host does is not in it");
@@ -100,7 +101,7 @@ proptest! {
                 }
             }
             assert_eq!(guest.disk_digest(), twin.disk_digest());
-            guest.track_disk(if with_bytes { DiskTracking::Bytes } else { DiskTracking::Blocks });
+            guest.track_disk(if with_bytes { BYTES } else { DiskTracking::Blocks });
             guest.resume().unwrap();
             twin.resume().unwrap();
         }

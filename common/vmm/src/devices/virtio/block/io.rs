@@ -5,8 +5,8 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use super::request::Request;
-use crate::disk::{Disk, DiskWrite};
+use super::request::{Done, Request};
+use crate::disk::Disk;
 
 /// Requests at a time: one may wait for the medium while another one is served from the host's memory.
 const THREADS: usize = 2;
@@ -14,10 +14,7 @@ const THREADS: usize = 2;
 /// A request that has ended.
 pub(super) struct Ended {
     pub(super) number: u64,
-    /// What was read.
-    pub(super) result: io::Result<Vec<u8>>,
-    /// Blocks that hold something else now.
-    pub(super) writes: Vec<DiskWrite>,
+    pub(super) done: Done,
     /// Filled in by whoever kept it.
     pub(super) request: Option<Request>,
 }
@@ -90,10 +87,10 @@ impl Shared {
             if let Some((number, request)) = state.jobs.pop_front() {
                 state.busy += 1;
                 drop(state);
-                let (result, writes) = request.run(&*self.disk);
+                let done = request.run(&*self.disk);
                 state = self.state();
                 state.busy -= 1;
-                state.ended.push_back(Ended { number, result, writes, request: None });
+                state.ended.push_back(Ended { number, done, request: None });
                 self.changed.notify_all();
                 drop(state);
                 (self.wake)();

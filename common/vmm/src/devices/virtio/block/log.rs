@@ -1,7 +1,7 @@
 //! What the guest wrote to its disk since the last cut: the disk's counterpart of the dirty set.
 
-use colo_common::BLOCK_SIZE;
-use colo_common::limits::MAX_EPOCH_DISK;
+use colo_common::Block;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block_set::BlockSet;
@@ -19,7 +19,10 @@ pub enum DiskTracking {
     /// Which blocks: their content is read when they are sent.
     Blocks,
     /// With their bytes, for the epoch.
-    Bytes,
+    Bytes {
+        /// Bytes from which on the guest has to wait for the cut before it writes more.
+        most: usize,
+    },
 }
 
 struct Open {
@@ -64,7 +67,7 @@ impl DiskLog {
                 writes.iter().for_each(|write| open.insert(write));
                 open.weight = 0;
             }
-            DiskTracking::Bytes => {}
+            DiskTracking::Bytes { .. } => {}
         }
     }
 
@@ -73,11 +76,27 @@ impl DiskLog {
         match open.tracking {
             DiskTracking::Off => {}
             DiskTracking::Blocks => open.insert(&write),
-            DiskTracking::Bytes => {
+            DiskTracking::Bytes { .. } => {
                 open.weight += weight(&write);
                 open.writes.push(write);
             }
         }
+    }
+
+    /// Nobody knows what these blocks hold now: the disk will be asked. What was kept of them is no longer the newest.
+    pub(super) fn record_unknown(&self, unknown: Range<Block>) {
+        let mut open = self.open();
+        if unknown.is_empty() || open.tracking == DiskTracking::Off {
+            return;
+        }
+        let overlaps = |write: &DiskWrite| {
+            let blocks = write.blocks();
+            blocks.start < unknown.end && unknown.start < blocks.end
+        };
+        let (old, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut open.writes).into_iter().partition(overlaps);
+        old.iter().for_each(|write| open.insert(write));
+        open.writes = kept;
+        open.blocks.insert_range(unknown.start, unknown.end.0 - unknown.start.0);
     }
 
     /// Takes what was kept since the last time.
@@ -88,25 +107,19 @@ impl DiskLog {
         (std::mem::take(&mut open.writes), std::mem::replace(&mut open.blocks, fresh))
     }
 
-    /// Adds the blocks that are kept without their bytes to `blocks`, and forgets them.
-    pub(crate) fn collect(&self, blocks: &mut BlockSet) {
+    /// Takes the blocks that are kept without their bytes, unless writes are kept beside them: which of the two is newer
+    /// shows only in both together. Tells what the writes weigh.
+    pub(crate) fn collect(&self) -> (BlockSet, usize) {
         let mut open = self.open();
-        blocks.union_with(&open.blocks);
-        open.blocks.clear();
+        let fresh = BlockSet::new(open.blocks.blocks());
+        let blocks = if open.writes.is_empty() { std::mem::replace(&mut open.blocks, fresh) } else { fresh };
+        (blocks, open.weight)
     }
 
     /// Whether the guest has to wait for the cut before it writes more.
     pub(super) fn is_full(&self) -> bool {
-        self.weight() >= MAX_EPOCH_DISK
-    }
-
-    /// What is kept with its bytes, in blocks.
-    pub(crate) fn kept_blocks(&self) -> u64 {
-        self.weight().div_ceil(BLOCK_SIZE) as u64
-    }
-
-    pub(super) fn weight(&self) -> usize {
-        self.open().weight
+        let open = self.open();
+        matches!(open.tracking, DiskTracking::Bytes { most } if open.weight >= most)
     }
 
     fn open(&self) -> MutexGuard<'_, Open> {
@@ -115,12 +128,15 @@ impl DiskLog {
     }
 }
 
-/// What a write counts for against [`MAX_EPOCH_DISK`], in bytes.
+/// What a write counts for, in bytes.
 fn weight(write: &DiskWrite) -> usize {
     match &write.content {
         DiskContent::Bytes(bytes) => bytes.len(),
-        DiskContent::Zeroes(blocks) => {
-            usize::try_from(*blocks).unwrap_or(usize::MAX).saturating_mul(ZERO_WEIGHT)
-        }
+        DiskContent::Zeroes(blocks) => zero_weight(*blocks),
     }
+}
+
+/// What so many blocks of zeroes count for, in bytes.
+pub(super) fn zero_weight(blocks: u64) -> usize {
+    usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(ZERO_WEIGHT)
 }

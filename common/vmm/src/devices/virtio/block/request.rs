@@ -1,6 +1,7 @@
 //! A request to the disk: taken out of the guest, done on the disk, given back; and as it travels in a state.
 
 use bytes::Bytes;
+use colo_common::limits::MAX_DISK_REQUEST;
 use colo_common::{BLOCK_SIZE, Block};
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -13,6 +14,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::super::queue::{Broken, Chain, Segments};
+use super::log::zero_weight;
 use crate::disk::{Disk, DiskContent, DiskWrite};
 use crate::memory::GuestRam;
 use crate::state::StateError;
@@ -20,10 +22,9 @@ use crate::state::StateError;
 /// Unit of a request's place on the disk, in bytes.
 pub(super) const SECTOR: usize = 512;
 pub(super) const SECTORS_PER_BLOCK: u64 = (BLOCK_SIZE / SECTOR) as u64;
-/// Bytes of one request at most: what [`SEG_MAX`](super::SEG_MAX) and [`SIZE_MAX`](super::SIZE_MAX) allow is less.
-pub(super) const MAX_DATA: usize = 4 << 20;
-/// Sectors of one discard or write-zeroes at most, 128 MiB: each of its blocks costs the other node an entry.
-pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 18;
+/// Sectors of one discard or write-zeroes at most, 8 MiB: each of its blocks costs the other node an entry, and if it
+/// fails all of them have to be read.
+pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 14;
 
 /// Bytes before the data: kind, reserved, sector.
 const HEADER: usize = 16;
@@ -65,6 +66,22 @@ pub(super) struct Request {
     operation: Operation,
 }
 
+/// How a request ended.
+pub(super) struct Done {
+    /// What was read.
+    pub(super) result: io::Result<Vec<u8>>,
+    /// Blocks that hold something else now.
+    pub(super) writes: Vec<DiskWrite>,
+    /// Blocks that may hold something else now.
+    pub(super) unknown: Range<Block>,
+}
+
+impl Done {
+    fn changing_nothing(result: io::Result<Vec<u8>>) -> Self {
+        Self { result, writes: Vec::new(), unknown: Block(0)..Block(0) }
+    }
+}
+
 /// A request that is not done.
 #[derive(Debug)]
 pub(super) struct Refused {
@@ -92,19 +109,19 @@ impl Request {
         let kind = u32::from_le_bytes(header[..4].try_into().expect("four bytes"));
         let sector = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
         let refused = |status, unsupported| Ok(Err(Refused { head, status, unsupported }));
-        if readable.len().max(into.len()) > MAX_DATA {
+        if readable.len().max(into.len()) > MAX_DISK_REQUEST {
             return refused(status, false);
         }
         let (sector, operation) = match kind {
             VIRTIO_BLK_T_IN => (sector, Operation::Read { into }),
             VIRTIO_BLK_T_OUT => {
-                let data = readable.read(ram, MAX_DATA)?;
+                let data = readable.read(ram, MAX_DISK_REQUEST)?;
                 (sector, Operation::Write { data: Data(data.into()) })
             }
             VIRTIO_BLK_T_FLUSH => (0, Operation::Flush),
             VIRTIO_BLK_T_GET_ID => (0, Operation::Identify { into }),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-                match zeroes(&readable.read(ram, MAX_DATA)?, kind == VIRTIO_BLK_T_DISCARD) {
+                match zeroes(&readable.read(ram, MAX_DISK_REQUEST)?, kind == VIRTIO_BLK_T_DISCARD) {
                     Ok(range) => range,
                     Err(unsupported) => return refused(status, unsupported),
                 }
@@ -141,7 +158,7 @@ impl Request {
             Operation::Zero { .. } => 0,
             Operation::Flush => 0,
         };
-        if len > MAX_DATA || self.status.len() > 1 {
+        if len > MAX_DISK_REQUEST || self.status.len() > 1 {
             return Err(StateError::Malformed(format!("a disk request of {len} bytes")));
         }
         Ok(())
@@ -165,12 +182,14 @@ impl Request {
         }
     }
 
-    /// Bytes that it holds until it has ended.
+    /// What it counts for until it has ended, in bytes; a write as what it brings into the epoch.
     pub(super) fn bytes(&self) -> usize {
+        let Range { start, end } = self.blocks();
         match &self.operation {
             Operation::Read { into } => into.len(),
-            Operation::Write { data } => data.0.len(),
-            Operation::Zero { .. } | Operation::Flush | Operation::Identify { .. } => 0,
+            Operation::Write { .. } => (end - start) as usize * BLOCK_SIZE,
+            Operation::Zero { .. } => zero_weight(end - start),
+            Operation::Flush | Operation::Identify { .. } => 0,
         }
     }
 
@@ -215,26 +234,26 @@ impl Request {
         format!("{what} {} bytes at {:#x}", self.len(), self.offset)
     }
 
-    /// Does it; answers what was read and which blocks hold what now.
-    pub(super) fn run(&self, disk: &dyn Disk) -> (io::Result<Vec<u8>>, Vec<DiskWrite>) {
+    /// Does it.
+    pub(super) fn run(&self, disk: &dyn Disk) -> Done {
         match &self.operation {
             Operation::Read { into } => {
                 let mut bytes = vec![0; into.len()];
                 let read = disk.read(self.offset, &mut bytes);
-                (read.map(|()| bytes), Vec::new())
+                Done::changing_nothing(read.map(|()| bytes))
             }
             Operation::Write { data } => {
                 let mut writes = Vec::new();
                 let done = self.write(disk, &data.0, self.offset, &mut writes);
-                self.outcome(disk, done, writes)
+                self.outcome(done, writes)
             }
             Operation::Zero { bytes, unmap, discard } => {
                 let mut writes = Vec::new();
                 let done = self.zero(disk, *bytes, *unmap, *discard, &mut writes);
-                self.outcome(disk, done, writes)
+                self.outcome(done, writes)
             }
-            Operation::Flush => (disk.flush().map(|()| Vec::new()), Vec::new()),
-            Operation::Identify { .. } => (Ok(Vec::new()), Vec::new()),
+            Operation::Flush => Done::changing_nothing(disk.flush().map(|()| Vec::new())),
+            Operation::Identify { .. } => Done::changing_nothing(Ok(Vec::new())),
         }
     }
 
@@ -301,24 +320,15 @@ impl Request {
         Ok(())
     }
 
-    /// A write that failed may have changed some of its blocks: what they hold now is what counts.
-    fn outcome(
-        &self,
-        disk: &dyn Disk,
-        done: io::Result<()>,
-        mut writes: Vec<DiskWrite>,
-    ) -> (io::Result<Vec<u8>>, Vec<DiskWrite>) {
-        let Err(e) = done else { return (Ok(Vec::new()), writes) };
-        writes.clear();
-        for block in self.blocks().map(Block) {
-            let mut bytes = vec![0; BLOCK_SIZE];
-            if let Err(e) = disk.read(block.offset(), &mut bytes) {
-                tracing::error!("the guest's disk: {block} cannot be read after a write that failed: {e}");
-                continue;
+    /// A write that failed may have changed some of its blocks, or parts of them.
+    fn outcome(&self, done: io::Result<()>, writes: Vec<DiskWrite>) -> Done {
+        match done {
+            Ok(()) => Done { writes, ..Done::changing_nothing(Ok(Vec::new())) },
+            Err(e) => {
+                let Range { start, end } = self.blocks();
+                Done { unknown: Block(start)..Block(end), ..Done::changing_nothing(Err(e)) }
             }
-            writes.push(DiskWrite { first: block, content: DiskContent::Bytes(bytes.into()) });
         }
-        (Err(e), writes)
     }
 
     /// Gives the driver what it asked for; answers the bytes that were written into the guest.
@@ -376,11 +386,11 @@ impl<'de> Deserialize<'de> for Data {
             type Value = Data;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "at most {MAX_DATA} bytes")
+                write!(f, "at most {MAX_DISK_REQUEST} bytes")
             }
 
             fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Data, E> {
-                if bytes.len() > MAX_DATA {
+                if bytes.len() > MAX_DISK_REQUEST {
                     return Err(E::invalid_length(bytes.len(), &self));
                 }
                 Ok(Data(Bytes::copy_from_slice(bytes)))

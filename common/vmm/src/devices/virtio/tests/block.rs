@@ -7,6 +7,7 @@ use super::driver::{DATA, NEXT, Rig, WRITE};
 use super::{DISK_SLOT, DiskTracking};
 use crate::disk::{Disk, DiskContent};
 use crate::guest::GuestEvent;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 const VERSION_1: u64 = 1 << 32;
@@ -57,7 +58,7 @@ fn blocks(rig: &Rig) -> Vec<(u64, Vec<u8>)> {
 #[test]
 fn what_is_written_is_on_the_disk_and_in_the_epoch_as_whole_blocks() {
     let rig = Rig::new();
-    rig.virtio.track_disk(DiskTracking::Bytes);
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
     rig.disk.write(Block(2).offset(), &[0x11; 2 * BLOCK_SIZE]).unwrap();
     rig.start(DISK_SLOT, VERSION_1, 1);
     rig.put(DATA + 0x10000, &[0x22; 1024]);
@@ -83,7 +84,7 @@ fn what_is_written_is_on_the_disk_and_in_the_epoch_as_whole_blocks() {
 #[test]
 fn zeroes_are_exact_and_a_discard_keeps_to_whole_blocks() {
     let rig = Rig::new();
-    rig.virtio.track_disk(DiskTracking::Bytes);
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
     rig.disk.write(0, &[0x33; 8 * BLOCK_SIZE]).unwrap();
     rig.start(DISK_SLOT, VERSION_1, 1);
     let range = |sector: u64, sectors: u32, flags: u32| {
@@ -149,7 +150,7 @@ fn a_request_that_has_not_ended_is_in_the_state_and_done_again() {
     }
     two.put(DATA + 0x10000, &[0; 4096]);
     two.virtio.pause();
-    two.virtio.track_disk(DiskTracking::Bytes);
+    two.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
     two.virtio.restore(&decoded).unwrap();
     two.virtio.resume();
     two.wait_used(DISK_SLOT, 0, 1);
@@ -162,7 +163,7 @@ fn a_request_that_has_not_ended_is_in_the_state_and_done_again() {
 #[test]
 fn a_write_that_outlives_its_driver_is_in_the_epoch_all_the_same() {
     let rig = Rig::new();
-    rig.virtio.track_disk(DiskTracking::Bytes);
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
     rig.start(DISK_SLOT, VERSION_1, 1);
     rig.put(DATA + 0x10000, &[0x55; 4096]);
     rig.virtio.pause();
@@ -178,7 +179,7 @@ fn a_write_that_outlives_its_driver_is_in_the_epoch_all_the_same() {
 #[test]
 fn a_guest_that_writes_more_than_an_epoch_holds_waits_for_the_cut() {
     let rig = Rig::new();
-    rig.virtio.track_disk(DiskTracking::Bytes);
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
     rig.start(DISK_SLOT, VERSION_1, 1);
     let (len, mut done) = (1 << 20, 0_u16);
     while usize::from(done) * len < MAX_EPOCH_DISK {
@@ -196,4 +197,66 @@ fn a_guest_that_writes_more_than_an_epoch_holds_waits_for_the_cut() {
     rig.virtio.track_disk(DiskTracking::Blocks);
     let delta = rig.virtio.take_disk();
     assert!(delta.writes.is_empty() && delta.blocks.len() == 256, "{delta:?}");
+}
+
+#[test]
+fn a_write_that_fails_leaves_blocks_that_only_the_disk_knows() {
+    let rig = Rig::new();
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
+    rig.start(DISK_SLOT, VERSION_1, 1);
+    rig.put(DATA + 0x10000, &[0x66; 3 * BLOCK_SIZE]);
+    assert_eq!(ask(&rig, 0, OUT, 0, 3 * BLOCK_SIZE as u32), 0);
+    assert_eq!(ask(&rig, 1, OUT, 40, BLOCK_SIZE as u32), 0);
+    rig.put(DATA + 0x10000, &[0x77; 2 * BLOCK_SIZE]);
+    rig.faults.fails.store(true, Relaxed);
+    assert_eq!(ask(&rig, 2, OUT, 16, 2 * BLOCK_SIZE as u32), 1, "the guest is told");
+    rig.faults.fails.store(false, Relaxed);
+    assert_eq!(ask(&rig, 3, OUT, 24, BLOCK_SIZE as u32), 0);
+    rig.virtio.pause();
+    assert_eq!(rig.virtio.collect_blocks().0.len(), 0, "only both together tell which is the newest");
+    let delta = rig.virtio.take_disk();
+    let kept: Vec<_> = delta.writes.iter().map(|write| write.first.0).collect();
+    assert_eq!((kept, delta.blocks.runs().collect::<Vec<_>>()), (vec![5, 3], vec![(Block(0), 4)]));
+}
+
+#[test]
+fn a_restored_disk_does_not_start_what_waited() {
+    let rig = Rig::new();
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
+    let fresh = rig.virtio.power_on();
+    rig.start(DISK_SLOT, VERSION_1, 1);
+    let closed = rig.faults.gate.lock().unwrap();
+    for (number, value) in [(0, 0x11), (1, 0x22)] {
+        rig.put(DATA + 0x10000, &[value; BLOCK_SIZE]);
+        request(&rig, number, OUT, 0, BLOCK_SIZE as u32);
+    }
+    rig.virtio.pause();
+    std::thread::scope(|scope| {
+        let restored = scope.spawn(|| rig.virtio.restore(&fresh));
+        drop(closed);
+        restored.join().unwrap().unwrap();
+    });
+    rig.virtio.resume();
+    rig.start(DISK_SLOT, VERSION_1, 1);
+    assert_eq!(ask(&rig, 0, READ, 0, BLOCK_SIZE as u32), 0);
+    assert_eq!(rig.get(DATA + 0x10000, BLOCK_SIZE), [0x11; BLOCK_SIZE], "only what was under way");
+    assert_eq!(blocks(&rig), [(0, vec![0x11; BLOCK_SIZE])]);
+}
+
+#[test]
+fn a_discard_of_the_whole_disk_weighs_little_and_is_cut_into_requests() {
+    let rig = Rig::new();
+    rig.virtio.track_disk(DiskTracking::Bytes { most: 1 << 20 });
+    rig.start(DISK_SLOT, VERSION_1, 1);
+    for number in 0..32 {
+        let range = [0_u64.to_le_bytes().as_slice(), &8192_u32.to_le_bytes(), &[0; 4]].concat();
+        rig.put(DATA + 0x10000, &range);
+        assert_eq!(ask(&rig, number, DISCARD, 0, 16), 0);
+    }
+    rig.virtio.pause();
+    assert_eq!(rig.virtio.take_disk().writes.len(), 32);
+    rig.virtio.resume();
+    let range = [0_u64.to_le_bytes().as_slice(), &16385_u32.to_le_bytes(), &[0; 4]].concat();
+    rig.put(DATA + 0x10000, &range);
+    assert_eq!(ask(&rig, 32, DISCARD, 0, 16), 1, "more than one request may have");
 }

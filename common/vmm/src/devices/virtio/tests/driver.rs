@@ -1,11 +1,14 @@
 //! A driver of the plainest kind: registers by number, one descriptor table per queue, at fixed places.
 
+use colo_common::Block;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::InterruptLines;
 use crate::devices::virtio::{Backends, Virtio};
-use crate::disk::FileDisk;
+use crate::disk::{Disk, FileDisk};
 use crate::egress::Egress;
 use crate::events::Events;
 use crate::memory::GuestMemory;
@@ -41,6 +44,47 @@ impl InterruptLines for Lines {
     }
 }
 
+/// A disk that fails, half-way, or that does nothing for a while.
+pub(super) struct Faults {
+    disk: Arc<FileDisk>,
+    pub(super) fails: AtomicBool,
+    /// Whoever holds it keeps changes from being done.
+    pub(super) gate: Mutex<()>,
+}
+
+impl Disk for Faults {
+    fn bytes(&self) -> u64 {
+        self.disk.bytes()
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.disk.read(offset, bytes)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        drop(self.gate.lock().unwrap());
+        if self.fails.load(Relaxed) {
+            self.disk.write(offset, &bytes[..bytes.len() / 2])?;
+            return Err(io::Error::other("the medium fails"));
+        }
+        self.disk.write(offset, bytes)
+    }
+
+    fn zero(&self, blocks: Range<Block>, unmap: bool) -> io::Result<()> {
+        drop(self.gate.lock().unwrap());
+        self.disk.zero(blocks, unmap)?;
+        if self.fails.load(Relaxed) { Err(io::Error::other("the medium fails")) } else { Ok(()) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
+    fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>> {
+        self.disk.next_data(from)
+    }
+}
+
 /// Devices, and what is around them.
 pub(super) struct Rig {
     pub(super) virtio: Virtio,
@@ -49,6 +93,8 @@ pub(super) struct Rig {
     pub(super) events: Arc<Events>,
     pub(super) lines: Arc<Lines>,
     pub(super) disk: Arc<FileDisk>,
+    /// What goes wrong with it.
+    pub(super) faults: Arc<Faults>,
     /// The other end of the TAP.
     pub(super) wire: UnixDatagram,
     _place: tempfile::TempDir,
@@ -68,16 +114,18 @@ impl Rig {
     pub(super) fn new() -> Self {
         let place = tempfile::tempdir().unwrap();
         let disk = Arc::new(FileDisk::open_sized(&place.path().join("disk"), DISK, true).unwrap());
+        let faults =
+            Arc::new(Faults { disk: disk.clone(), fails: AtomicBool::new(false), gate: Mutex::new(()) });
         let (near, wire) = UnixDatagram::pair().unwrap();
         wire.set_nonblocking(true).unwrap();
         let tap = Arc::new(Tap::from_socket(near.into()).unwrap());
-        let backends = Backends { tap: Some(tap), disk: Some(disk.clone()) };
+        let backends = Backends { tap: Some(tap), disk: Some(faults.clone()) };
         let memory = Arc::new(GuestMemory::new(MEMORY).unwrap());
         let (egress, events, lines) = (Arc::default(), Arc::<Events>::default(), Arc::<Lines>::default());
         let virtio = Virtio::new(&spec(), &backends, &memory, (&egress, &events), None).unwrap();
         virtio.attach(lines.clone());
         virtio.resume();
-        Self { virtio, memory, egress, events, lines, disk, wire, _place: place }
+        Self { virtio, memory, egress, events, lines, disk, faults, wire, _place: place }
     }
 
     pub(super) fn write(&self, slot: u32, register: u32, value: u32) {

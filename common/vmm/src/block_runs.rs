@@ -1,27 +1,50 @@
 //! Runs of a disk's blocks with what they hold, and which of several versions is the newest: without ever counting block
 //! by block what a guest has made zero, which may be its whole disk at once.
 
+use bytes::Bytes;
 use colo_common::{BLOCK_SIZE, Block};
-use colo_vmm::memory::Page;
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::disk::{DiskContent, DiskWrite};
+use crate::memory::Page;
+
+/// Bytes of which a part can be had without a copy.
+pub trait Part: AsRef<[u8]> + Clone {
+    /// The part.
+    fn part(&self, range: Range<usize>) -> Self;
+}
+
+impl Part for &[u8] {
+    fn part(&self, range: Range<usize>) -> Self {
+        &self[range]
+    }
+}
+
+impl Part for Bytes {
+    fn part(&self, range: Range<usize>) -> Self {
+        self.slice(range)
+    }
+}
 
 /// Blocks that lie side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockRun<'a> {
+pub struct BlockRun<B> {
     first: Block,
     count: u64,
     /// What they hold; nothing for zeroes.
-    bytes: Option<&'a [u8]>,
+    bytes: Option<B>,
 }
 
-impl<'a> BlockRun<'a> {
+impl<B: Part> BlockRun<B> {
     /// Blocks with these bytes.
     ///
     /// # Panics
     /// They are not whole blocks.
-    pub fn data(first: Block, bytes: &'a [u8]) -> Self {
-        assert!(bytes.len().is_multiple_of(BLOCK_SIZE), "{} bytes are not whole blocks", bytes.len());
-        Self { first, count: (bytes.len() / BLOCK_SIZE) as u64, bytes: Some(bytes) }
+    pub fn data(first: Block, bytes: B) -> Self {
+        let len = bytes.as_ref().len();
+        assert!(len.is_multiple_of(BLOCK_SIZE), "{len} bytes are not whole blocks");
+        Self { first, count: (len / BLOCK_SIZE) as u64, bytes: Some(bytes) }
     }
 
     /// So many blocks of zeroes.
@@ -45,66 +68,109 @@ impl<'a> BlockRun<'a> {
     }
 
     /// Their bytes; nothing if they are zero.
-    pub fn bytes(&self) -> Option<&'a [u8]> {
-        self.bytes
-    }
-
-    /// Each block with its bytes; none for zeroes, which are not to be counted one by one.
-    pub fn each(&self) -> impl Iterator<Item = (Block, &'a Page)> + use<'a> {
-        let pages = self.bytes.map_or(&[] as &[Page], |bytes| bytes.as_chunks().0);
-        (self.first.0..).map(Block).zip(pages)
+    pub fn bytes(&self) -> Option<B> {
+        self.bytes.clone()
     }
 
     /// The part from one block to before another.
     fn part(&self, from: u64, to: u64) -> Self {
         let at = |block: u64| (block - self.first.0) as usize * BLOCK_SIZE;
-        let bytes = self.bytes.map(|bytes| &bytes[at(from)..at(to)]);
+        let bytes = self.bytes.as_ref().map(|bytes| bytes.part(at(from)..at(to)));
         Self { first: Block(from), count: to - from, bytes }
     }
 }
 
-/// The newest version of blocks of which several may come.
-#[derive(Debug, Default)]
-pub struct NewestBlocks<'a> {
-    /// By first block, apart from each other.
-    runs: BTreeMap<u64, BlockRun<'a>>,
+impl<'a> BlockRun<&'a [u8]> {
+    /// Each block with its bytes; none for zeroes, which are not to be counted one by one.
+    pub fn each(&self) -> impl Iterator<Item = (Block, &'a Page)> + use<'a> {
+        let pages = self.bytes.map_or(&[] as &[Page], |bytes| bytes.as_chunks().0);
+        (self.first.0..).map(Block).zip(pages)
+    }
 }
 
-impl<'a> NewestBlocks<'a> {
-    /// Takes a run that is newer than all before.
-    pub fn insert(&mut self, run: BlockRun<'a>) {
-        let (from, to) = (run.first.0, run.end().0);
-        if from == to {
-            return;
+impl From<DiskWrite> for BlockRun<Bytes> {
+    fn from(write: DiskWrite) -> Self {
+        match write.content {
+            DiskContent::Bytes(bytes) => Self::data(write.first, bytes),
+            DiskContent::Zeroes(count) => Self::zeros(write.first, count),
         }
+    }
+}
+
+impl<'a> From<&'a DiskWrite> for BlockRun<&'a [u8]> {
+    fn from(write: &'a DiskWrite) -> Self {
+        match &write.content {
+            DiskContent::Bytes(bytes) => Self::data(write.first, bytes),
+            DiskContent::Zeroes(count) => Self::zeros(write.first, *count),
+        }
+    }
+}
+
+impl From<BlockRun<Bytes>> for DiskWrite {
+    fn from(run: BlockRun<Bytes>) -> Self {
+        let content = run.bytes.map_or(DiskContent::Zeroes(run.count), DiskContent::Bytes);
+        Self { first: run.first, content }
+    }
+}
+
+/// The newest version of blocks of which several may come.
+#[derive(Clone, Debug)]
+pub struct NewestBlocks<B> {
+    /// By first block, apart from each other.
+    runs: BTreeMap<u64, BlockRun<B>>,
+}
+
+impl<B> Default for NewestBlocks<B> {
+    fn default() -> Self {
+        Self { runs: BTreeMap::new() }
+    }
+}
+
+impl<B: Part> NewestBlocks<B> {
+    /// Takes a run that is newer than all before.
+    pub fn insert(&mut self, run: BlockRun<B>) {
+        if run.count > 0 {
+            self.remove(run.first, run.count);
+            self.runs.insert(run.first.0, run);
+        }
+    }
+
+    /// Forgets what it has of so many blocks.
+    pub fn remove(&mut self, first: Block, count: u64) {
+        let (from, to) = (first.0, first.0 + count);
         if let Some((_, before)) = self.runs.range(..from).next_back()
             && before.end().0 > from
         {
-            let before = *before;
-            self.keep(before, before.first.0, from);
-            self.keep(before, to, before.end().0);
+            let before = before.clone();
+            self.keep(&before, before.first.0, from);
+            self.keep(&before, to, before.end().0);
         }
-        while let Some((&first, &covered)) = self.runs.range(from..to).next() {
+        while let Some((&first, covered)) = self.runs.range(from..to).next() {
+            let covered = covered.clone();
             self.runs.remove(&first);
-            self.keep(covered, to, covered.end().0);
+            self.keep(&covered, to, covered.end().0);
         }
-        self.runs.insert(from, run);
+    }
+
+    /// What there is, ascending.
+    pub fn runs(&self) -> impl Iterator<Item = &BlockRun<B>> {
+        self.runs.values()
     }
 
     /// What is left, ascending.
-    pub fn into_runs(self) -> Vec<BlockRun<'a>> {
+    pub fn into_runs(self) -> Vec<BlockRun<B>> {
         self.runs.into_values().collect()
     }
 
-    fn keep(&mut self, run: BlockRun<'a>, from: u64, to: u64) {
+    fn keep(&mut self, run: &BlockRun<B>, from: u64, to: u64) {
         if from < to {
             self.runs.insert(from, run.part(from, to));
         }
     }
 }
 
-impl<'a> Extend<BlockRun<'a>> for NewestBlocks<'a> {
-    fn extend<T: IntoIterator<Item = BlockRun<'a>>>(&mut self, runs: T) {
+impl<B: Part> Extend<BlockRun<B>> for NewestBlocks<B> {
+    fn extend<T: IntoIterator<Item = BlockRun<B>>>(&mut self, runs: T) {
         runs.into_iter().for_each(|run| self.insert(run));
     }
 }
@@ -146,9 +212,9 @@ mod tests {
 
     #[test]
     fn a_whole_disk_of_zeroes_is_one_run() {
-        let mut newest = NewestBlocks::default();
         let page = [7; BLOCK_SIZE];
-        newest.extend([BlockRun::zeros(Block(0), 1 << 32), BlockRun::data(Block(9), &page)]);
+        let mut newest = NewestBlocks::default();
+        newest.extend([BlockRun::zeros(Block(0), 1 << 32), BlockRun::data(Block(9), &page[..])]);
         let runs: Vec<_> = newest.into_runs().iter().map(|run| (run.first().0, run.count())).collect();
         assert_eq!(runs, [(0, 9), (9, 1), (10, (1 << 32) - 10)]);
     }
