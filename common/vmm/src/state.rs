@@ -112,7 +112,7 @@ pub enum Body {
     /// A KVM guest.
     Kvm(Box<KvmState>),
     /// A synthetic guest.
-    Synthetic(SyntheticState),
+    Synthetic(Box<SyntheticState>),
 }
 
 impl MachineState {

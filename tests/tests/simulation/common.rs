@@ -3,13 +3,13 @@
 use colo_common::arbiter::Arbiter;
 use colo_common::arbiter::scripted::ScriptedArbiter;
 use colo_common::register::{Answer, Proposal};
-use colo_common::{Incarnation, NodeId, Term, VmId};
+use colo_common::{Incarnation, NodeId, Point, Term, VmId};
 use colo_primary::arbiter_worker::Found;
 use colo_proto::frame::VmTag;
 use colo_tests::seed::Seed;
 use colo_vmm::memory::GuestMemory;
 use colo_vmm::synthetic::SyntheticGuest;
-use colo_vmm::{BootFile, BootSource, Disk, GuestSpec, PagePool};
+use colo_vmm::{BootFile, BootSource, Disk, GuestSpec, MachineState, PagePool, ProtectedGuest};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -134,6 +134,20 @@ impl Common {
         SyntheticGuest::with_memory(self.spec.clone(), self.plan.guest.clone(), memory)
             .and_then(|guest| guest.with_disk(disk))
             .expect("a guest of the plan")
+    }
+
+    /// A disk is said to be at `point`, as the machine of this state left it.
+    pub(crate) fn check_disk(
+        &mut self,
+        what: &str,
+        point: Point,
+        state: &MachineState,
+        memory: Arc<GuestMemory>,
+        disk: Arc<dyn Disk>,
+    ) {
+        let mut guest = self.guest(memory, disk);
+        guest.restore(state).expect("the state is of this guest");
+        self.outside.check_disk(what, point, &guest);
     }
 
     pub(crate) fn memory(&self) -> Arc<GuestMemory> {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use crate::common::{ArbiterClient, Common, name};
 use crate::image_file::ImageFile;
-use crate::persister::Persister;
+use crate::persister::{Persisted, Persister};
 use crate::plan::{FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
 use crate::runner::Beginning;
 
@@ -189,6 +189,10 @@ impl Follower {
         let turns = common.plan.persist_speed.max(u64::from(common.seed.below(3) == 0));
         for _ in 0..turns {
             if let Some(persisted) = self.persister.work(common.mutations) {
+                if let (Persisted::Point(_, epoch), Some(guest)) = (&persisted, &self.guest) {
+                    let (memory, disk) = (Arc::clone(guest.memory()), Arc::clone(&self.disk));
+                    common.check_disk("a stored mark", epoch.point, &epoch.state, memory, disk);
+                }
                 self.on_persisted(persisted, common);
             }
         }

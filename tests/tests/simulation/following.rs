@@ -361,9 +361,9 @@ impl Follower {
 
     pub(crate) fn on_persisted(&mut self, persisted: Persisted, common: &mut Common) {
         let actions = match persisted {
-            Persisted::Point(replica, point) => {
+            Persisted::Point(replica, epoch) => {
                 common.count("persisted");
-                self.replica.persisted(replica, point)
+                self.replica.persisted(replica, epoch.point)
             }
             Persisted::Digests(number, digests) => {
                 for digests in digests {

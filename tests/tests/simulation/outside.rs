@@ -161,6 +161,11 @@ impl Outside {
     /// A restored guest is said to be at `point`, with its memory and disk.
     pub(crate) fn check_guest(&mut self, what: &str, point: Point, guest: &SyntheticGuest) {
         self.check_memory(what, point, guest.memory());
+        self.check_disk(what, point, guest);
+    }
+
+    /// The same of its disk alone.
+    pub(crate) fn check_disk(&mut self, what: &str, point: Point, guest: &SyntheticGuest) {
         let expected = self.cuts.get(&point).map(|cut| cut.disk);
         if expected != Some(guest.disk_digest()) {
             self.broken(|| {

@@ -1,13 +1,14 @@
 //! The persist thread of a simulated node: `secondary::persist::Worker`, a bit at a time, on a medium in memory that
 //! forgets in a crash what was not synced.
 
-use colo_common::{Gfn, Point, ReplicaId, Term};
+use colo_common::{Gfn, ReplicaId, Term};
 use colo_proto::message::{BlockDigestRequest, BlockDigests};
 use colo_secondary::disk::block_digests;
 use colo_secondary::persist::{StoredState, ToStore};
 use colo_secondary::staging::{StagedBlocks, StagedEpoch, StagedPart};
 use colo_secondary::store::{Base, BlockRun, Mark, NewestBlocks, PageContent, Store, StoreError};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::plan::Mutations;
@@ -30,7 +31,7 @@ pub(crate) enum Job {
 
 /// `persist::Persisted`.
 pub(crate) enum Persisted {
-    Point(ReplicaId, Point),
+    Point(ReplicaId, Arc<StagedEpoch>),
     IdStored(ReplicaId),
     IdErased(ReplicaId),
     Digests(u64, Vec<BlockDigests>),
@@ -136,7 +137,7 @@ impl Persister {
                 let state = StoredState::new(epoch, held).encode();
                 let blocks = newest(std::slice::from_ref(&first));
                 self.store.complete(mark(epoch, &state, &blocks), None)?;
-                return Ok(Some(Persisted::Point(*replica, epoch.point)));
+                return Ok(Some(Persisted::Point(*replica, Arc::clone(epoch))));
             }
             Job::StoreId(id) => {
                 self.store.store_replica_id(id)?;
@@ -164,7 +165,7 @@ impl Persister {
         let state = StoredState::new(&last.epoch, &last.held).encode();
         let with = if mutations.blocks_stored_late { &self.late } else { &epochs };
         self.store.persist(pages, mark(&last.epoch, &state, &newest(with)))?;
-        let persisted = Persisted::Point(last.replica, last.epoch.point);
+        let persisted = Persisted::Point(last.replica, Arc::clone(&last.epoch));
         if mutations.blocks_stored_late {
             self.late = epochs;
         }

@@ -390,7 +390,7 @@ impl ProtectedGuest for SyntheticGuest {
             output: self.egress.position(),
             console_input: self.input_offset,
             pending: self.pending,
-            body: Body::Synthetic(self.state.clone()),
+            body: Body::Synthetic(Box::new(self.state.clone())),
         };
         self.raised.clear();
         self.told = 0;

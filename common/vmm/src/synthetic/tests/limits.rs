@@ -1,5 +1,6 @@
 //! States and configurations that are refused.
 
+use super::super::disk::Request;
 use super::super::{Program, SyntheticConfig, SyntheticError, SyntheticGuest, SyntheticState, Tracking};
 use super::{cut, guest, ring_spec, running};
 use crate::egress::OutputPosition;
@@ -29,7 +30,7 @@ fn every_part_of_a_state_has_its_limit() {
     guest.advance(20);
     let good = cut(&mut guest).state;
     let Body::Synthetic(state) = &good.body else { panic!("not synthetic") };
-    let changes: [fn(&mut SyntheticState); 14] = [
+    let changes: [fn(&mut SyntheticState); 19] = [
         |s| s.vcpus.clear(),
         |s| s.vcpus = vec![s.vcpus[0].clone(); 65],
         |s| s.boots = 0,
@@ -44,6 +45,11 @@ fn every_part_of_a_state_has_its_limit() {
         |s| s.program.writes = 17,
         |s| s.program.frame_bytes = 1 << 30,
         |s| s.program.spread = u32::MAX,
+        |s| s.program.blocks = 1,
+        |s| s.program.write_steps = 0,
+        |s| s.vcpus[0].disk_round = 0,
+        |s| s.vcpus[0].disk_position = 1,
+        |s| s.requests = vec![Request { block: 0, round: 1, link: 1, ends: 1 }],
     ];
     for (number, change) in changes.iter().enumerate() {
         let mut state = state.clone();

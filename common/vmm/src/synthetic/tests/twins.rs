@@ -205,7 +205,7 @@ proptest! {
         bytes[(second % len) as usize] ^= 0x80;
         let Ok(state) = postcard::from_bytes::<SyntheticState>(&bytes) else { return Ok(()) };
         let limits = state.check_limits();
-        let body = Body::Synthetic(state);
+        let body = Body::Synthetic(Box::new(state));
         match guest.restore(&MachineState { body, ..cut.state }) {
             Ok(()) => {
                 prop_assert_eq!(limits, Ok(()));
