@@ -39,7 +39,7 @@ main() {
         test) step set-up set_up; step set-up guest_if_kvm; build; step tests run_tests ;;
         check) step set-up set_up check; step set-up claim; check ;;
         # What colo-demo boots: three kernels would be built before a first demo otherwise.
-        demo) step set-up set_up; step set-up guest_if_kvm up initramfs; build; step demo demo "$@" ;;
+        demo) step set-up set_up; step set-up guest_if_kvm up initramfs service; build; step demo demo "$@" ;;
         bench) step set-up set_up; step set-up guest_if_kvm; build; step bench bench ;;
     esac
 }

@@ -2,12 +2,22 @@
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use colo_common::config::{DiskConfig, NetworkConfig};
+use colo_common::{Mac, VmId};
+use colo_primary::backends;
+use colo_primary::outlet::Network;
 use colo_primary::terminal::{self, End};
 use colo_vmm::host::Host;
-use colo_vmm::{BootFile, BootSource, CpuModel, GuestSpec, KvmGuest, ProtectedGuest, TrackerKind};
+use colo_vmm::spec::VirtioSpec;
+use colo_vmm::tracker::Cadence;
+use colo_vmm::{
+    BootFile, BootSource, CpuModel, GuestMemory, GuestSpec, KvmGuest, ProtectedGuest, TrackerKind, admission,
+};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
 
 /// Exit status when a test guest ended itself with a value other than 0. The value itself is logged: as a status it
 /// could be taken for one of Colo's own (1, 2, 86, 101, and 128 and above).
@@ -75,6 +85,24 @@ struct Run {
     /// Allow more guest memory than the host has available.
     #[arg(long)]
     overcommit: bool,
+    /// Give the guest a network card on this TAP interface.
+    #[arg(long)]
+    tap: Option<String>,
+    /// Address of that card.
+    #[arg(long, requires = "tap")]
+    mac: Option<Mac>,
+    /// Give the guest a disk: a raw image file.
+    #[arg(long)]
+    disk: Option<PathBuf>,
+    /// Let the guest only read it.
+    #[arg(long, requires = "disk")]
+    read_only: bool,
+    /// Give the guest a virtio console (hvc0) beside the serial one.
+    #[arg(long)]
+    virtio_console: bool,
+    /// Name the guest's virtio devices on its kernel's command line, for a Linux without ACPI.
+    #[arg(long)]
+    virtio_cmdline: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -106,9 +134,28 @@ fn main() -> ExitCode {
 
 impl Run {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let mut guest = KvmGuest::new(self.spec()?)?;
+        let vm = VmId::from_str("run").expect("a name");
+        let network = self.tap.clone().map(|tap| NetworkConfig { tap, mac: self.mac });
+        let disk = self.disk.clone().map(|path| {
+            let (read_only, serial) = (self.read_only, None);
+            DiskConfig { path, read_only, serial }
+        });
+        let opened = backends::open(&vm, network.as_ref(), disk.as_ref())?;
+        let spec = self.spec(VirtioSpec {
+            net: opened.net,
+            disk: opened.disk,
+            rng: true,
+            console: self.virtio_console,
+            console_input: false,
+            on_command_line: self.virtio_cmdline,
+        })?;
+        admission::check(&spec)?;
+        let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
+        let network = opened.net.zip(opened.backends.tap.clone());
+        let network = network.map(|(net, tap)| Network::new(tap, net.mac, []));
+        let mut guest = KvmGuest::on(spec, memory, &opened.backends, Cadence::default())?;
         guest.boot()?;
-        match terminal::run(&mut guest)? {
+        match terminal::run(&mut guest, network)? {
             End::Off => Ok(ExitCode::SUCCESS),
             End::DebugExit(value) => {
                 tracing::info!(value, "the guest ended itself by isa-debug-exit");
@@ -117,7 +164,7 @@ impl Run {
         }
     }
 
-    fn spec(&self) -> anyhow::Result<GuestSpec> {
+    fn spec(&self, virtio: VirtioSpec) -> anyhow::Result<GuestSpec> {
         let kernel = BootFile::kernel(&self.kernel)?;
         let boot = match self.flat {
             Some(_) if !self.modules.is_empty() => bail!("a flat image takes no --initrd: leave it out"),
@@ -148,6 +195,7 @@ impl Run {
             cpu_model,
             tracker,
             overcommit,
+            virtio,
             ..GuestSpec::new(&name, bytes, boot)
         })
     }

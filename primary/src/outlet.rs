@@ -72,14 +72,7 @@ impl Outlet {
 
 impl Sink for Outlet {
     fn let_out(&mut self, output: Output) {
-        if let Some(network) = &mut self.network {
-            for item in &output.items {
-                if let OutputItem::Frame { bytes, .. } = item {
-                    network.learner.observe(bytes);
-                    network.send(bytes);
-                }
-            }
-        }
+        self.network.iter_mut().for_each(|network| network.let_out(&output));
         self.console.let_out(output);
     }
 }
@@ -93,7 +86,18 @@ impl Network {
         Self { tap, mac, learner, announcing: None, lost: 0 }
     }
 
-    fn set_carrier(&self, on: bool) {
+    /// Sends the frames of an output, in order.
+    pub fn let_out(&mut self, output: &Output) {
+        for item in &output.items {
+            if let OutputItem::Frame { bytes, .. } = item {
+                self.learner.observe(bytes);
+                self.send(bytes);
+            }
+        }
+    }
+
+    /// Plugs the cable in, or pulls it.
+    pub fn set_carrier(&self, on: bool) {
         if let Err(e) = self.tap.set_carrier(on) {
             let what = if on { "on" } else { "off" };
             tracing::error!(tap = self.tap.name(), "the carrier cannot be switched {what}: {e}");

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use colo_common::limits::MAX_CONSOLE_INPUT;
+use colo_vmm::egress::Output;
 use colo_vmm::guest::{GuestEvent, Lifecycle};
 use colo_vmm::{KvmGuest, ProtectedGuest};
 use std::io::{IsTerminal, Read, Write};
@@ -9,6 +10,8 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 use vmm_sys_util::terminal::Terminal;
+
+use crate::outlet::Network;
 
 /// How often console output is handed on while nothing else happens.
 const POLL: Duration = Duration::from_millis(5);
@@ -31,20 +34,25 @@ pub enum End {
 ///
 /// # Errors
 /// The guest fails, or the terminal does.
-pub fn run(guest: &mut KvmGuest) -> anyhow::Result<End> {
+pub fn run(guest: &mut KvmGuest, mut network: Option<Network>) -> anyhow::Result<End> {
+    network.iter().for_each(|network| network.set_carrier(true));
     let stdin = std::io::stdin();
     let raw = stdin.is_terminal().then(|| stdin.lock().set_raw_mode());
     if let Some(Err(e)) = &raw {
         tracing::warn!("the terminal stays in line mode: {e}");
     }
-    let end = serve(guest, &keyboard());
+    let end = serve(guest, network.as_mut(), &keyboard());
     if let Some(Ok(())) = raw {
         stdin.lock().set_canon_mode().context("cannot set the terminal back to line mode")?;
     }
     end
 }
 
-fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> {
+fn serve(
+    guest: &mut KvmGuest,
+    mut network: Option<&mut Network>,
+    keys: &Receiver<Vec<u8>>,
+) -> anyhow::Result<End> {
     guest.resume()?;
     let mut typed = Vec::new();
     // Until then it stands still after a reset.
@@ -56,7 +64,7 @@ fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> 
             (begins, began) = (None, Instant::now());
         }
         let event = guest.next_event(POLL);
-        pass_on(guest)?;
+        pass_on(guest, network.as_deref_mut())?;
         // What the guest does not read waits at the keyboard, not here.
         if typed.len() < MAX_CONSOLE_INPUT {
             typed.extend(keys.try_recv().unwrap_or_default());
@@ -71,7 +79,7 @@ fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> 
             Some(GuestEvent::Failed(failure)) => bail!("the guest cannot run on: {failure}"),
             Some(GuestEvent::TrackingLost(loss)) => bail!("{loss} in a guest that is not tracked"),
             Some(GuestEvent::Lifecycle(lifecycle)) => {
-                if let Some(end) = obey(guest, lifecycle)? {
+                if let Some(end) = obey(guest, network.as_deref_mut(), lifecycle)? {
                     return Ok(end);
                 }
                 begins = Some(began + RESET_INTERVAL);
@@ -81,7 +89,11 @@ fn serve(guest: &mut KvmGuest, keys: &Receiver<Vec<u8>>) -> anyhow::Result<End> 
 }
 
 /// Does what the guest asked for; after a reset it has still to be resumed.
-fn obey(guest: &mut KvmGuest, lifecycle: Lifecycle) -> anyhow::Result<Option<End>> {
+fn obey(
+    guest: &mut KvmGuest,
+    mut network: Option<&mut Network>,
+    lifecycle: Lifecycle,
+) -> anyhow::Result<Option<End>> {
     let end = match lifecycle {
         Lifecycle::Shutdown => Some(End::Off),
         Lifecycle::DebugExit(value) => Some(End::DebugExit(value)),
@@ -89,17 +101,24 @@ fn obey(guest: &mut KvmGuest, lifecycle: Lifecycle) -> anyhow::Result<Option<End
             tracing::info!(?cause, "the guest resets itself");
             let mut unused = colo_vmm::DirtySet::new(guest.memory().layout().frame_limit());
             let cut = guest.cut(&mut unused)?;
-            write_out(&cut.output.console())?;
+            say(&cut.output, network.as_deref_mut())?;
             guest.reset()?;
             None
         }
     };
-    pass_on(guest)?;
+    pass_on(guest, network)?;
     Ok(end)
 }
 
-fn pass_on(guest: &mut KvmGuest) -> anyhow::Result<()> {
-    write_out(&guest.drain_output().console())
+fn pass_on(guest: &mut KvmGuest, network: Option<&mut Network>) -> anyhow::Result<()> {
+    say(&guest.drain_output(), network)
+}
+
+fn say(output: &Output, network: Option<&mut Network>) -> anyhow::Result<()> {
+    if let Some(network) = network {
+        network.let_out(output);
+    }
+    write_out(&output.console())
 }
 
 fn write_out(bytes: &[u8]) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@ use anyhow::{Context, bail};
 use colo_common::config::SecondaryConfig;
 use colo_common::vmdir::VmDirectory;
 use colo_vmm::disk::{Disk, FileDisk};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -70,7 +71,7 @@ pub fn image_digest(path: &Path) -> anyhow::Result<ExitCode> {
 
 fn print_digest(at: &str, disk: &dyn Disk) -> anyhow::Result<ExitCode> {
     let digest = content_digest(disk).with_context(|| format!("cannot read the disk {at}"))?;
-    println!("disk {at}: {} bytes, digest {digest:032x}", disk.bytes());
+    writeln!(std::io::stdout(), "disk {at}: {} bytes, digest {digest:032x}", disk.bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -12,8 +12,8 @@ use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoreError}
 use colo_vmm::disk::{Disk, FileDisk};
 use fault_disk::{Failing, FaultDisk, SECTOR};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 use store_script::{Rng, vm};
 
@@ -372,6 +372,69 @@ fn a_guest_that_discards_its_whole_disk_makes_no_entries() {
     store.activate(Term(2), &all).unwrap();
     assert_eq!(disk.overlay_blocks(), 0);
     assert!(store.activate(Term(3), &[BlockRun::zeros(Block(blocks - 1), 2)]).is_err(), "beyond the end");
+}
+
+#[test]
+fn an_entry_that_a_mark_renews_while_the_file_is_synced_stays() {
+    for tag in [Some(2), None] {
+        let mut world = World::new(3);
+        while world.disk.fold(100).unwrap() > 0 {}
+        let old = bytes_of(&vec![(4, 2, Some(1))]);
+        world.store.persist([], mark(100, &mut world.history, &runs(&old))).unwrap();
+        let World { store, mut history, file, disk, medium, mut rng, .. } = world;
+        let store = Arc::new(Mutex::new(store));
+        let marking = Arc::clone(&store);
+        file.in_flush(move || {
+            let new = bytes_of(&vec![(5, 1, tag)]);
+            marking.lock().unwrap().persist([], mark(101, &mut history, &runs(&new))).unwrap();
+        });
+        assert_eq!(disk.fold(100).unwrap(), 2);
+        assert_eq!(disk.overlay_blocks(), 1, "the other one is in the file");
+        drop((store, disk));
+        medium.crash(rng.next());
+        file.crash(&mut |end| rng.below(end));
+        let mut store = Store::open_in_memory(&medium, &vm()).unwrap();
+        let disk = store.attach_disk(Arc::new(file.open())).unwrap();
+        let mut bytes = [0; 2 * BLOCK_SIZE];
+        disk.read(Block(4).offset(), &mut bytes).unwrap();
+        assert_eq!(tags(&bytes), [[1; PER_BLOCK], [tag.unwrap_or(0); PER_BLOCK]].concat());
+    }
+}
+
+#[test]
+fn the_file_stays_as_it_is_while_a_copy_over_it_is_kept() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("disk.img");
+    let mut store = Store::open(&place.path().join("store"), &vm()).unwrap();
+    let disk = store.open_disk(&path, BYTES).unwrap();
+    store.begin_copy(Base::Stored).unwrap();
+    let (first, second, third) =
+        (bytes_of(&vec![(0, 9, Some(1))]), bytes_of(&vec![(3, 9, Some(2))]), bytes_of(&vec![(4, 2, None)]));
+    store.write_blocks(runs(&first)).unwrap();
+    let mut history = History::default();
+    store.complete(mark(1, &mut history, &[]), None).unwrap();
+    store.persist([], mark(2, &mut history, &runs(&second))).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    store.begin_copy(Base::Empty).unwrap();
+    assert_eq!(store.summary().previous, Some(point(1, 2)));
+    store.write_blocks(runs(&third)).unwrap();
+    assert_eq!(disk.fold(100).unwrap(), 0);
+    assert!(std::fs::read(&path).unwrap() == before, "the copy that is kept needs it");
+    let content = |disk: &DiskImage| {
+        let mut bytes = vec![0; BYTES as usize];
+        disk.read(0, &mut bytes).unwrap();
+        tags(&bytes).into_iter().step_by(PER_BLOCK).take(13).collect::<Vec<_>>()
+    };
+    let wanted = [1, 1, 1, 2, 0, 0, 2, 2, 2, 2, 2, 2, 0];
+    assert_eq!(content(&disk), wanted);
+    // The same after a restart, which finds the copy inconsistent.
+    drop((store, disk));
+    let mut store = Store::open(&place.path().join("store"), &vm()).unwrap();
+    let disk = store.open_disk(&path, BYTES).unwrap();
+    assert_eq!((content(&disk), disk.fold(100).unwrap()), (wanted.to_vec(), 0));
+    store.complete(mark(3, &mut history, &[]), None).unwrap();
+    assert_eq!(disk.fold(100).unwrap(), 9);
+    assert_eq!((content(&disk), disk.overlay_blocks()), (wanted.to_vec(), 0));
 }
 
 #[test]

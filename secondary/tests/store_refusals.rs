@@ -4,17 +4,18 @@
 mod store_script;
 
 use colo_common::history::point;
-use colo_common::{Gfn, History, PAGE_SIZE, Point, ReplicaId, Term};
+use colo_common::{Block, Gfn, History, PAGE_SIZE, Point, ReplicaId, Term};
 use colo_secondary::store::{
-    Base, Mark, MemoryDisk, PageContent, Store, StoreError, StoredCopy, engine::Column,
+    Base, BlockRun, Mark, MemoryDisk, PageContent, Store, StoreError, StoredCopy, engine::Column,
 };
+use colo_vmm::disk::{Disk, FileDisk};
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
-use store_script::{Rng, open, run, script, vm};
+use store_script::{DISK_BYTES, Rng, open, run, script, vm};
 
 /// The machine state of `whole_store`.
 const STATE: &[u8] = b"the state of a machine";
@@ -195,6 +196,103 @@ fn of_another_vm_another_version_or_in_use() {
     fs::remove_file(dir.path().join("vm")).unwrap();
     assert!(matches!(Store::open(dir.path(), &"other".parse().unwrap()), Err(StoreError::OtherVm { .. })));
     assert_eq!(observe_whole(dir.path()).unwrap().1.len(), 4);
+}
+
+/// A store with a whole copy of a guest with a disk, one block of which is in the overlay.
+fn with_disk(dir: &Path) -> PathBuf {
+    let image = dir.join("disk.img");
+    let mut store = Store::open(&dir.join("store"), &vm()).unwrap();
+    store.open_disk(&image, DISK_BYTES).unwrap();
+    fill(&mut store, 4);
+    let (at, page) = (point(1, 2), page_of(1));
+    let history = history_to(at);
+    let blocks = [BlockRun::data(Block(2), &page[..])];
+    store.persist([], Mark { blocks: &blocks, ..mark_at(at, &history) }).unwrap();
+    image
+}
+
+fn disk_refused(dir: &Path, image: &Path, bytes: u64, says: &[&str]) {
+    let mut store = Store::open(&dir.join("store"), &vm()).unwrap();
+    let text = store.open_disk(image, bytes).unwrap_err().to_string();
+    assert!(
+        says.iter().all(|part| text.contains(part)) && !text.contains('\n'),
+        "{text:?} lacks one of {says:?}"
+    );
+}
+
+#[test]
+fn an_image_file_that_is_not_the_disk_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = with_disk(dir.path());
+    let name = image.to_str().unwrap();
+    disk_refused(
+        dir.path(),
+        &image,
+        2 * DISK_BYTES,
+        &["a copy with a disk of 65536 bytes", "move the directory away"],
+    );
+    let held = FileDisk::open(&image, false).unwrap();
+    disk_refused(dir.path(), &image, DISK_BYTES, &[name, "locked by another process"]);
+    drop(held);
+    fs::File::options().write(true).open(&image).unwrap().set_len(DISK_BYTES - 4096).unwrap();
+    disk_refused(dir.path(), &image, DISK_BYTES, &[name, "has 61440 bytes", "65536", "cut short"]);
+    fs::File::options().write(true).open(&image).unwrap().set_len(DISK_BYTES).unwrap();
+    fs::rename(&image, dir.path().join("elsewhere")).unwrap();
+    disk_refused(dir.path(), &image, DISK_BYTES, &[name, "cannot open", "check the path"]);
+    assert!(!image.exists(), "none is made where there was one");
+    fs::rename(dir.path().join("elsewhere"), &image).unwrap();
+    let mut store = Store::open(&dir.path().join("store"), &vm()).unwrap();
+    let disk = store.open_disk(&image, DISK_BYTES).unwrap();
+    let mut found = [0; PAGE_SIZE];
+    disk.read(Block(2).offset(), &mut found).unwrap();
+    assert_eq!(found, *page_of(1));
+    // The guest ran here: still none is made.
+    store.activate(Term(2), &[]).unwrap();
+    drop((store, disk));
+    fs::remove_file(&image).unwrap();
+    disk_refused(dir.path(), &image, DISK_BYTES, &["cannot open"]);
+    // A copy in the making needs none.
+    let mut store = Store::open(&dir.path().join("store"), &vm()).unwrap();
+    store.begin_copy(Base::Empty).unwrap();
+    store.open_disk(&image, DISK_BYTES).unwrap();
+}
+
+#[test]
+fn blocks_without_a_place_are_refused() {
+    let disk = MemoryDisk::new();
+    let mut store = Store::open_in_memory(&disk, &vm()).unwrap();
+    store.begin_copy(Base::Empty).unwrap();
+    let error = store.write_blocks([BlockRun::zeros(Block(0), 1)]).unwrap_err();
+    one_line(&error, Path::new("memory"), &["no place for block 0x0", "has 0 blocks"]);
+    let place = tempfile::tempdir().unwrap();
+    store.open_disk(&place.path().join("disk.img"), DISK_BYTES).unwrap();
+    let error = store.write_blocks([BlockRun::zeros(Block(10), 7)]).unwrap_err();
+    one_line(&error, Path::new("memory"), &["no place for block 0x10", "has 16 blocks"]);
+    let refused = store.disk().unwrap().write(0, &[0; 512]).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied, "the guest runs elsewhere");
+}
+
+#[test]
+fn a_damaged_block_is_found_and_named() {
+    let (disk, place) = (MemoryDisk::new(), tempfile::tempdir().unwrap());
+    let image = place.path().join("disk.img");
+    let mut store = Store::open_in_memory(&disk, &vm()).unwrap();
+    store.open_disk(&image, DISK_BYTES).unwrap();
+    fill(&mut store, 4);
+    let (at, page) = (point(1, 2), page_of(1));
+    let (history, blocks) = (history_to(at), [BlockRun::data(Block(2), &page[..])]);
+    store.persist([], Mark { blocks: &blocks, ..mark_at(at, &history) }).unwrap();
+    let clean = store.scrub(u64::MAX, |_| ControlFlow::Continue(())).unwrap();
+    assert!(clean.is_clean() && (clean.pages, clean.blocks) == (4, 1), "{clean:?}");
+    assert!(disk.flip_bit(Column::Disk, &2_u64.to_be_bytes(), 777));
+    let scrub = store.scrub(u64::MAX, |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!((scrub.damaged_blocks, scrub.damaged_block, scrub.is_clean()), (1, Some(Block(2)), false));
+    assert!(store.disk().unwrap().fold(9).is_err(), "nothing damaged goes into the file");
+    let error = store.open_disk(&image, DISK_BYTES).unwrap_err();
+    one_line(&error, Path::new("memory"), &["block 0x2 of the guest's disk", "resynced"]);
+    // As a base for a new copy, which compares by digests, the rest is good enough.
+    store.begin_copy(Base::Stored).unwrap();
+    assert_eq!(store.open_disk(&image, DISK_BYTES).unwrap().overlay_blocks(), 0);
 }
 
 #[test]

@@ -84,8 +84,10 @@ impl Store {
             // What a seed wrote into the file.
             disk.settle().map_err(|source| self.disk_error(source))?;
         }
-        // What a mark left in `pending` is part of the disk, and there may be much of it.
-        self.fold()?;
+        if let Some(point) = self.adopted() {
+            // Blocks that a mark left in `pending` are part of the disk; its pages are of no more use.
+            self.move_pending(point, Kind::Block)?;
+        }
         let mut batch = Batch::default();
         let mut touched = BlockSet::new(disk.as_ref().map_or(0, |disk| disk.blocks()));
         for entry in disk.iter().flat_map(|disk| blocks.iter().flat_map(|run| disk.to_store(*run))) {
@@ -104,6 +106,7 @@ impl Store {
         match &disk {
             Some(disk) => {
                 disk.commit(&touched, || self.commit(batch, meta))?;
+                disk.moved();
                 disk.run();
             }
             None => self.commit(batch, meta)?,

@@ -156,22 +156,8 @@ impl Store {
     /// # Errors
     /// The device fails or is full; nothing is lost then.
     pub fn fold(&mut self) -> Result<(), StoreError> {
-        let Some(point) = self.whole().filter(|whole| whole.adopted).map(|whole| whole.point) else {
-            return Ok(());
-        };
-        let mut from = pending_key(point, Kind::Page, 0).to_vec();
-        loop {
-            let (batch, blocks, next) = self.fold_batch(&from)?;
-            match self.disk.clone().filter(|_| !blocks.is_empty()) {
-                Some(disk) => disk.commit(&blocks, || self.write(&batch, Durability::Unsynced))?,
-                None if batch.is_empty() => {}
-                None => self.write(&batch, Durability::Unsynced)?,
-            }
-            match next {
-                Some(next) => from = next,
-                None => break,
-            }
-        }
+        let Some(point) = self.adopted() else { return Ok(()) };
+        self.move_pending(point, Kind::Page)?;
         let mut meta = self.meta.clone();
         if let MetaCopy::Whole(whole) = &mut meta.copy {
             whole.adopted = false;
@@ -182,6 +168,26 @@ impl Store {
         self.write(&batch, Durability::Unsynced)?;
         self.meta = meta;
         self.disk.iter().for_each(|disk| disk.moved());
+        Ok(())
+    }
+
+    /// The point whose mark is in `pending` in part.
+    pub(super) fn adopted(&self) -> Option<Point> {
+        self.whole().filter(|whole| whole.adopted).map(|whole| whole.point)
+    }
+
+    /// Copies what is in `pending` to where it belongs: from this kind on, pages before blocks.
+    pub(super) fn move_pending(&mut self, point: Point, from: Kind) -> Result<(), StoreError> {
+        let mut from = Some(pending_key(point, from, 0).to_vec());
+        while let Some(key) = from {
+            let (batch, blocks, next) = self.fold_batch(&key)?;
+            match self.disk.clone().filter(|_| !blocks.is_empty()) {
+                Some(disk) => disk.commit(&blocks, || self.write(&batch, Durability::Unsynced))?,
+                None if batch.is_empty() => {}
+                None => self.write(&batch, Durability::Unsynced)?,
+            }
+            from = next;
+        }
         Ok(())
     }
 

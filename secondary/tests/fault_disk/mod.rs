@@ -28,6 +28,16 @@ struct Medium {
     now: BTreeMap<u64, Sector>,
     life: u64,
     fails: Option<Failing>,
+    /// Done in the middle of the next flush.
+    between: Option<Between>,
+}
+
+struct Between(Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Between {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Between")
+    }
 }
 
 /// What fails.
@@ -46,7 +56,15 @@ pub(crate) struct OpenDisk {
 impl FaultDisk {
     pub(crate) fn new(bytes: u64) -> Self {
         let (flushed, written, now) = (BTreeMap::new(), Vec::new(), BTreeMap::new());
-        Self(Arc::new(Mutex::new(Medium { bytes, flushed, written, now, life: 0, fails: None })))
+        Self(Arc::new(Mutex::new(Medium {
+            bytes,
+            flushed,
+            written,
+            now,
+            life: 0,
+            fails: None,
+            between: None,
+        })))
     }
 
     pub(crate) fn open(&self) -> OpenDisk {
@@ -69,6 +87,11 @@ impl FaultDisk {
 
     pub(crate) fn fail(&self, what: Option<Failing>) {
         self.medium().fails = what;
+    }
+
+    /// Has something done in the middle of the next flush, with nothing locked.
+    pub(crate) fn in_flush(&self, between: impl FnOnce() + Send + 'static) {
+        self.medium().between = Some(Between(Box::new(between)));
     }
 
     fn medium(&self) -> MutexGuard<'_, Medium> {
@@ -129,6 +152,8 @@ impl Disk for OpenDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
+        let between = self.alive()?.between.take();
+        between.into_iter().for_each(|between| between.0());
         let mut medium = self.alive()?;
         if medium.fails == Some(Failing::Flushes) {
             return Err(io::Error::other("the device is gone"));

@@ -154,7 +154,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().map(|thread| thread.join().unwrap());
+        self.thread.take().into_iter().for_each(|thread| thread.join().unwrap());
     }
 }
 

@@ -124,7 +124,7 @@ pub struct Quantiles {
 impl Quantiles {
     fn of(samples: &[Duration]) -> Self {
         let mut samples = samples.to_vec();
-        Self { p50: quantile_ms(&mut samples, 0.5), p99: quantile_ms(&mut samples, 0.99) }
+        Self { p50: rounded(quantile_ms(&mut samples, 0.5)), p99: rounded(quantile_ms(&mut samples, 0.99)) }
     }
 }
 
@@ -149,9 +149,9 @@ impl Account {
     pub fn summary(&self) -> Summary {
         Summary {
             requests: self.requests,
-            rps_before: median(&self.before),
-            rps_after: median(&self.after),
-            longest_gap_ms: self.longest_gap.as_secs_f64() * 1e3,
+            rps_before: rounded(median(&self.before)),
+            rps_after: rounded(median(&self.after)),
+            longest_gap_ms: rounded(self.longest_gap.as_secs_f64() * 1e3),
             latency_ms: Latencies {
                 protected: Quantiles::of(&self.protected),
                 unprotected: Quantiles::of(&self.unprotected),
@@ -162,6 +162,11 @@ impl Account {
             refused: self.refused,
         }
     }
+}
+
+/// To three digits after the point: more was not measured.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 fn median(values: &[f64]) -> f64 {

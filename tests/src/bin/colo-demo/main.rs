@@ -1,9 +1,13 @@
 //! `make demo`: a secondary and a primary as processes of their own, a Linux guest that is protected while it works, and
 //! the primary killed at a random instant. The guest goes on at the secondary; what both nodes let out is put together
-//! by offset and must be one console, without a gap, equal where both said it, its hash chain unbroken. A broken promise
-//! ends the demo with an error. Where KVM cannot be used, the synthetic guest takes Linux's place, and the demo says so
-//! first.
+//! by offset and must be one console, without a gap, equal where both said it, its hash chain unbroken.
+//!
+//! Then the same with a real service: Redis on a disk of the guest, a client outside on a network, and its one connection
+//! outlives the service's host. A broken promise ends the demo with an error. Where KVM cannot be used, the synthetic
+//! guest takes Linux's place, and the demo says so first; the second scene is left out there, and where no network can be
+//! made.
 
+mod network;
 mod report;
 mod run;
 mod watch;
@@ -12,6 +16,7 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use colo_tests::cluster::config::Guest;
 use colo_tests::images::{Images, Kernel};
+use colo_tests::lab;
 use colo_tests::seed::Seed;
 use colo_vmm::host::Host;
 use report::{Figures, say};
@@ -67,6 +72,12 @@ fn demo(args: &Args) -> anyhow::Result<()> {
         // The last part of a second is random too, so that the kill meets any step of an epoch.
         let until_kill = Duration::from_micros(1_000_000 + seed.below(args.seconds * 1_000_000));
         played = run::play(&Scene { guest, until_kill }, &mut figures).with_context(|| format!("run {run}"));
+        if let (Ok(()), Some(images)) = (&played, images.as_ref().filter(|_| lab::usable())) {
+            let until_kill = Duration::from_micros(1_000_000 + seed.below(args.seconds * 1_000_000));
+            let clients = figures.clients.get_or_insert_default();
+            played =
+                network::play(images, until_kill, clients).with_context(|| format!("run {run}, the service"));
+        }
         if played.is_err() {
             figures.fail();
             break;

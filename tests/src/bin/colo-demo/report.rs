@@ -5,6 +5,7 @@ use colo_proto::v1::{Counters, EpochReport, Promotion};
 use colo_tests::chain::{Checker, Line};
 use colo_tests::cluster::ledger::Ledger;
 use colo_tests::measure::quantile_ms;
+use colo_tests::service::figures::{self, Account};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Duration;
@@ -43,6 +44,8 @@ struct Summary {
     /// Full copies beside the first one of each run.
     full_resyncs: u64,
     reports_missed: u64,
+    /// What a client of a service in the guest saw; none where no network can be made.
+    client: Option<figures::Summary>,
 }
 
 #[derive(Serialize)]
@@ -67,6 +70,8 @@ pub(crate) struct Figures {
     pub(crate) tracker: String,
     pub(crate) boots: Vec<Duration>,
     pub(crate) seeds: Vec<Duration>,
+    /// Of the runs with a service.
+    pub(crate) clients: Option<Account>,
     runs: u32,
     pauses: Vec<Duration>,
     detected: Vec<Duration>,
@@ -93,6 +98,7 @@ impl Figures {
             tracker: String::new(),
             boots: Vec::new(),
             seeds: Vec::new(),
+            clients: None,
             runs: 0,
             pauses: Vec::new(),
             detected: Vec::new(),
@@ -181,6 +187,7 @@ impl Figures {
             ring_overruns: self.ring_overruns,
             full_resyncs: self.full_resyncs,
             reports_missed: self.reports_missed,
+            client: self.clients.as_ref().map(Account::summary),
         }
     }
 
@@ -200,6 +207,10 @@ impl Figures {
         ensure!(conflicting == 0, "{conflicting} bytes were let out twice and differ");
         ensure!(summary.chain_ok, "the released console is not one unbroken history");
         ensure!(summary.lines_released > 0, "the guest's workload said nothing: give it more --seconds");
+        if let Some(client) = &summary.client {
+            ensure!(client.acked_lost == 0, "{} acknowledged writes were lost", client.acked_lost);
+            ensure!(client.resets == 0, "{} connections of the client were lost", client.resets);
+        }
         say("the guest outlived its host: nothing that it had said was taken back or lost");
         Ok(())
     }

@@ -161,8 +161,7 @@ impl Block {
     }
 
     fn is_full(&self) -> bool {
-        self.open.len() >= MAX_REQUESTS
-            || (self.bytes > 0 && self.bytes + self.log.weight() >= MAX_EPOCH_DISK)
+        self.open.len() >= MAX_REQUESTS || self.bytes >= MAX_EPOCH_DISK
     }
 
     /// Takes requests from the queue.
@@ -173,7 +172,7 @@ impl Block {
             if self.log.is_full() || self.is_full() {
                 put_back(queue);
                 // Room comes with the cut, or with requests that end.
-                served.full = self.log.is_full() || self.log.weight() > 0;
+                served.full = self.log.is_full();
                 return Ok(served);
             }
             match Request::parse(chain, ram, self.sectors, self.read_only)? {
@@ -255,6 +254,8 @@ impl Device for Block {
         };
         // What was under way here may have reached the disk: it ends first, and is in the log.
         self.io.drain();
+        // What was not started is dropped, as by a loss of power: nothing of it is on the disk.
+        self.open.retain(|open| open.under_way);
         self.take_ended();
         self.open.clear();
         self.ended.clear();

@@ -135,9 +135,10 @@ impl Request {
         let len = match &self.operation {
             Operation::Read { into } | Operation::Identify { into } => into.len(),
             Operation::Write { data } => data.0.len(),
-            Operation::Zero { bytes, .. } => {
-                usize::try_from(*bytes / SECTOR as u64 / 64).unwrap_or(usize::MAX)
+            Operation::Zero { bytes, .. } if *bytes > u64::from(MAX_ZERO_SECTORS) * SECTOR as u64 => {
+                usize::MAX
             }
+            Operation::Zero { .. } => 0,
             Operation::Flush => 0,
         };
         if len > MAX_DATA || self.status.len() > 1 {

@@ -86,7 +86,7 @@ fn rings_that_make_no_sense_stop_the_device_or_are_refused() {
         rig.write(slot, 0x70, 0);
         rig.write(slot, 0x70, 3);
         rig.write(slot, 0x30, queue);
-        for at in [MEMORY - 16, u64::MAX & !0xfff, 0xd000_0000] {
+        for at in [MEMORY - 16, !0xfff_u64, 0xd000_0000] {
             rig.write(slot, 0x44, 0);
             for register in [0x80, 0x90, 0xa0] {
                 rig.write(slot, register, at as u32);
