@@ -9,6 +9,7 @@ pub mod disks;
 pub mod ledger;
 pub mod link;
 pub mod process;
+mod refusal;
 mod scenario;
 mod wait;
 
