@@ -13,6 +13,8 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
+/// What the guest does: writes to some pages, for ever.
+const LINE: &str = "base=0x400000 pages=64 mode=user delay=100000";
 /// Bytes of the guest's disk.
 const DISK: u64 = 1 << 20;
 
@@ -25,7 +27,7 @@ fn in_lab(nodes: &[&str], play: impl FnOnce(&mut Cluster) -> anyhow::Result<()>)
     let place = tempfile::tempdir().unwrap();
     let disk = place.path().join("disk.img");
     sized(&disk, DISK).unwrap();
-    let guest = Guest::bare(&Images::find().unwrap(), "dirty.elf", "pages=64 mode=user delay=100000").unwrap();
+    let guest = Guest::bare(&Images::find().unwrap(), "dirty.elf", LINE).unwrap();
     let options = Options { disk: Some(disk), network: true, ack: "disk", ..Options::new(guest) };
     let _lab = Lab::enter(nodes).unwrap();
     scenario(options, play).unwrap();
@@ -73,8 +75,9 @@ fn a_tap_in_use() {
         cluster.start_secondary("b")?;
         cluster.start_primary("a", Some("b"))?;
         cluster.until_paired("a")?;
-        // The runner's, and the one that its follower holds ready.
-        for (holder, primary) in [("a", true), ("a", false), ("b", true), ("b", false)] {
+        // The runner's, and the one that its follower holds ready. A node that was to follow leaves a store behind, so
+        // it comes last.
+        for (holder, primary) in [("a", true), ("b", true), ("a", false), ("b", false)] {
             let tap = tap_of(holder);
             let edit = |text: String| text.replace(&tap_of("c"), &tap);
             let wanted = &["in use by another process", &tap, "end the other one, or name another interface"];
