@@ -332,7 +332,15 @@ impl Cluster {
                 self.options.links.then(|| Link::open(runtime, ports.admin, ports.quic)).transpose()?;
             ports.advertised = link.as_ref().map(|link| link.datagrams.port());
             let admin = Admin::new(runtime.clone(), ports.admin);
-            let place = Place { ports, admin, link, process: None, reader: None, file_from_start: false, primary: false };
+            let place = Place {
+                ports,
+                admin,
+                link,
+                process: None,
+                reader: None,
+                file_from_start: false,
+                primary: false,
+            };
             self.places.insert(node.to_owned(), place);
         }
         self.places.get_mut(node).context("a place that was just made")

@@ -41,7 +41,9 @@ fn sized(path: &Path, bytes: u64) -> anyhow::Result<()> {
 
 /// A configuration without one of its sections.
 fn without(text: &str, section: &str) -> String {
-    let Some((head, tail)) = text.split_once(&format!("[{section}]\n")) else { panic!("no {section} in {text}") };
+    let Some((head, tail)) = text.split_once(&format!("[{section}]\n")) else {
+        panic!("no {section} in {text}")
+    };
     let rest = tail.find("\n[").map_or("", |at| &tail[at + 1..]);
     format!("{head}{rest}")
 }
@@ -96,7 +98,12 @@ fn an_image_that_cannot_be_a_new_guests_disk() {
             fs::remove_file(&image).unwrap();
             text
         };
-        cluster.is_refused("a", true, missing, &["a.disk", "cannot open the disk image", "check the path"])?;
+        cluster.is_refused(
+            "a",
+            true,
+            missing,
+            &["a.disk", "cannot open the disk image", "check the path"],
+        )?;
         let cut_short = |text| {
             sized(&image, DISK - 1).unwrap();
             text
@@ -104,7 +111,12 @@ fn an_image_that_cannot_be_a_new_guests_disk() {
         cluster.is_refused("a", true, cut_short, &["a.disk", "1048575 bytes", "truncate -s"])?;
         sized(&image, DISK)?;
         let held = FileDisk::open(&image, false)?;
-        cluster.is_refused("a", true, |text| text, &["a.disk", "locked by another process", "end the other one"])?;
+        cluster.is_refused(
+            "a",
+            true,
+            |text| text,
+            &["a.disk", "locked by another process", "end the other one"],
+        )?;
         drop(held);
         ensure!(cluster.register()?.is_none(), "something was started");
         cluster.start_primary("a", None)?;
@@ -123,7 +135,12 @@ fn an_image_that_is_not_the_copys() {
         ["a", "b"].into_iter().try_for_each(|node| cluster.kill(node).map(drop))?;
         let (image, aside) = (cluster.image_of("b"), cluster.directory().join("aside"));
         fs::rename(&image, &aside)?;
-        cluster.is_refused("b", false, |text| text, &["b.disk", "cannot open the disk image", "check the path"])?;
+        cluster.is_refused(
+            "b",
+            false,
+            |text| text,
+            &["b.disk", "cannot open the disk image", "check the path"],
+        )?;
         ensure!(!image.exists(), "it was made anew, and the copy needs what it held");
         fs::rename(&aside, &image)?;
         let smaller = &["b.disk", "1044480 bytes", "1048576", "cut short", "Name the right file"];
@@ -133,7 +150,12 @@ fn an_image_that_is_not_the_copys() {
         cluster.is_refused("b", false, |text| text, &["b.disk", "1048575 bytes", "truncate -s"])?;
         sized(&image, DISK)?;
         let held = FileDisk::open(&image, false)?;
-        cluster.is_refused("b", false, |text| text, &["b.disk", "locked by another process", "end the other one"])?;
+        cluster.is_refused(
+            "b",
+            false,
+            |text| text,
+            &["b.disk", "locked by another process", "end the other one"],
+        )?;
         drop(held);
         let no_disk = |text: String| without(&text, "disk");
         cluster.is_refused("b", false, no_disk, &["has a disk of 1048576 bytes", "add [disk]"])?;

@@ -57,7 +57,9 @@ impl Speakers {
             let (frames, missed) = capture.take();
             ensure!(missed == 0, "{missed} frames at the TAP of {node} were not seen");
             // What a node writes comes in at its TAP; what goes out there is somebody else's, or came from another port.
-            let ours = frames.into_iter().filter(|frame| !frame.outgoing && frame.source() == Some(self.mac.bytes()));
+            let ours = frames
+                .into_iter()
+                .filter(|frame| !frame.outgoing && frame.source() == Some(self.mac.bytes()));
             said.extend(ours.map(|frame| (node.as_str(), frame)));
         }
         said.sort_by_key(|(_, frame)| frame.at);
@@ -75,7 +77,8 @@ impl Speakers {
 impl Turn {
     fn count(&mut self, frame: &Frame) {
         self.frames += 1;
-        let by_itself = frame.bytes.get(ARP_SENDER).is_some_and(|from| frame.bytes.get(ARP_TARGET) == Some(from));
+        let by_itself =
+            frame.bytes.get(ARP_SENDER).is_some_and(|from| frame.bytes.get(ARP_TARGET) == Some(from));
         self.announced.0 += usize::from(frame.ethertype() == Some(RARP));
         self.announced.1 += usize::from(frame.ethertype() == Some(ARP) && by_itself);
     }

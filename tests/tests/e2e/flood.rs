@@ -38,9 +38,8 @@ fn progress(cluster: &Cluster) -> Option<(u64, u64)> {
 
 /// Waits until it has written and sent more.
 fn until_further(cluster: &Cluster, than: (u64, u64)) -> anyhow::Result<(u64, u64)> {
-    cluster.until("the flood to go on", || {
-        Ok(progress(cluster).filter(|now| now.0 > than.0 && now.1 > than.1))
-    })
+    cluster
+        .until("the flood to go on", || Ok(progress(cluster).filter(|now| now.0 > than.0 && now.1 > than.1)))
 }
 
 fn counters(cluster: &Cluster, node: &str) -> anyhow::Result<Counters> {
@@ -83,7 +82,8 @@ fn a_guest_that_floods_stays_protected() {
         let most = watch(cluster)?;
         let after = until_further(cluster, before)?;
         let now = counters(cluster, "a")?;
-        let news = |now: &Counters| (now.full_resyncs, now.resyncs, now.rejoins, now.link_losses, now.failed_epochs);
+        let news =
+            |now: &Counters| (now.full_resyncs, now.resyncs, now.rejoins, now.link_losses, now.failed_epochs);
         ensure!(news(&now) == news(&copies), "something failed: {copies:?} became {now:?}");
         let mac = Mac::of(cluster.vm()).bytes();
         let heard = client.frames().iter().filter(|frame| frame.source() == Some(mac)).count();
