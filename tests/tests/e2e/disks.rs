@@ -2,14 +2,15 @@
 //! beforehand, and when it has ended, one disk on both nodes.
 
 use anyhow::{Context, ensure};
+use colo_common::register::StopReason;
 use colo_tests::cluster::Cluster;
 use colo_tests::cluster::config::Options;
 use colo_tests::disk_plan::{Content, Plan};
 use colo_tests::seed::Seed;
 use std::time::Duration;
 
-use super::pause;
 use super::service::{END, boot, has_ended, images, in_lab};
+use super::{check_stopped, pause};
 
 /// Blocks that the guest works on: 4 MiB, so that most are written several times.
 const BLOCKS: usize = 1024;
@@ -170,5 +171,30 @@ fn a_raw_disk_outlives_its_hosts() {
         until_done(cluster, &exercise)?;
         has_ended(cluster, "a", "b")?;
         check_lines(cluster, &exercise)
+    });
+}
+
+/// Stopped by the operator in the middle of its work, which is a loss of power to the guest: the disk of either node is
+/// whole, and every line that is out is right.
+#[test]
+fn files_outlive_a_stop_at_work() {
+    let Some(images) = images() else { return };
+    let mut seed = Seed::from_env(4103);
+    let exercise = Exercise { mode: Mode::Files, seed: seed.below(1_000_000), steps: 200 };
+    let options = Options::service(&images, &exercise.arguments()).unwrap();
+    in_lab(&["a", "b"], options, |_, cluster| {
+        boot(cluster, "a", "colo-disk 00000001 ok")?;
+        come_back(cluster, "a", "b")?;
+        at_work(cluster, &exercise, &mut seed)?;
+        cluster.admin("a")?.stop()?;
+        for node in ["a", "b"] {
+            let status = cluster.ended(node)?;
+            ensure!(status.success(), "{node} ended with {status}");
+        }
+        check_stopped(cluster, StopReason::Operator)?;
+        ["a", "b"].into_iter().try_for_each(|node| cluster.check_files(node))?;
+        let said = said(cluster)?;
+        ensure!(exercise.lines().starts_with(&said), "not what it must say: {said:?}");
+        Ok(())
     });
 }

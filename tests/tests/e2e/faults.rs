@@ -189,6 +189,8 @@ impl<'a> Scene<'a> {
                 pause(&mut self.seed, BOTH);
                 self.cluster.kill(second)?;
                 self.cluster.check_files(&follower)?;
+                // Its acks may have come to mean the disk by the operator's word, which its configuration outlives.
+                self.cluster.options.ack = "disk";
                 self.cluster.start_secondary(&follower)?;
                 self.cluster.until_solo(&follower)?;
                 self.turn_over();
@@ -275,8 +277,10 @@ impl<'a> Scene<'a> {
 
     /// The guest is told to power off: both nodes have the same disk, and its file system was unmounted.
     fn end(self) -> anyhow::Result<()> {
-        let Self { cluster, runner, follower, .. } = self;
+        let Self { cluster, speakers, runner, follower, .. } = self;
         cluster.until_role(&runner, Role::Paired)?;
+        let turns = speakers.turns()?;
+        ensure!(turns.iter().all(|turn| turn.node == runner), "spoke for the guest at the end: {turns:?}");
         power_off(cluster, &runner, &follower)?;
         [&runner, &follower].into_iter().try_for_each(|node| cluster.check_files(node))
     }
