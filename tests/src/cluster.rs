@@ -5,9 +5,11 @@
 pub mod admin;
 pub mod between;
 pub mod config;
+pub mod disks;
 pub mod ledger;
 pub mod link;
 pub mod process;
+mod refusal;
 mod scenario;
 mod wait;
 
@@ -48,6 +50,8 @@ struct Place {
     reader: Option<JoinHandle<()>>,
     /// The console's file begins with the guest's first byte: only that of the node that started the guest.
     file_from_start: bool,
+    /// It was configured to start the guest, and not to follow.
+    primary: bool,
 }
 
 /// The nodes of one vm.
@@ -94,6 +98,11 @@ impl Cluster {
         &self.directory
     }
 
+    /// The vm's name.
+    pub fn vm(&self) -> &VmId {
+        &self.vm
+    }
+
     /// Runs the harness' own tasks.
     pub fn runtime(&self) -> &Runtime {
         &self.runtime
@@ -125,7 +134,8 @@ impl Cluster {
         if primary && let Some(image) = &self.options.disk {
             copy_disk(image, &self.directory.join(config::disk_of(node)))?;
         }
-        let path = self.directory.join(format!("{node}.toml"));
+        self.place(node)?.primary = primary;
+        let path = self.config_of(node);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         let mut command = Command::new(process::program(program)?);
         command.arg("start").arg("--config").arg(&path).env("COLO_DEV_TLS", self.directory.join("tls"));
@@ -232,6 +242,19 @@ impl Cluster {
         self.directory.join(node)
     }
 
+    /// The configuration file of `node`.
+    pub fn config_of(&self, node: &str) -> PathBuf {
+        self.directory.join(format!("{node}.toml"))
+    }
+
+    /// Whether `node` was last configured to start the guest, and not to follow.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn is_primary(&self, node: &str) -> anyhow::Result<bool> {
+        Ok(self.places.get(node).with_context(|| format!("there is no node {node}"))?.primary)
+    }
+
     /// What a node says about itself; nothing if it does not answer.
     pub fn status(&self, node: &str) -> Option<StatusReply> {
         self.admin(node).ok()?.status().ok()
@@ -309,7 +332,15 @@ impl Cluster {
                 self.options.links.then(|| Link::open(runtime, ports.admin, ports.quic)).transpose()?;
             ports.advertised = link.as_ref().map(|link| link.datagrams.port());
             let admin = Admin::new(runtime.clone(), ports.admin);
-            let place = Place { ports, admin, link, process: None, reader: None, file_from_start: false };
+            let place = Place {
+                ports,
+                admin,
+                link,
+                process: None,
+                reader: None,
+                file_from_start: false,
+                primary: false,
+            };
             self.places.insert(node.to_owned(), place);
         }
         self.places.get_mut(node).context("a place that was just made")

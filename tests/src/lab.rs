@@ -18,6 +18,7 @@
 pub mod capture;
 mod ip;
 mod namespace;
+pub mod speakers;
 
 pub use namespace::Namespace;
 

@@ -26,34 +26,12 @@ fn synthetic() -> Options {
     Options::new(Guest::synthetic(Seed::new(1).below(1000)))
 }
 
-/// A node whose configuration was changed by `edit` ends by itself with one line, which has all of `wanted` in it. The
-/// register is what it was.
-fn is_refused(
-    cluster: &mut Cluster,
-    node: &str,
-    primary: bool,
-    edit: impl FnOnce(String) -> String,
-    wanted: &[&str],
-) -> anyhow::Result<()> {
-    let before = cluster.register()?;
-    let (path, mut command) = cluster.prepare(node, primary, None)?;
-    fs::write(&path, edit(fs::read_to_string(&path)?))?;
-    let output = command.output().with_context(|| format!("cannot start {node}"))?;
-    let log = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.code().is_some_and(|code| code != 0 && code < 100), "{}:\n{log}", output.status);
-    ensure!(log.lines().count() == 1 && log.contains(" ERROR "), "not one line:\n{log}");
-    for part in wanted {
-        ensure!(log.contains(part), "it does not say {part:?}:\n{log}");
-    }
-    ensure!(cluster.register()? == before, "the register was changed");
-    Ok(())
-}
-
-/// The same for both kinds of node.
+/// Both kinds of node, with their configurations changed by `edit`, end by themselves with one line that has all of
+/// `wanted` in it.
 fn both_refuse(edit: impl Fn(String) -> String, wanted: &[&str]) {
     scenario(synthetic(), |cluster| {
-        is_refused(cluster, "a", true, &edit, wanted)?;
-        is_refused(cluster, "b", false, &edit, wanted)
+        cluster.is_refused("a", true, &edit, wanted)?;
+        cluster.is_refused("b", false, &edit, wanted)
     })
     .unwrap();
 }
@@ -76,7 +54,7 @@ fn missing_files() {
         let kernel = |text: String| {
             text.replace("kind = \"synthetic\"", "kernel = \"vmlinux\"").replace("seed", "# seed")
         };
-        is_refused(cluster, "a", true, kernel, &["vmlinux", "No such file"])?;
+        cluster.is_refused("a", true, kernel, &["vmlinux", "No such file"])?;
         let (path, mut command) = cluster.prepare("a", true, None)?;
         fs::remove_file(&path)?;
         let output = command.output()?;
@@ -98,7 +76,7 @@ fn ports_in_use() {
     let address = taken.local_addr().unwrap().to_string();
     scenario(synthetic(), |cluster| {
         let quic = |text: String| listen_on(&text, "[replication]", &address);
-        is_refused(cluster, "b", false, quic, &[&address, "replication.listen", "choose another port"])
+        cluster.is_refused("b", false, quic, &[&address, "replication.listen", "choose another port"])
     })
     .unwrap();
 }
@@ -117,7 +95,7 @@ fn a_directory_in_use_and_one_of_another_vm() {
         cluster.start_primary("a", Some("b"))?;
         cluster.until_paired("a")?;
         for (node, primary) in [("a", true), ("b", false)] {
-            is_refused(cluster, node, primary, |text| text, &["in use by another process", "end that one"])?;
+            cluster.is_refused(node, primary, |text| text, &["in use by another process", "end that one"])?;
         }
         for node in ["a", "b"] {
             cluster.kill(node)?;
@@ -125,7 +103,7 @@ fn a_directory_in_use_and_one_of_another_vm() {
         let other = |text: String| text.replace("vm = \"demo\"", "vm = \"other\"");
         let wanted = &["demo", "other", "give each vm a directory of its own"];
         let before = files(&cluster.directory_of("b"))?;
-        is_refused(cluster, "b", false, other, wanted)?;
+        cluster.is_refused("b", false, other, wanted)?;
         ensure!(files(&cluster.directory_of("b"))? == before, "files were changed");
         Ok(())
     })
@@ -177,9 +155,9 @@ fn a_guest_that_crashed_here() {
         cluster.start_primary("a", None)?;
         cluster.until_solo("a")?;
         cluster.kill("a")?;
-        is_refused(cluster, "a", true, |text| text, &["solo on a", "on_crash = \"boot\""])?;
+        cluster.is_refused("a", true, |text| text, &["solo on a", "on_crash = \"boot\""])?;
         let elsewhere = &["solo on a", "start colo-secondary here"];
-        is_refused(cluster, "c", true, |text| text, elsewhere)
+        cluster.is_refused("c", true, |text| text, elsewhere)
     })
     .unwrap();
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::images::{Images, Kernel};
-use crate::lab::tap_of;
+use crate::lab::{self, tap_of};
 
 /// Bytes of a small Linux guest's memory, in MiB.
 const LINUX_MIB: u64 = 128;
@@ -123,7 +123,22 @@ impl Options {
             network: false,
         }
     }
+
+    /// A guest with a service, on the network of a [lab](crate::lab) and a disk of its own. `arguments` is what its init
+    /// is told.
+    ///
+    /// # Errors
+    /// An image is missing.
+    pub fn service(images: &Images, arguments: &str) -> anyhow::Result<Self> {
+        let network = format!("ip={}::{}:255.255.255.0::eth0:off", lab::GUEST, lab::CLIENT);
+        let guest = Guest::service(images, &network, arguments)?;
+        let disk = Some(images.service()?.disk.to_owned());
+        Ok(Self { disk, network: true, ..Self::new(guest) })
+    }
 }
+
+/// The mask in what a service's guest is told of its network.
+const _: () = assert!(lab::PREFIX == 24);
 
 /// Where a node listens.
 #[derive(Clone, Copy, Debug)]

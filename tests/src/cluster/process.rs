@@ -110,6 +110,21 @@ impl Process {
         }
     }
 
+    /// Bytes of memory that it uses beside the guest's, which is shared with nobody and yet counts as shared memory.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn own_memory(&self) -> anyhow::Result<u64> {
+        let path = format!("/proc/{}/status", self.child.id());
+        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let kib = |key: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(key));
+            let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+            number.with_context(|| format!("no {key} in {path}: has the process ended?"))
+        };
+        Ok(kib("VmRSS:")?.saturating_sub(kib("RssShmem:")?) << 10)
+    }
+
     /// Everything that it has logged.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()

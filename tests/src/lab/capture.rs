@@ -86,6 +86,13 @@ impl Capture {
         lock(&self.seen).frames.clone()
     }
 
+    /// What has passed since the last call, and how many more frames there were: those that wait in the kernel are not
+    /// in it yet.
+    pub fn take(&self) -> (Vec<Frame>, u64) {
+        let seen = std::mem::take(&mut *lock(&self.seen));
+        (seen.frames, seen.missed)
+    }
+
     /// Ends it: all frames, and how many more there were.
     pub fn stop(mut self) -> (Vec<Frame>, u64) {
         self.end();
