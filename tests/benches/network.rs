@@ -16,7 +16,7 @@ const LARGE: usize = 512 << 10;
 const EACH: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
 
-#[allow(clippy::print_stdout)]
+#[expect(clippy::print_stdout, reason = "its result")]
 fn main() -> anyhow::Result<()> {
     if !kvm_usable() || !lab::usable() {
         return Ok(());
