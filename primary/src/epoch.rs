@@ -1,7 +1,7 @@
 //! When to cut, and what becomes of a guest that was cut: pure decisions, time is an argument.
 
-use colo_common::PAGE_SIZE;
 use colo_common::limits::{MAX_DISK_REQUEST, MAX_EPOCH_DISK, MAX_HELD_OUTPUT, MIN_EPOCH_MIB};
+use colo_common::{BLOCK_SIZE, PAGE_SIZE};
 use colo_proto::message::ITEM_COST;
 use colo_proto::pages::RUN_LEN;
 use std::time::{Duration, Instant};
@@ -65,7 +65,7 @@ impl Pacer {
 }
 
 /// Bytes of an epoch that so many pages, or blocks of a disk, take: with a run for each at worst.
-pub fn page_bytes(pages: u64) -> u64 {
+pub const fn page_bytes(pages: u64) -> u64 {
     pages * (PAGE_SIZE + RUN_LEN) as u64
 }
 
@@ -81,17 +81,18 @@ pub fn fits(bytes: u64, limit: u64) -> bool {
     bytes <= limit - limit / 8
 }
 
-/// Bytes of disk writes that may be collected for an epoch of at most `limit` bytes: as much may be under way, and end
-/// before the cut that half an epoch of pages has already asked for. The smallest epoch has room for that and for one
-/// request more on either side.
+/// Bytes of disk writes that may be collected for an epoch of at most `limit` bytes. As much may be under way, and end
+/// before the cut that half an epoch of pages has already asked for; and of both together one request more, since one is
+/// taken as long as there is room.
 pub fn disk_share(limit: u64) -> usize {
     usize::try_from(limit / 8).unwrap_or(usize::MAX).min(MAX_EPOCH_DISK)
 }
 
 const _: () = {
     let least = (MIN_EPOCH_MIB as u64) << 20;
-    let writes = 2 * (least / 8 + MAX_DISK_REQUEST as u64);
-    assert!(least / 2 + writes <= least - least / 8, "the smallest epoch has room for what a disk brings");
+    let writes = 2 * (least / 8) + (MAX_DISK_REQUEST + BLOCK_SIZE) as u64;
+    let all = least / 2 + page_bytes(writes.div_ceil(BLOCK_SIZE as u64));
+    assert!(all <= least - least / 8 - least / 32, "the smallest epoch has room for what a disk brings");
 };
 
 /// Whether an epoch more may be in flight, with so much output held and epochs of at most `limit` bytes: what is held,

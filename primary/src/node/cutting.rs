@@ -215,10 +215,9 @@ impl Node {
         fits(self.dirty.bytes(), self.epoch_limit())
     }
 
-    /// Bytes of pages in an epoch at most.
+    /// Bytes of an epoch at most. Without a link, as agreed on with the secondary that had it: it may come back.
     pub(super) fn epoch_limit(&self) -> u64 {
-        let theirs = self.peer.as_ref().map_or(u64::MAX, |peer| peer.max_epoch_bytes);
-        theirs.min(self.settings.max_epoch_bytes)
+        self.agreed_epoch_bytes.min(self.settings.max_epoch_bytes)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::replicator::Phase;
 /// Between two tries to reach a secondary.
 const BACKOFF: Duration = Duration::from_millis(250);
 /// Where the secondary has said no.
-const REFUSED_BACKOFF: Duration = Duration::from_secs(2);
+pub(super) const REFUSED_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Node {
     /// Looks for a secondary where one is wanted and none is there, and gives up one that stays away.
@@ -144,6 +144,7 @@ impl Node {
     /// A secondary is there. Answers why it cannot be used, if so.
     fn link_up(&mut self, number: u64, purpose: Purpose, up: Welcomed) -> Result<Option<String>, NodeError> {
         let Welcomed { link, node, offer, max_epoch_bytes, address, pulse } = up;
+        self.agreed_epoch_bytes = max_epoch_bytes;
         let board = self.board.clone();
         let peer = |link: LinkHandle, base, resend_output| {
             board.linked(LinkState::new(node.clone(), address, pulse));

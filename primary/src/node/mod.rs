@@ -166,6 +166,8 @@ pub struct Node {
     disk: Option<Arc<dyn Disk>>,
     /// How the guest's writes to it are kept.
     tracking: DiskTracking,
+    /// Bytes of an epoch that the last secondary takes.
+    agreed_epoch_bytes: u64,
     /// Bytes of its writes that are kept for the next cut.
     disk_bytes: u64,
     /// It could not be read when an epoch needed it.
@@ -257,6 +259,7 @@ impl Node {
             moved,
             disk,
             tracking: DiskTracking::Off,
+            agreed_epoch_bytes: u64::MAX,
             disk_bytes: 0,
             disk_fails: false,
             dirty,

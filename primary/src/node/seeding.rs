@@ -146,7 +146,11 @@ impl Node {
             }
             SeedEvent::Failed(reason) => {
                 self.board.error(reason);
-                return self.lose_link();
+                self.lose_link()?;
+                // The next try may well fail as this one did.
+                self.linking =
+                    super::Linking::Waiting { until: Instant::now() + super::joining::REFUSED_BACKOFF };
+                return Ok(());
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Messages of the control stream, the first bidirectional stream of a connection. Whoever runs the guest connects and
 //! says `Hello`; after a `Welcome` both speak whenever they have something to say.
 
+use colo_common::limits::MIN_EPOCH_MIB;
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term, VmId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -14,8 +15,10 @@ use crate::version::{NoCommonVersion, Versions};
 /// Epochs in flight that a secondary may ask for: each holds a dirty set and a staging copy at the primary.
 pub const MAX_WINDOW: u32 = 256;
 
-/// The least that a secondary must be able to hold of one epoch: a full frame.
-pub const MIN_EPOCH_BYTES: u64 = MAX_BODY as u64;
+/// The least that a secondary must be able to hold of one epoch.
+pub const MIN_EPOCH_BYTES: u64 = (MIN_EPOCH_MIB as u64) << 20;
+
+const _: () = assert!(MIN_EPOCH_BYTES > MAX_BODY as u64, "a full frame fits");
 
 /// Bytes of the text of a refusal: a few lines.
 pub const MAX_DETAIL: usize = 1024;
@@ -313,6 +316,7 @@ mod tests {
     use crate::frame::{Frame, Kind, VmTag};
     use crate::message::{Message, MessageError};
     use bytes::Bytes;
+    use colo_common::limits::MIN_EPOCH_MIB;
     use colo_common::{Incarnation, Point};
 
     fn welcome() -> Welcome {

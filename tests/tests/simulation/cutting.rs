@@ -223,7 +223,7 @@ impl Runner {
 
     /// The primary's own limit is as in its default far above what the secondary takes here.
     pub(crate) fn epoch_limit(&self, _common: &Common) -> u64 {
-        self.peer.as_ref().map_or(1 << 28, |peer| peer.max_epoch_bytes)
+        self.agreed_epoch_bytes.min(1 << 28)
     }
 }
 

@@ -142,6 +142,7 @@ impl Runner {
         max_epoch_bytes: u64,
         common: &mut Common,
     ) -> Result<(), String> {
+        self.agreed_epoch_bytes = max_epoch_bytes;
         let tip = self.replicator.history().tip().unwrap_or_default();
         let encoder = Encoder::new(common.tag(), tip);
         let peer = |base| Peer { link, base, resend_output: true, max_epoch_bytes, encoder };

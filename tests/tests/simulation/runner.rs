@@ -49,6 +49,8 @@ pub(crate) struct Runner {
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) dirty: Changes,
+    /// Bytes of an epoch that the last secondary takes.
+    pub(crate) agreed_epoch_bytes: u64,
     /// Bytes of writes to the disk that are kept for the next cut.
     pub(crate) disk_bytes: u64,
     tracking: DiskTracking,
@@ -129,6 +131,7 @@ impl Runner {
             stint,
             release,
             dirty: Changes::none(FRAMES, BLOCKS),
+            agreed_epoch_bytes: u64::MAX,
             disk_bytes: 0,
             tracking: DiskTracking::Off,
             due: now + INTERVAL,

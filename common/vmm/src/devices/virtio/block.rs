@@ -64,13 +64,14 @@ pub(super) struct BlockState {
 
 impl BlockState {
     pub(super) fn check_limits(&self) -> Result<(), StateError> {
+        self.requests.iter().try_for_each(Request::check)?;
         let bytes: usize = self.requests.iter().map(Request::bytes).sum();
         // One more is taken as long as there is room, and it may begin and end within a block.
         let most = MAX_EPOCH_DISK + MAX_DISK_REQUEST + BLOCK_SIZE;
         if bytes > most {
             return Err(StateError::Malformed(format!("{bytes} bytes of disk requests")));
         }
-        self.requests.iter().try_for_each(Request::check)
+        Ok(())
     }
 }
 
@@ -168,7 +169,7 @@ impl Block {
     }
 
     fn is_full(&self) -> bool {
-        self.open.len() >= MAX_REQUESTS || self.bytes >= MAX_EPOCH_DISK
+        self.open.len() >= MAX_REQUESTS || self.bytes >= self.log.most_under_way()
     }
 
     /// Takes requests from the queue.

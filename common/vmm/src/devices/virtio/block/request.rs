@@ -1,7 +1,7 @@
 //! A request to the disk: taken out of the guest, done on the disk, given back; and as it travels in a state.
 
 use bytes::Bytes;
-use colo_common::limits::MAX_DISK_REQUEST;
+use colo_common::limits::{MAX_DISK_BYTES, MAX_DISK_REQUEST};
 use colo_common::{BLOCK_SIZE, Block};
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -14,7 +14,6 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::super::queue::{Broken, Chain, Segments};
-use super::log::zero_weight;
 use crate::disk::{Disk, DiskContent, DiskWrite};
 use crate::memory::GuestRam;
 use crate::state::StateError;
@@ -22,9 +21,8 @@ use crate::state::StateError;
 /// Unit of a request's place on the disk, in bytes.
 pub(super) const SECTOR: usize = 512;
 pub(super) const SECTORS_PER_BLOCK: u64 = (BLOCK_SIZE / SECTOR) as u64;
-/// Sectors of one discard or write-zeroes at most, 8 MiB: each of its blocks costs the other node an entry, and if it
-/// fails all of them have to be read.
-pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 14;
+/// Sectors of one discard or write-zeroes at most: if it fails, its blocks are in the epoch like those of a write.
+pub(super) const MAX_ZERO_SECTORS: u32 = (MAX_DISK_REQUEST / SECTOR) as u32;
 
 /// Bytes before the data: kind, reserved, sector.
 const HEADER: usize = 16;
@@ -161,6 +159,9 @@ impl Request {
         if len > MAX_DISK_REQUEST || self.status.len() > 1 {
             return Err(StateError::Malformed(format!("a disk request of {len} bytes")));
         }
+        if self.offset.checked_add(self.len()).is_none_or(|end| end > MAX_DISK_BYTES) {
+            return Err(StateError::Malformed(format!("a disk request at {:#x}", self.offset)));
+        }
         Ok(())
     }
 
@@ -182,13 +183,13 @@ impl Request {
         }
     }
 
-    /// What it counts for until it has ended, in bytes; a write as what it brings into the epoch.
+    /// What it counts for until it has ended, in bytes: a change as what it may bring into the epoch. Of a request that
+    /// came from elsewhere only after [`check`](Self::check).
     pub(super) fn bytes(&self) -> usize {
         let Range { start, end } = self.blocks();
         match &self.operation {
             Operation::Read { into } => into.len(),
-            Operation::Write { .. } => (end - start) as usize * BLOCK_SIZE,
-            Operation::Zero { .. } => zero_weight(end - start),
+            Operation::Write { .. } | Operation::Zero { .. } => (end - start) as usize * BLOCK_SIZE,
             Operation::Flush | Operation::Identify { .. } => 0,
         }
     }
@@ -398,5 +399,27 @@ impl<'de> Deserialize<'de> for Data {
         }
 
         deserializer.deserialize_bytes(Piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::BlockState;
+    use super::{Operation, Request, Segments};
+
+    #[test]
+    fn a_request_beyond_every_disk_is_refused() {
+        let zero = |offset, bytes| Request {
+            head: Some(0),
+            status: Segments(Vec::new()),
+            offset,
+            operation: Operation::Zero { bytes, unmap: false, discard: false },
+        };
+        for request in [zero(u64::MAX, 512), zero(1 << 60, 512), zero(512, u64::MAX), zero(0, u64::MAX)] {
+            let state = BlockState { requests: vec![request.clone(), request] };
+            let error = state.check_limits().expect_err("it is no disk's").to_string();
+            assert!(error.contains("a disk request"), "{error}");
+        }
+        assert!(BlockState { requests: vec![zero(512, 512)] }.check_limits().is_ok());
     }
 }
