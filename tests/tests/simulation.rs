@@ -113,7 +113,7 @@ const LEAST: [(&str, u64); 47] = [
 /// Seeds in which the policy changes often.
 const POLICY_SEEDS: u64 = 1500;
 /// Seeds until a rule that was left out must have been noticed.
-const MUTATED_SEEDS: u64 = 3000;
+const MUTATED_SEEDS: u64 = 9000;
 /// Cores of a small test machine.
 const THREADS: usize = 2;
 
@@ -229,7 +229,7 @@ const POLICIES: [&str; 2] = ["keep_id_on_switch", "memory_acks_until_stored"];
 fn is_noticed(name: &str, mutations: Mutations) -> String {
     quiet();
     let begin = Instant::now();
-    let (found, ran, _) = search(0, MUTATED_SEEDS, mutations);
+    let (found, ran, _) = search(0, number("COLO_SIM_SEEDS").unwrap_or(MUTATED_SEEDS), mutations);
     let (seed, why) = found.unwrap_or_else(|| panic!("{name} went unnoticed in {ran} seeds"));
     format!("{name}: seed {seed} of {ran}, {:.1} s: {why}", begin.elapsed().as_secs_f64())
 }

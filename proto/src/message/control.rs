@@ -316,7 +316,6 @@ mod tests {
     use crate::frame::{Frame, Kind, VmTag};
     use crate::message::{Message, MessageError};
     use bytes::Bytes;
-    use colo_common::limits::MIN_EPOCH_MIB;
     use colo_common::{Incarnation, Point};
 
     fn welcome() -> Welcome {
