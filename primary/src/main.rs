@@ -149,6 +149,7 @@ impl Run {
             console_input: false,
             on_command_line: self.virtio_cmdline,
         })?;
+        spec.validate()?;
         admission::check(&spec)?;
         let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
         let network = opened.net.zip(opened.backends.tap.clone());
