@@ -116,13 +116,20 @@ impl DiskImage {
                 match self.next_data(from) {
                     Ok(Some(found)) if found.start < end => here = found.start..found.end.min(end),
                     Ok(_) => return None,
-                    Err(error) => return (from < end).then_some(Err(error)),
+                    Err(error) => return (from < end).then(|| Err(self.broken_by(error))),
                 }
             }
             let block = here.start;
             here.start = Block(block.0 + 1);
             Some(Ok((block, None)))
         }))
+    }
+
+    /// A mark lacks what could not be read for it, and no later one brings it.
+    fn broken_by(&self, error: io::Error) -> io::Error {
+        let _state = self.core.lock();
+        self.core.fail(&format_args!("the image file could not be read for a mark: {error}"));
+        error
     }
 
     /// Writes to the store what gives these blocks entries, or newer ones.
@@ -171,13 +178,18 @@ impl DiskImage {
         self.core.lock().active = false;
     }
 
-    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind.
+    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind. After one
+    /// that failed nothing is taken any more: the copy lacks it.
     pub(crate) fn seed(&self, run: BlockRun<'_>) -> io::Result<()> {
         let mut state = self.core.lock();
         self.core.check_unbroken()?;
-        match run.bytes() {
-            Some(bytes) => self.core.base.write(run.first().offset(), bytes)?,
-            None => self.core.zero_base(run.first()..run.end())?,
+        let written = match run.bytes() {
+            Some(bytes) => self.core.base.write(run.first().offset(), bytes),
+            None => self.core.zero_base(run.first()..run.end()),
+        };
+        if let Err(error) = written {
+            self.core.fail(&format_args!("a part of a copy could not be written to the image file: {error}"));
+            return Err(error);
         }
         state.supersede(run.first()..run.end());
         state.seeded += run.bytes().map_or(0, |bytes| bytes.len() as u64);

@@ -25,8 +25,9 @@ pub(super) struct Core {
     /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
     /// returns before entries are gone that another has begun to remove.
     pub(super) settling: Mutex<()>,
-    /// Why nobody knows any more what is safe: a sync of the file has failed, or a write of the store. Set under the lock
-    /// of the state. After it no entry is removed, nothing is taken, and no flush succeeds.
+    /// Why nobody knows any more what is safe, or what is missing: a sync of the file has failed, a write of the store,
+    /// a part of a seed, or what a mark reads. Set under the lock of the state. After it no entry is removed, nothing is
+    /// taken, and no flush succeeds.
     pub(super) failure: OnceLock<String>,
 }
 
