@@ -33,6 +33,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use self::core::Core;
+use self::state::State;
 use crate::store::engine::PageStore;
 use crate::store::{BlockRun, StoreError};
 use fold::Folding;
@@ -141,8 +142,7 @@ impl DiskImage {
         self.core.write(write, |state| state.renew(touched))
     }
 
-    /// The same where the entries are in `pending` under this point: until they are [`moved`](Self::moved), or, of a
-    /// promotion, folded into the image file.
+    /// The same where the entries are in `pending` under this point, until they are [`moved`](Self::moved).
     pub(crate) fn adopt(
         &self,
         point: Point,
@@ -152,9 +152,10 @@ impl DiskImage {
         self.core.write(write, |state| state.adopt(point, touched))
     }
 
-    /// All entries of `pending` were moved to where they belong.
-    pub(crate) fn moved(&self) {
-        self.core.lock().adopted = None;
+    /// All entries of `pending` were moved to where they belong: this write removes them there, and at no instant between
+    /// is a block looked for where it is not.
+    pub(crate) fn moved(&self, write: impl FnOnce() -> Result<(), StoreError>) -> Result<(), StoreError> {
+        self.core.write(write, State::moved)
     }
 
     /// A copy that needs the image file as it is is kept aside, or not any more.
@@ -167,10 +168,25 @@ impl DiskImage {
         !self.core.lock().aside
     }
 
-    /// The guest runs on this disk from now on, and folding may go on under it.
-    pub(crate) fn run(&self) {
-        let mut state = self.core.lock();
-        (state.active, state.aside) = (true, false);
+    /// With this write the guest runs on this disk, and these blocks have new entries: in `pending` under the point, until
+    /// they are folded into the image file, or else in the overlay. What was in `pending` before was moved. All at one
+    /// instant: an entry that `fold` removes after it must not come back in a crash.
+    pub(crate) fn run(
+        &self,
+        adopted: Option<Point>,
+        touched: BlockSet,
+        write: impl FnOnce() -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.core.write(write, |state| {
+            match adopted {
+                Some(point) => state.adopt(point, touched),
+                None => {
+                    state.moved();
+                    state.renew(&touched);
+                }
+            }
+            (state.active, state.aside) = (true, false);
+        })
     }
 
     /// A seed begins: what the guest did here is over.

@@ -10,6 +10,7 @@ use colo_secondary::disk::DiskImage;
 use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoreError};
 use colo_vmm::disk::Disk;
 use fault_disk::FaultDisk;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 use store_script::vm;
@@ -17,6 +18,8 @@ use store_script::vm;
 const BLOCKS: usize = 16;
 /// So small that a few blocks go through `pending`.
 const BATCH: usize = 3 * BLOCK_SIZE;
+/// Marks for which a reader looks on: an instant in which it finds nothing is met within some hundred.
+const ROUNDS: u64 = 5000;
 
 struct Rig {
     medium: MemoryDisk,
@@ -138,4 +141,42 @@ fn what_the_guest_writes_while_the_last_block_is_folded_does_not_lose_the_block(
         rig.crash(kept);
         assert_eq!(content(&rig.disk)[..9], [2, 2, 2, 2, 2, 2, 2, 9, 0]);
     }
+}
+
+/// What a mark or a promotion left in `pending` is read all the while that it is moved.
+#[test]
+fn a_block_is_read_at_every_instant_of_its_way() {
+    let mut rig = Rig::new(0, 1, 1);
+    let (disk, stop) = (Arc::clone(&rig.disk), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut page = [0; BLOCK_SIZE];
+            while !stop.load(Ordering::Relaxed) {
+                disk.read(Block(7).offset(), &mut page)?;
+            }
+            Ok::<(), std::io::Error>(())
+        });
+        let (mut history, bytes) = (History::default(), vec![2; 8 * BLOCK_SIZE]);
+        for epoch in 3..ROUNDS {
+            let at = point(1, epoch);
+            history.extend(at);
+            let (blocks, now) = (&[BlockRun::data(Block(0), &bytes)][..], SystemTime::UNIX_EPOCH);
+            rig.store
+                .persist([], Mark { point: at, history: &history, state: b"state", blocks, now })
+                .unwrap();
+            if epoch % 2 == 0 {
+                rig.store.fold().unwrap();
+            } else {
+                rig.store.activate(Term(2), &[]).unwrap();
+                rig.store.begin_copy(Base::Stored).unwrap();
+                let mark = Mark { point: at, history: &history, state: b"state", blocks: &[], now };
+                rig.store.complete(mark, None).unwrap();
+            }
+            if reader.is_finished() {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap().unwrap();
+    });
 }

@@ -73,6 +73,11 @@ impl State {
         self.sets().map(BlockSet::len).sum()
     }
 
+    /// Nothing in `pending` counts any more.
+    pub(super) fn moved(&mut self) {
+        self.adopted = None;
+    }
+
     /// These have new entries in `pending`.
     pub(super) fn adopt(&mut self, point: Point, blocks: BlockSet) {
         self.forget(&blocks);

@@ -4,7 +4,7 @@ use colo_common::{Gfn, Term};
 
 use super::engine::{Batch, Change, Column, Durability};
 use super::format::{Kind, MetaCopy, number_key, promotion_point};
-use super::pending::{Changed, Delta};
+use super::pending::Delta;
 use super::{BlockRun, PageContent, Store, StoreError};
 
 /// What a new copy starts from.
@@ -103,12 +103,9 @@ impl Store {
         meta.active = Some(term);
         meta.copy = MetaCopy::None;
         meta.previous = None;
-        self.commit_with(batch, meta, Some(Changed { blocks, adopted }))?;
-        if let Some(disk) = disk {
-            if adopted.is_none() {
-                disk.moved();
-            }
-            disk.run();
+        match disk {
+            Some(disk) => disk.run(adopted, blocks, || self.commit(batch, meta))?,
+            None => self.commit(batch, meta)?,
         }
         self.record = None;
         self.checksums = Some(Default::default());
