@@ -62,9 +62,9 @@ impl DiskImage {
         self.core.blocks
     }
 
-    /// Entries that the overlay has. Never waits.
+    /// Blocks of which the overlay has what counts: they are still to go into the image file. Never waits.
     pub fn overlay_blocks(&self) -> u64 {
-        self.core.entries.load(Ordering::Relaxed)
+        self.core.to_fold.load(Ordering::Relaxed)
     }
 
     /// Why it is of no more use to this process, once it is not. Never waits.

@@ -6,6 +6,7 @@ mod store_script;
 
 use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, History, Term};
+use colo_primary::node::status::Overlay;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoreError};
 use colo_vmm::disk::Disk;
@@ -101,6 +102,25 @@ fn one_that_was_cut_off_leaves_nothing_of_itself() {
         assert_eq!(content(&rig.disk), wanted);
     }
     assert!(before > 10 && after > 5, "{before} {after}");
+}
+
+#[test]
+fn a_block_counts_once_until_it_is_in_the_file() {
+    let told = |disk: &DiskImage| disk.bytes_to_fold() / BLOCK_SIZE as u64;
+    let mut rig = Rig::new(0, 2, 1);
+    assert_eq!(told(&rig.disk), 2);
+    // Through `pending`: two of them have an older entry beside it, also after a restart.
+    promote(&mut rig.store, 0, 8, 2).unwrap();
+    assert_eq!(told(&rig.disk), 8);
+    rig.crash(0);
+    assert_eq!(told(&rig.disk), 8);
+    let disk = Arc::clone(&rig.disk);
+    rig.file.in_flush(move || assert_eq!(told(&disk), 5, "three are in the file, if not synced"));
+    assert_eq!(rig.disk.fold(3).unwrap(), 3);
+    rig.disk.write(Block(4).offset(), &[9; BLOCK_SIZE]).unwrap();
+    assert_eq!(told(&rig.disk), 4);
+    while rig.disk.fold(2).unwrap() > 0 {}
+    assert_eq!(told(&rig.disk), 0);
 }
 
 #[test]
