@@ -33,6 +33,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use self::core::Core;
+use self::state::State;
 use crate::store::engine::PageStore;
 use crate::store::{BlockRun, StoreError};
 use fold::Folding;
@@ -61,9 +62,9 @@ impl DiskImage {
         self.core.blocks
     }
 
-    /// Entries that the overlay has. Never waits.
+    /// Blocks of which the overlay has what counts: they are still to go into the image file. Never waits.
     pub fn overlay_blocks(&self) -> u64 {
-        self.core.entries.load(Ordering::Relaxed)
+        self.core.to_fold.load(Ordering::Relaxed)
     }
 
     /// Why it is of no more use to this process, once it is not. Never waits.
@@ -116,13 +117,20 @@ impl DiskImage {
                 match self.next_data(from) {
                     Ok(Some(found)) if found.start < end => here = found.start..found.end.min(end),
                     Ok(_) => return None,
-                    Err(error) => return (from < end).then_some(Err(error)),
+                    Err(error) => return (from < end).then(|| Err(self.broken_by(error))),
                 }
             }
             let block = here.start;
             here.start = Block(block.0 + 1);
             Some(Ok((block, None)))
         }))
+    }
+
+    /// A mark lacks what could not be read for it, and no later one brings it.
+    fn broken_by(&self, error: io::Error) -> io::Error {
+        let _state = self.core.lock();
+        self.core.fail(&format_args!("the image file could not be read for a mark: {error}"));
+        error
     }
 
     /// Writes to the store what gives these blocks entries, or newer ones.
@@ -134,8 +142,7 @@ impl DiskImage {
         self.core.write(write, |state| state.renew(touched))
     }
 
-    /// The same where the entries are in `pending` under this point: until they are [`moved`](Self::moved), or, of a
-    /// promotion, folded into the image file.
+    /// The same where the entries are in `pending` under this point, until they are [`moved`](Self::moved).
     pub(crate) fn adopt(
         &self,
         point: Point,
@@ -145,9 +152,10 @@ impl DiskImage {
         self.core.write(write, |state| state.adopt(point, touched))
     }
 
-    /// All entries of `pending` were moved to where they belong.
-    pub(crate) fn moved(&self) {
-        self.core.lock().adopted = None;
+    /// All entries of `pending` were moved to where they belong: this write removes them there, and at no instant between
+    /// is a block looked for where it is not.
+    pub(crate) fn moved(&self, write: impl FnOnce() -> Result<(), StoreError>) -> Result<(), StoreError> {
+        self.core.write(write, State::moved)
     }
 
     /// A copy that needs the image file as it is is kept aside, or not any more.
@@ -160,10 +168,25 @@ impl DiskImage {
         !self.core.lock().aside
     }
 
-    /// The guest runs on this disk from now on, and folding may go on under it.
-    pub(crate) fn run(&self) {
-        let mut state = self.core.lock();
-        (state.active, state.aside) = (true, false);
+    /// With this write the guest runs on this disk, and these blocks have new entries: in `pending` under the point, until
+    /// they are folded into the image file, or else in the overlay. What was in `pending` before was moved. All at one
+    /// instant: an entry that `fold` removes after it must not come back in a crash.
+    pub(crate) fn run(
+        &self,
+        adopted: Option<Point>,
+        touched: BlockSet,
+        write: impl FnOnce() -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.core.write(write, |state| {
+            match adopted {
+                Some(point) => state.adopt(point, touched),
+                None => {
+                    state.moved();
+                    state.renew(&touched);
+                }
+            }
+            (state.active, state.aside) = (true, false);
+        })
     }
 
     /// A seed begins: what the guest did here is over.
@@ -171,13 +194,18 @@ impl DiskImage {
         self.core.lock().active = false;
     }
 
-    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind.
+    /// Writes a part of a seed into the image file itself. Waits for the device only where that is far behind. After one
+    /// that failed nothing is taken any more: the copy lacks it.
     pub(crate) fn seed(&self, run: BlockRun<'_>) -> io::Result<()> {
         let mut state = self.core.lock();
         self.core.check_unbroken()?;
-        match run.bytes() {
-            Some(bytes) => self.core.base.write(run.first().offset(), bytes)?,
-            None => self.core.zero_base(run.first()..run.end())?,
+        let written = match run.bytes() {
+            Some(bytes) => self.core.base.write(run.first().offset(), bytes),
+            None => self.core.zero_base(run.first()..run.end()),
+        };
+        if let Err(error) = written {
+            self.core.fail(&format_args!("a part of a copy could not be written to the image file: {error}"));
+            return Err(error);
         }
         state.supersede(run.first()..run.end());
         state.seeded += run.bytes().map_or(0, |bytes| bytes.len() as u64);

@@ -165,7 +165,7 @@ impl Persister {
         let builder = std::thread::Builder::new().name("persist".to_owned());
         let ending = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&ending);
-        let worker = Worker { store, failed: false, ending: ended, skipped: Vec::new(), tell };
+        let worker = Worker { store, failed: None, ending: ended, skipped: Vec::new(), tell };
         let thread = builder.spawn(move || worker.run(&inbox))?;
         Ok(Self { jobs, ending, thread })
     }
@@ -195,7 +195,8 @@ impl Persister {
 
 struct Worker<T> {
     store: Store,
-    failed: bool,
+    /// Why nothing is taken any more.
+    failed: Option<String>,
     ending: Arc<AtomicBool>,
     /// Epochs that are not stored because the copy ends.
     skipped: Vec<ToStore>,
@@ -206,6 +207,10 @@ impl<T: Fn(Persisted)> Worker<T> {
     fn run(mut self, inbox: &Receiver<Job>) -> Store {
         let mut next = None;
         while let Some(job) = next.take().or_else(|| inbox.recv().ok()) {
+            if let Some(why) = &self.failed {
+                refuse(job, why);
+                continue;
+            }
             let done = match job {
                 Job::Epoch(first) => {
                     let mut epochs = vec![first];
@@ -259,7 +264,9 @@ impl<T: Fn(Persisted)> Worker<T> {
             Job::Activate(term, reply) => {
                 let done = self.activate(term);
                 // Whoever asked has left only if this process is ending.
-                let _ = reply.send(done.map_err(|e| e.to_string()));
+                let _ = reply.send(done.as_ref().map(drop).map_err(ToString::to_string));
+                // The blocks that were skipped went with it: nobody may ask again.
+                done?;
             }
             Job::Reclaim => self.store.reclaim()?,
             Job::Flush(reply) => {
@@ -310,12 +317,23 @@ impl<T: Fn(Persisted)> Worker<T> {
         block_digests(disk.as_ref(), request, tell).map_err(|source| self.store.disk_error(source))
     }
 
-    /// Said once; a store that failed takes nothing more.
+    /// A store that failed takes nothing more: what the job was to store is missing, so no later one makes a whole of it.
     fn fail(&mut self, error: &StoreError) {
-        if !self.failed {
-            self.failed = true;
-            (self.tell)(Persisted::Failed(error.to_string()));
-        }
+        let why = error.to_string();
+        (self.tell)(Persisted::Failed(why.clone()));
+        self.failed = Some(why);
+    }
+}
+
+/// What becomes of a job once the store has failed: whoever waits for it is answered.
+fn refuse(job: Job, why: &str) {
+    let why = format!("the store has failed before: {why}");
+    // Whoever asked has left only if this process is ending.
+    match job {
+        Job::Activate(_, reply) => drop(reply.send(Err(why))),
+        Job::OpenDisk(_, _, reply) => drop(reply.send(Err(why))),
+        Job::Flush(reply) => drop(reply.send(())),
+        _ => {}
     }
 }
 

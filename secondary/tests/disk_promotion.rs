@@ -6,10 +6,12 @@ mod store_script;
 
 use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, History, Term};
+use colo_primary::node::status::Overlay;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoreError};
 use colo_vmm::disk::Disk;
 use fault_disk::FaultDisk;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 use store_script::vm;
@@ -17,6 +19,8 @@ use store_script::vm;
 const BLOCKS: usize = 16;
 /// So small that a few blocks go through `pending`.
 const BATCH: usize = 3 * BLOCK_SIZE;
+/// Marks for which a reader looks on: an instant in which it finds nothing is met within some hundred.
+const ROUNDS: u64 = 5000;
 
 struct Rig {
     medium: MemoryDisk,
@@ -101,6 +105,25 @@ fn one_that_was_cut_off_leaves_nothing_of_itself() {
 }
 
 #[test]
+fn a_block_counts_once_until_it_is_in_the_file() {
+    let told = |disk: &DiskImage| disk.bytes_to_fold() / BLOCK_SIZE as u64;
+    let mut rig = Rig::new(0, 2, 1);
+    assert_eq!(told(&rig.disk), 2);
+    // Through `pending`: two of them have an older entry beside it, also after a restart.
+    promote(&mut rig.store, 0, 8, 2).unwrap();
+    assert_eq!(told(&rig.disk), 8);
+    rig.crash(0);
+    assert_eq!(told(&rig.disk), 8);
+    let disk = Arc::clone(&rig.disk);
+    rig.file.in_flush(move || assert_eq!(told(&disk), 5, "three are in the file, if not synced"));
+    assert_eq!(rig.disk.fold(3).unwrap(), 3);
+    rig.disk.write(Block(4).offset(), &[9; BLOCK_SIZE]).unwrap();
+    assert_eq!(told(&rig.disk), 4);
+    while rig.disk.fold(2).unwrap() > 0 {}
+    assert_eq!(told(&rig.disk), 0);
+}
+
+#[test]
 fn one_that_comes_amid_a_sync_of_the_file_keeps_its_blocks() {
     let mut rig = Rig::new(5, 1, 1);
     let store = Arc::new(Mutex::new(std::mem::replace(&mut rig.store, open_nothing())));
@@ -138,4 +161,42 @@ fn what_the_guest_writes_while_the_last_block_is_folded_does_not_lose_the_block(
         rig.crash(kept);
         assert_eq!(content(&rig.disk)[..9], [2, 2, 2, 2, 2, 2, 2, 9, 0]);
     }
+}
+
+/// What a mark or a promotion left in `pending` is read all the while that it is moved.
+#[test]
+fn a_block_is_read_at_every_instant_of_its_way() {
+    let mut rig = Rig::new(0, 1, 1);
+    let (disk, stop) = (Arc::clone(&rig.disk), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut page = [0; BLOCK_SIZE];
+            while !stop.load(Ordering::Relaxed) {
+                disk.read(Block(7).offset(), &mut page)?;
+            }
+            Ok::<(), std::io::Error>(())
+        });
+        let (mut history, bytes) = (History::default(), vec![2; 8 * BLOCK_SIZE]);
+        for epoch in 3..ROUNDS {
+            let at = point(1, epoch);
+            history.extend(at);
+            let (blocks, now) = (&[BlockRun::data(Block(0), &bytes)][..], SystemTime::UNIX_EPOCH);
+            rig.store
+                .persist([], Mark { point: at, history: &history, state: b"state", blocks, now })
+                .unwrap();
+            if epoch % 2 == 0 {
+                rig.store.fold().unwrap();
+            } else {
+                rig.store.activate(Term(2), &[]).unwrap();
+                rig.store.begin_copy(Base::Stored).unwrap();
+                let mark = Mark { point: at, history: &history, state: b"state", blocks: &[], now };
+                rig.store.complete(mark, None).unwrap();
+            }
+            if reader.is_finished() {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap().unwrap();
+    });
 }

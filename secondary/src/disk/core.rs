@@ -20,20 +20,22 @@ pub(super) struct Core {
     pub(super) engine: Arc<dyn PageStore>,
     pub(super) blocks: u64,
     pub(super) state: Mutex<State>,
-    /// Entries of the overlay, as the state's last holder left them: told to whoever cannot wait for the lock.
-    pub(super) entries: AtomicU64,
+    /// Blocks that are still to go into the file, as the state's last holder left them: told to whoever cannot wait for
+    /// the lock.
+    pub(super) to_fold: AtomicU64,
     /// Held by whoever syncs the file and removes what that made superfluous: one at a time, so that nobody's flush
     /// returns before entries are gone that another has begun to remove.
     pub(super) settling: Mutex<()>,
-    /// Why nobody knows any more what is safe: a sync of the file has failed, or a write of the store. Set under the lock
-    /// of the state. After it no entry is removed, nothing is taken, and no flush succeeds.
+    /// Why nobody knows any more what is safe, or what is missing: a sync of the file has failed, a write of the store,
+    /// a part of a seed, or what a mark reads. Set under the lock of the state. After it no entry is removed, nothing is
+    /// taken, and no flush succeeds.
     pub(super) failure: OnceLock<String>,
 }
 
 /// The state, locked.
 pub(super) struct Held<'a> {
     state: MutexGuard<'a, State>,
-    entries: &'a AtomicU64,
+    to_fold: &'a AtomicU64,
 }
 
 impl Deref for Held<'_> {
@@ -52,7 +54,7 @@ impl DerefMut for Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.entries.store(self.state.entries(), Ordering::Relaxed);
+        self.to_fold.store(self.state.to_fold(), Ordering::Relaxed);
     }
 }
 
@@ -65,7 +67,7 @@ impl Core {
             base,
             engine,
             blocks,
-            entries: AtomicU64::new(state.entries()),
+            to_fold: AtomicU64::new(state.to_fold()),
             state: Mutex::new(state),
             settling: Mutex::new(()),
             failure: OnceLock::new(),
@@ -75,7 +77,7 @@ impl Core {
     /// The state is whole between any two calls, also of a thread that panicked.
     pub(super) fn lock(&self) -> Held<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Held { state, entries: &self.entries }
+        Held { state, to_fold: &self.to_fold }
     }
 
     /// For whoever holds the lock.

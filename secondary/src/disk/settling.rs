@@ -75,7 +75,7 @@ impl Core {
         batch.push(Change::Clear(Column::Pending));
         // If it is lost, the next start does it.
         self.remove(&batch, Durability::Unsynced)?;
-        state.adopted = None;
+        state.moved();
         Ok(())
     }
 

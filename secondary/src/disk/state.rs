@@ -1,4 +1,5 @@
-//! Which blocks have an entry in the overlay, and what it is worth. The sets are apart from each other.
+//! Which blocks have an entry in the overlay, and what it is worth. The sets are apart from each other, but for
+//! blocks with an entry in `pending` and an older one beside it.
 
 use colo_common::{Block, Point};
 use colo_vmm::BlockSet;
@@ -19,6 +20,8 @@ pub(super) struct State {
     /// Blocks whose newest content is in `pending` under this point, until it is moved or folded; an entry of the
     /// overlay that they have beside it is older, and goes with it.
     pub(super) adopted: Option<(Point, BlockSet)>,
+    /// How many of those are present too.
+    both: u64,
     /// The file must stay as it is, for the copy that is kept aside.
     pub(super) aside: bool,
     /// The guest runs here: it writes to the file.
@@ -34,7 +37,8 @@ impl State {
         let Entries { present, adopted, aside, active } = entries;
         let none = || BlockSet::new(present.blocks());
         let (superseded, syncing) = (none(), none());
-        Self { superseded, syncing, present, adopted, aside, active, seeded: 0, cursor: Block(0) }
+        let both = adopted.iter().map(|(_, blocks)| common(&present, blocks)).sum();
+        Self { superseded, syncing, present, adopted, both, aside, active, seeded: 0, cursor: Block(0) }
     }
 
     /// Whether the overlay has something that counts of any of these blocks.
@@ -68,20 +72,31 @@ impl State {
         self.present.next(from).into_iter().chain(adopted).min()
     }
 
-    /// Entries of all kinds.
-    pub(super) fn entries(&self) -> u64 {
-        self.sets().map(BlockSet::len).sum()
+    /// Blocks whose entry counts: they are still to go into the file. Walks through no set: it is asked after every change.
+    pub(super) fn to_fold(&self) -> u64 {
+        let adopted = self.adopted.as_ref().map_or(0, |(_, blocks)| blocks.len());
+        self.present.len() + adopted - self.both
+    }
+
+    /// Nothing in `pending` counts any more.
+    pub(super) fn moved(&mut self) {
+        (self.adopted, self.both) = (None, 0);
     }
 
     /// These have new entries in `pending`.
     pub(super) fn adopt(&mut self, point: Point, blocks: BlockSet) {
         self.forget(&blocks);
+        self.both = common(&self.present, &blocks);
         self.adopted = Some((point, blocks));
     }
 
     /// These have new entries.
     pub(super) fn renew(&mut self, blocks: &BlockSet) {
         self.forget(blocks);
+        if let Some((_, adopted)) = &self.adopted {
+            let new = |block: &Block| adopted.contains(*block) && !self.present.contains(*block);
+            self.both += blocks.iter().filter(new).count() as u64;
+        }
         self.present.union_with(blocks);
     }
 
@@ -97,10 +112,9 @@ impl State {
     pub(super) fn supersede(&mut self, blocks: Range<Block>) {
         let mut at = blocks.start;
         while let Some(block) = self.next_counting(at).filter(|block| *block < blocks.end) {
-            self.present.remove(block);
-            if let Some((_, adopted)) = &mut self.adopted {
-                adopted.remove(block);
-            }
+            let present = self.present.remove(block);
+            let adopted = self.adopted.as_mut().is_some_and(|(_, adopted)| adopted.remove(block));
+            self.both -= u64::from(present && adopted);
             self.superseded.insert(block);
             at = Block(block.0 + 1);
         }
@@ -140,4 +154,9 @@ impl State {
             "the disk is a copy until this node runs the guest",
         ))
     }
+}
+
+/// Blocks that both have; costs what the second has.
+fn common(one: &BlockSet, other: &BlockSet) -> u64 {
+    other.iter().filter(|block| one.contains(*block)).count() as u64
 }

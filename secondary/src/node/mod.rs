@@ -14,6 +14,8 @@ mod pairing;
 mod promoting;
 mod starting;
 mod telling;
+#[cfg(test)]
+mod tests;
 mod tray;
 
 use colo_common::register::Entry;

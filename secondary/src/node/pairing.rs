@@ -3,6 +3,7 @@
 
 use colo_common::{Incarnation, NodeId, Point, ReplicaId};
 use colo_primary::guest_config::account;
+use colo_primary::node::status::Devices;
 use colo_proto::message::Hello;
 use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
 use colo_vmm::spec::NetSpec;
@@ -163,6 +164,8 @@ impl Follower {
                 return Err(self.other_guest(warm, request));
             }
             (self.warm, self.applier) = (None, None);
+            // Nothing waits here: the account neither tells of it nor holds any of it.
+            self.board.change(|status| (status.guest, status.devices) = (None, Devices::default()));
             self.agreed.clear();
         }
         if let Some(warm) = &self.warm {

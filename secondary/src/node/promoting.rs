@@ -156,9 +156,11 @@ impl Follower {
         if let Some(since) = self.detector.since() {
             promotion.register = granted - since;
         }
-        let outcome = match start {
-            Start::Promote(point) => self.promote_from(point, entry, granted, promotion),
-            Start::Boot => self.boot(entry, granted, promotion),
+        let outcome = match (&self.store_failed, start) {
+            // It may have failed while the register was asked.
+            (Some(why), _) => Err(format!("its store has failed: {why}")),
+            (None, Start::Promote(point)) => self.promote_from(point, entry, granted, promotion),
+            (None, Start::Boot) => self.boot(entry, granted, promotion),
         };
         if let Ok(Outcome::Run(_, took)) = &outcome {
             let Promotion { point, register, apply, store, restore, .. } = *took;

@@ -38,7 +38,8 @@ impl Follower {
             path: path.clone(),
             bytes: spec.bytes,
             read_only: spec.read_only,
-            overlay: Some(Arc::clone(disk) as Arc<dyn Overlay>),
+            // The file is locked as long as the disk lives, and another guest may need it.
+            overlay: Some(Arc::new(Arc::downgrade(disk)) as Arc<dyn Overlay>),
         });
         let network = virtio.net.zip(self.tap.clone()).map(|(net, tap)| NetworkAccount { tap, mac: net.mac });
         Devices { disk, network }

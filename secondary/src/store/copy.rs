@@ -4,7 +4,7 @@ use colo_common::{Gfn, Term};
 
 use super::engine::{Batch, Change, Column, Durability};
 use super::format::{Kind, MetaCopy, number_key, promotion_point};
-use super::pending::{Changed, Delta};
+use super::pending::Delta;
 use super::{BlockRun, PageContent, Store, StoreError};
 
 /// What a new copy starts from.
@@ -72,18 +72,19 @@ impl Store {
 
     /// This node runs the guest from `term` on: one synced write with the `blocks` that the point it runs from has
     /// beyond what is stored (the disk moves on from there) and the end of the stored memory and its replica id. Do it
-    /// before a vCPU runs. The copy may be any: under the policy `memory` the store may be far behind the staged point.
+    /// before a vCPU runs. The copy is whole, or there is none; under the policy `memory` it may be far behind the staged
+    /// point.
     /// [`reclaim`](Self::reclaim) gives the room back later. The blocks come ascending and each once; what is too much
     /// for one batch of them is in `pending` until it is folded into the image file.
     ///
     /// # Errors
-    /// A block is not the guest's, or the device fails or is full.
+    /// The copy is inconsistent, a block is not the guest's, or the device fails or is full.
     pub fn activate(&mut self, term: Term, blocks: &[BlockRun<'_>]) -> Result<(), StoreError> {
-        let disk = self.disk_for(blocks)?;
-        if let Some(disk) = disk.iter().find(|_| self.meta.copy == MetaCopy::Inconsistent) {
-            // What a seed wrote into the file.
-            disk.settle().map_err(|source| self.disk_error(source))?;
+        if self.meta.copy == MetaCopy::Inconsistent {
+            // A disk of two points: that of a seed, and the one before it.
+            return Err(self.out_of_place("let the guest run here"));
         }
+        let disk = self.disk_for(blocks)?;
         if let Some(point) = self.adopted() {
             // Blocks that a mark left in `pending` are part of the disk; its pages are of no more use.
             self.move_pending(point, Kind::Block)?;
@@ -102,12 +103,9 @@ impl Store {
         meta.active = Some(term);
         meta.copy = MetaCopy::None;
         meta.previous = None;
-        self.commit_with(batch, meta, Some(Changed { blocks, adopted }))?;
-        if let Some(disk) = disk {
-            if adopted.is_none() {
-                disk.moved();
-            }
-            disk.run();
+        match disk {
+            Some(disk) => disk.run(adopted, blocks, || self.commit(batch, meta))?,
+            None => self.commit(batch, meta)?,
         }
         self.record = None;
         self.checksums = Some(Default::default());

@@ -4,9 +4,9 @@
 //! ```text
 //!          begin_copy               complete               persist
 //!   None --------------> Inconsistent --------> Whole(point) ------> Whole(later point)
-//!    |  ^                  |  ^  ^                |  |
-//!    |  |                  |  |  +-- begin_copy --+  |
-//!    +--+- activate -------+--+----------------------+
+//!    |  ^                     ^                   |  |
+//!    |  |                     +---- begin_copy ---+  |
+//!    +--+- activate ---------------------------------+
 //!         (active)
 //! ```
 //!

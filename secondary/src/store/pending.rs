@@ -89,9 +89,11 @@ impl Store {
         let mut batch = super::meta_batch(&meta);
         batch.push(Change::Clear(Column::Pending));
         // Not synced: if it is lost, the same is folded again.
-        self.write(&batch, Durability::Unsynced)?;
+        match self.disk.clone() {
+            Some(disk) => disk.moved(|| self.write(&batch, Durability::Unsynced))?,
+            None => self.write(&batch, Durability::Unsynced)?,
+        }
         self.meta = meta;
-        self.disk.iter().for_each(|disk| disk.moved());
         Ok(())
     }
 

@@ -45,6 +45,8 @@ impl std::fmt::Debug for Between {
 pub(crate) enum Failing {
     Flushes,
     Writes,
+    /// Looks for where there is data.
+    Looks,
 }
 
 /// A process' hold on it.
@@ -166,6 +168,9 @@ impl Disk for OpenDisk {
 
     fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>> {
         let medium = self.alive()?;
+        if medium.fails == Some(Failing::Looks) {
+            return Err(io::Error::other("the device is gone"));
+        }
         let per_block = (BLOCK_SIZE / SECTOR) as u64;
         let first = medium.now.range(from.0 * per_block..).next();
         Ok(first.map(|(at, _)| Block(at / per_block)..Block(at / per_block + 1)))

@@ -184,8 +184,7 @@ pub(crate) fn draw(rng: &mut Rng, state: &State) -> Step {
         },
         Copy::Inconsistent => match rng.below(12) {
             0 => Step::BeginCopy { base_stored: rng.below(2) == 0 },
-            1 => Step::Activate { term: term.next(), blocks: rng.tags(14, BLOCKS) },
-            2 | 3 => {
+            1..=3 => {
                 let point = Point { term, epoch: Epoch(rng.below(1000)) };
                 Step::Complete { point, replica, state: rng.next(), blocks: rng.tags(4, BLOCKS) }
             }

@@ -66,7 +66,11 @@ impl Persister {
 
     /// Does the next job, or some epochs at once: a turn of `Worker::run`.
     pub(crate) fn work(&mut self, mutations: Mutations) -> Option<Persisted> {
-        let done = match self.jobs.pop_front()? {
+        let job = self.jobs.pop_front()?;
+        if self.failed {
+            return None;
+        }
+        let done = match job {
             Job::Epoch(first) => {
                 let mut epochs = vec![first];
                 while epochs.len() < MAX_FOLDED
@@ -81,12 +85,12 @@ impl Persister {
         };
         match done {
             Ok(told) => told,
-            // Said once; a store that failed takes nothing more.
-            Err(_) if self.failed || self.died => None,
+            Err(_) if self.died => None,
             Err(_) if self.dying => {
                 self.died = true;
                 None
             }
+            // A store that failed takes nothing more.
             Err(e) => {
                 self.failed = true;
                 Some(Persisted::Failed(e.to_string()))
@@ -112,6 +116,9 @@ impl Persister {
         }
         if mutations.skipped_blocks_dropped {
             skipped.clear();
+        }
+        if self.failed {
+            return Err("the store has failed before".to_owned());
         }
         let done = self.store.activate(term, &newest(&skipped));
         self.died |= done.is_err() && self.dying;

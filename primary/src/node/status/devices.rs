@@ -5,7 +5,7 @@ use colo_common::Mac;
 use colo_vmm::tap::Tap;
 use std::fmt::Debug;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// A disk of which a part is not in its image file yet. None of this waits.
 pub trait Overlay: Send + Sync + Debug {
@@ -14,6 +14,17 @@ pub trait Overlay: Send + Sync + Debug {
 
     /// Why it is of no more use to this process, once it is not.
     fn failure(&self) -> Option<String>;
+}
+
+/// One that may be closed meanwhile: then there is nothing to tell of it.
+impl<T: Overlay> Overlay for Weak<T> {
+    fn bytes_to_fold(&self) -> u64 {
+        self.upgrade().map_or(0, |overlay| overlay.bytes_to_fold())
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.upgrade()?.failure()
+    }
 }
 
 /// The guest's disk here.
@@ -25,7 +36,8 @@ pub struct DiskAccount {
     pub bytes: u64,
     /// The guest can only read it.
     pub read_only: bool,
-    /// What is over the file; none at a node that began the guest.
+    /// What is over the file; none at a node that began the guest. A [`Weak`] one: whoever looks at an account, or keeps
+    /// one, does not keep the file open.
     pub overlay: Option<Arc<dyn Overlay>>,
 }
 

@@ -1,0 +1,123 @@
+//! A follower without a runner and without its thread: what one thing that it is told makes of it.
+
+use super::{Event, Follower, Outcome, Parts, Settings, Tray, boot_file_path};
+use crate::agreement::PairRequest;
+use crate::persist::Persister;
+use crate::receiver::Budget;
+use crate::replica::{AckPolicy, Replica, Rules, Start, Stored};
+use crate::store::{MemoryDisk, Store};
+use colo_common::arbiter::file::FileArbiter;
+use colo_common::register::{Entry, Value};
+use colo_common::vmdir::VmDirectory;
+use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, ProposalId, Term, VmId};
+use colo_primary::arbiter_worker::ArbiterWorker;
+use colo_primary::console::Console;
+use colo_primary::node::status::Board;
+use colo_vmm::spec::DiskSpec;
+use colo_vmm::synthetic::SyntheticConfig;
+use colo_vmm::wire_spec::FileDigest;
+use colo_vmm::{BootFile, BootSource, GuestKind, GuestSpec, WireSpec};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Of this process.
+const ME: Incarnation = Incarnation(1);
+const DISK_BYTES: u64 = 16 * BLOCK_SIZE as u64;
+
+fn node(name: &str) -> NodeId {
+    name.parse().unwrap()
+}
+
+/// One that holds nothing.
+fn follower(place: &Path) -> Follower {
+    let vm: VmId = "web".parse().unwrap();
+    let (outbox, inbox) = crossbeam_channel::unbounded::<Event>();
+    let tray = Tray::new(outbox.clone());
+    let (tell, store) = (tray.clone(), Store::open_in_memory(&MemoryDisk::new(), &vm).unwrap());
+    let persister = Persister::start(store, move |persisted| tell.persisted(persisted)).unwrap();
+    let arbiter = Arc::new(FileArbiter::open(place).unwrap());
+    let rules = Rules { policy: AckPolicy::Memory, boot_after_crash: false };
+    let parts = Parts {
+        vm: vm.clone(),
+        me: node("b"),
+        incarnation: ME,
+        replica: Replica::new(node("b"), ME, rules, Stored { active: false, whole: None }),
+        again: false,
+        history: History::default(),
+        persister,
+        tap: None,
+        console: Console::default(),
+        budget: Budget::new(1 << 20),
+        arbiter: ArbiterWorker::start(arbiter, vm.clone(), |_| {}).unwrap(),
+        tray,
+        directory: Arc::new(VmDirectory::open(&place.join("vm"), &vm).unwrap()),
+        board: Board::default(),
+    };
+    let settings = Settings {
+        auto_failover: true,
+        promote_delay: Duration::ZERO,
+        startup_grace: Duration::ZERO,
+        max_epoch_bytes: 1 << 20,
+        window: 8,
+        quic_port: 1,
+        boot_directory: place.to_owned(),
+        disk: Some(place.join("disk.img")),
+    };
+    Follower::new(parts, settings, (outbox, inbox))
+}
+
+/// A runner's word about a guest with a disk that boots from this byte.
+fn request(boots: u8) -> PairRequest {
+    let image = BootFile { path: "image".into(), bytes: vec![boots].into() };
+    let mut spec = GuestSpec::new("web", 4 << 20, BootSource::Flat { image, address: 1 << 16 });
+    spec.virtio.disk = Some(DiskSpec { bytes: DISK_BYTES, read_only: false, serial: String::new() });
+    PairRequest {
+        node: node("a"),
+        incarnation: Incarnation(2),
+        digest: spec.digest(),
+        spec: WireSpec::new(&spec, GuestKind::Synthetic(SyntheticConfig::default())),
+        cpu: None,
+        host: String::new(),
+    }
+}
+
+fn bring(place: &Path, boots: u8) {
+    let file = FileDigest::of(&BootFile { path: "image".into(), bytes: vec![boots].into() });
+    fs::write(boot_file_path(place, file.digest), [boots]).unwrap();
+}
+
+#[test]
+fn another_guest_may_have_the_disk_of_one_that_never_came() {
+    let place = tempfile::tempdir().unwrap();
+    let mut follower = follower(place.path());
+    bring(place.path(), 1);
+    assert!(follower.pair(&request(1)).unwrap().missing.is_empty());
+    // As a control plane that is in the middle of an answer.
+    let seen = follower.board.status();
+    assert!(seen.devices.disk.is_some() && seen.guest.is_some());
+    assert_eq!(follower.pair(&request(2)).unwrap().missing.len(), 1);
+    let now = follower.board.status();
+    assert!(now.devices.disk.is_none() && now.guest.is_none(), "nothing waits here");
+    bring(place.path(), 2);
+    assert!(follower.pair(&request(2)).unwrap().missing.is_empty());
+    let disk = follower.board.status().devices.disk.expect("the other guest has one");
+    assert_eq!(disk.overlay.map(|overlay| overlay.bytes_to_fold()), Some(0));
+    assert_eq!(disk.bytes, DISK_BYTES);
+}
+
+#[test]
+fn nothing_runs_over_a_store_that_failed_while_the_register_was_asked() {
+    let place = tempfile::tempdir().unwrap();
+    let mut follower = follower(place.path());
+    bring(place.path(), 1);
+    follower.pair(&request(1)).unwrap();
+    follower.store_failed = Some("no space".to_owned());
+    let value = Value::Solo { node: node("b"), incarnation: ME };
+    follower.take_over(Start::Boot, Entry { term: Term(2), proposal: ProposalId(1), value });
+    match follower.end.take() {
+        Some(Outcome::Failed(why)) => assert!(why.contains("its store has failed: no space"), "{why}"),
+        _ => panic!("it did not fail"),
+    }
+}
