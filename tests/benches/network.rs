@@ -30,6 +30,7 @@ fn main() -> anyhow::Result<()> {
     cluster.start_secondary("secondary")?;
     cluster.start_primary("primary", None)?;
     cluster.until_said("colo-service ready")?;
+    let capture = lab.capture("primary")?;
     let stream = lab.connect(&format!("{GUEST}:6379"), PATIENCE)?;
     let mut connection = Connection::new(stream, PATIENCE)?;
     let large = vec![b'x'; LARGE];
@@ -37,10 +38,13 @@ fn main() -> anyhow::Result<()> {
     let alone = measure(&mut connection, &large)?;
     cluster.protect("primary", "secondary")?;
     let protected = measure(&mut connection, &large)?;
+    let (frames, _) = capture.stop();
     for (name, at) in [("into the guest", 0), ("out of the guest", 1)] {
         let ratio = protected[at] / alone[at];
+        let longest = frames.iter().filter(|frame| frame.outgoing == (at == 0)).map(|frame| frame.len).max();
+        let longest = longest.context("no frame was seen")?;
         println!(
-            "{name}: unprotected {:.2} MB/s, protected {:.2} MB/s, {ratio:.2}",
+            "{name}: unprotected {:.2} MB/s, protected {:.2} MB/s, {ratio:.2}; frames of up to {longest} bytes",
             alone[at], protected[at]
         );
     }
