@@ -10,7 +10,7 @@ use colo_primary::node::status::Overlay;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::persist::{Job, Persisted, Persister};
 use colo_secondary::staging::StagedBlocks;
-use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoredCopy};
+use colo_secondary::store::{Base, BlockRun, Mark, MemoryDisk, Store, StoreError, StoredCopy};
 use colo_vmm::disk::Disk;
 use crossbeam_channel::Receiver;
 use epochs::{data, machine, staged};
@@ -51,19 +51,24 @@ fn content(disk: &dyn Disk) -> Vec<u8> {
     bytes.into_iter().step_by(BLOCK_SIZE).collect()
 }
 
+/// Marks of one term, each with a run of blocks; the first makes the copy whole.
+fn steps() -> impl FnMut(&mut Store, u64, BlockRun<'_>) -> Result<(), StoreError> {
+    let mut history = History::default();
+    move |store, epoch, run| {
+        history.extend(point(1, epoch));
+        let (point, now) = (point(1, epoch), SystemTime::UNIX_EPOCH);
+        let mark = Mark { point, history: &history, state: b"state", blocks: &[run], now };
+        if epoch == 1 { store.complete(mark, None) } else { store.persist([], mark) }
+    }
+}
+
 #[test]
 fn a_store_whose_file_failed_takes_no_mark_and_lets_nothing_run() {
     let Rig { medium, file, mut store, disk } = Rig::new();
     store.begin_copy(Base::Empty).unwrap();
     let (one, two) = ([1; BLOCK_SIZE], [2; BLOCK_SIZE]);
     store.write_blocks([BlockRun::data(Block(1), &one)]).unwrap();
-    let mut history = History::default();
-    let mut step = |store: &mut Store, epoch: u64, run: BlockRun<'_>| {
-        history.extend(point(1, epoch));
-        let (point, now) = (point(1, epoch), SystemTime::UNIX_EPOCH);
-        let mark = Mark { point, history: &history, state: b"state", blocks: &[run], now };
-        if epoch == 1 { store.complete(mark, None) } else { store.persist([], mark) }
-    };
+    let mut step = steps();
     step(&mut store, 1, BlockRun::data(Block(2), &two)).unwrap();
     step(&mut store, 2, BlockRun::data(Block(3), &two)).unwrap();
     assert_eq!(disk.failure(), None);
@@ -137,13 +142,7 @@ fn no_mark_follows_one_whose_blocks_could_not_be_read() {
     store.begin_copy(Base::Empty).unwrap();
     let one = [1; BLOCK_SIZE];
     store.write_blocks([BlockRun::data(Block(1), &one)]).unwrap();
-    let mut history = History::default();
-    let mut step = |store: &mut Store, epoch: u64, run: BlockRun<'_>| {
-        history.extend(point(1, epoch));
-        let (point, now) = (point(1, epoch), SystemTime::UNIX_EPOCH);
-        let mark = Mark { point, history: &history, state: b"state", blocks: &[run], now };
-        if epoch == 1 { store.complete(mark, None) } else { store.persist([], mark) }
-    };
+    let mut step = steps();
     step(&mut store, 1, BlockRun::data(Block(2), &one)).unwrap();
     file.fail(Some(Failing::Looks));
     step(&mut store, 2, BlockRun::zeros(Block(1), 1)).unwrap_err();

@@ -144,7 +144,6 @@ impl Node {
     /// A secondary is there. Answers why it cannot be used, if so.
     fn link_up(&mut self, number: u64, purpose: Purpose, up: Welcomed) -> Result<Option<String>, NodeError> {
         let Welcomed { link, node, offer, max_epoch_bytes, address, pulse } = up;
-        self.agreed_epoch_bytes = max_epoch_bytes;
         let board = self.board.clone();
         let peer = |link: LinkHandle, base, resend_output| {
             board.linked(LinkState::new(node.clone(), address, pulse));
@@ -153,6 +152,7 @@ impl Node {
         match purpose {
             Purpose::Link(_) => match self.replicator.relink(&node, &offer) {
                 Ok(base) => {
+                    self.agreed_epoch_bytes = max_epoch_bytes;
                     self.peer = peer(link, Some(base), true);
                     self.send_resting_again();
                     Ok(None)
@@ -164,6 +164,7 @@ impl Node {
                 if let Err(e) = self.replicator.seed(node.clone()) {
                     return Ok(Some(e.to_string()));
                 }
+                self.agreed_epoch_bytes = max_epoch_bytes;
                 self.begin_seed(number, &link, &offer, base)?;
                 self.peer = peer(link, None, true);
                 Ok(None)

@@ -142,13 +142,13 @@ impl Runner {
         max_epoch_bytes: u64,
         common: &mut Common,
     ) -> Result<(), String> {
-        self.agreed_epoch_bytes = max_epoch_bytes;
         let tip = self.replicator.history().tip().unwrap_or_default();
         let encoder = Encoder::new(common.tag(), tip);
         let peer = |base| Peer { link, base, resend_output: true, max_epoch_bytes, encoder };
         match purpose {
             Purpose::Link(_) => {
                 let base = self.replicator.relink(node, offer).map_err(|e| e.to_string())?;
+                self.agreed_epoch_bytes = max_epoch_bytes;
                 common.count("relinks");
                 self.peer = Some(peer(Some(base)));
                 self.send_resting_again();
@@ -156,6 +156,7 @@ impl Runner {
             Purpose::Seed => {
                 let base = self.replicator.resync_from(offer);
                 self.replicator.seed(node.clone()).map_err(|e| e.to_string())?;
+                self.agreed_epoch_bytes = max_epoch_bytes;
                 self.peer = Some(peer(None));
                 self.begin_seed(link, offer, base, common);
             }
