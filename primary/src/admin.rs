@@ -11,7 +11,7 @@ use colo_proto::v1::{
     self, ConsoleInput, EpochReport, HealthReply, HealthRequest, PauseReplicationReply,
     PauseReplicationRequest, PromoteReply, PromoteRequest, ProtectProgress, ProtectRequest,
     ResumeReplicationReply, ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, StatusReply,
-    StatusRequest, StopReply, StopRequest, WatchRequest,
+    StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, WatchRequest,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -109,6 +109,13 @@ impl Admin for AdminService {
     ) -> Result<Response<ResumeReplicationReply>, Status> {
         self.0.command(|reply| Command::Resume { reply }).await?;
         Ok(Response::new(ResumeReplicationReply {}))
+    }
+
+    async fn switchover(&self, _: Request<SwitchoverRequest>) -> Result<Response<SwitchoverReply>, Status> {
+        let started = Instant::now();
+        self.0.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
+        let elapsed_ms = convert::ms(started.elapsed());
+        Ok(Response::new(SwitchoverReply { register: self.0.register(), elapsed_ms }))
     }
 
     async fn promote(&self, request: Request<PromoteRequest>) -> Result<Response<PromoteReply>, Status> {

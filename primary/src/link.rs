@@ -159,8 +159,11 @@ pub struct LinkHandle {
 pub enum Urgent {
     /// The register was changed in this node's favour.
     Term(Term),
-    /// This node's guest failed: take over.
-    Yield,
+    /// Take over: this node's guest failed, or is to move.
+    Yield {
+        /// It failed.
+        failed: bool,
+    },
 }
 
 /// The link's end of it.
@@ -228,9 +231,9 @@ impl LinkHandle {
         let _ = self.urgent.send(Urgent::Term(term));
     }
 
-    /// Tells the secondary to take over.
-    pub fn send_yield(&self) {
-        let _ = self.urgent.send(Urgent::Yield);
+    /// Tells the secondary to take over, since the guest `failed` here or is to move.
+    pub fn send_yield(&self, failed: bool) {
+        let _ = self.urgent.send(Urgent::Yield { failed });
     }
 
     /// Ends the link, whoever else still holds it.

@@ -24,7 +24,8 @@ use crate::outlet::{Network, Outlet};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::serve::{self, Runner, Security};
-use crate::start::{Allowed, decide};
+use crate::standby::Standby;
+use crate::start::{Allowed, NotStarted, decide};
 
 /// The status of a process whose vm is another's now.
 pub const SUPERSEDED: u8 = 4;
@@ -39,10 +40,18 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = PrimaryConfig::load(path)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
+    let standby = config.standby.as_ref().map(|_| Standby {
+        config: path.to_owned(),
+        of_primary: true,
+        boot_directory: directory.boot(),
+    });
     if directory.store().exists() {
+        if let Some(standby) = &standby {
+            return Err(standby.become_secondary(None));
+        }
         let path = directory.path().display();
         bail!(
-            "{path} holds the store of a secondary: start colo-secondary with it, or give this node another directory"
+            "{path} holds the store of a secondary: start colo-secondary with it, add [standby], or give this node another directory"
         );
     }
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
@@ -68,7 +77,16 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         serve::console_sinks(&console, &config.console).await
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
-    let entry = ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed)?;
+    let entry = match ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed) {
+        Ok(entry) => entry,
+        Err(why) => match (&standby, why.downcast_ref::<NotStarted>()) {
+            (Some(standby), Some(NotStarted::NotOurs(entry) | NotStarted::NothingToRun(entry))) => {
+                tracing::warn!(vm = %config.vm, "the register says: {entry}; this node follows");
+                return Err(standby.become_secondary(None));
+            }
+            _ => return Err(why),
+        },
+    };
     let begins = OutputPosition::at_start(entry.term);
     guest.count_from(begins)?;
     console.begin_at(begins.console);
@@ -88,6 +106,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         outlet: Outlet::new(console, network.map(|(net, tap)| Network::new(tap, net.mac, []))),
         moved: false,
         promotions: 0,
+        former: None,
     };
     let runner = Runner {
         plane,
@@ -97,6 +116,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         on_stop: config.on_stop,
         security,
         own_address: config.admin.listen,
+        standby,
     };
     let end = runner.run(beginning, runtime.handle())?;
     Ok(ended(&config.vm, &end))

@@ -222,7 +222,7 @@ impl Link {
                 },
                 word = urgent.recv() => match word {
                     Some(Urgent::Term(term)) => write_control(&mut stream, self.vm, &TermChanged { term }).await,
-                    Some(Urgent::Yield) => write_control(&mut stream, self.vm, &Yield { failed: true }).await,
+                    Some(Urgent::Yield { failed }) => write_control(&mut stream, self.vm, &Yield { failed }).await,
                     None => {
                         drop(write_control(&mut stream, self.vm, &Goodbye).await);
                         return "this node dropped it".to_owned();

@@ -67,6 +67,8 @@ pub struct Replicator<C> {
     /// The newest point acked by this copy in any term: what was carried up to it is kept no longer. In `Alone`, the
     /// open dirty set has everything that was written since.
     covered: Option<Point>,
+    /// What `covered` was when the vm was lost: what was written since is in the open dirty set.
+    parted: Option<Point>,
     flight: VecDeque<Flight<C>>,
     /// The newest cut.
     tip: Epoch,
@@ -95,6 +97,7 @@ impl<C: Carried> Replicator<C> {
             hold: None,
             acked: None,
             covered: None,
+            parted: None,
             flight: VecDeque::new(),
             tip,
             history,
@@ -131,6 +134,11 @@ impl<C: Carried> Replicator<C> {
     /// The newest point that the copy has acked, in any term.
     pub fn covered(&self) -> Option<Point> {
         self.covered
+    }
+
+    /// The newest point of this node's guest that a copy elsewhere has acked, once the vm was lost.
+    pub fn parted(&self) -> Option<Point> {
+        self.parted
     }
 
     /// Epochs that are cut and not acked.
@@ -548,11 +556,12 @@ impl<C: Carried> Replicator<C> {
 
     fn lose(&mut self, to: Option<Entry>, keep: bool) -> Vec<Action<C>> {
         self.linked = false;
-        self.flight.clear();
-        self.covered = None;
+        self.parted = self.covered.take();
         self.hold = None;
         self.acked = None;
         let mut actions = vec![Action::Park, Action::Detach];
+        // Nobody is sent it by this node any more, but it tells where this node's memory differs from that point.
+        actions.extend(self.fail_flight());
         match to {
             // What the guest or the operator asked for stands, in case of a hand-back.
             Some(to) if keep => self.phase = Phase::Lost { to },

@@ -3,13 +3,15 @@
 
 use anyhow::{Context, anyhow};
 use colo_common::arbiter::Arbiter;
-use colo_common::config::{ConsoleConfig, OnSecondaryLoss, OnStop, ReplicationConfig};
+use colo_common::config::{ConsoleConfig, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
+use colo_common::register::Value;
 use colo_common::tls::{self, Identity};
 use colo_proto::v1::admin_server::AdminServer;
 use crossbeam_channel::{Receiver, Sender};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -26,9 +28,12 @@ use crate::node::{Beginning, Command, Event, Node, NodeError, Settings};
 use crate::pairing::PairingClient;
 use crate::quic::{QuicConnector, client_endpoint};
 use crate::replicator::End;
+use crate::standby::Standby;
 
 /// How long the control plane lives on after the node: some of its looks at the status, and a reply.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// The same where the process goes on to follow: each moment of it the vm is without protection.
+const LAST_REPLY: Duration = Duration::from_millis(100);
 /// Events that may wait for a node: more than acks, answers and commands can ever be.
 const MAX_EVENTS: usize = 4096;
 
@@ -177,16 +182,19 @@ pub struct Runner {
     pub security: Security,
     /// The control plane's address, as others reach it.
     pub own_address: SocketAddr,
+    /// What the process becomes when another node has the vm; nothing if it ends.
+    pub standby: Option<Standby>,
 }
 
 impl Runner {
-    /// Runs the guest until this node's part is over. Blocks.
+    /// Runs the guest until this node's part is over. Blocks. If the process is to go on as a secondary, it does not come
+    /// back.
     ///
     /// # Errors
-    /// The guest cannot go on here.
+    /// The guest cannot go on here, or the process not as a secondary.
     pub fn run(self, beginning: Beginning, runtime: &Handle) -> anyhow::Result<End> {
         let (outbox, inbox): (Sender<Event>, Receiver<Event>) = crossbeam_channel::bounded(MAX_EVENTS);
-        let tell = outbox.clone();
+        let (tell, vm) = (outbox.clone(), beginning.vm.clone());
         let worker = ArbiterWorker::start(self.arbiter, beginning.vm.clone(), move |found| {
             drop(tell.send(Event::Arbiter(found)));
         })
@@ -212,34 +220,56 @@ impl Runner {
             solo_on_loss: self.replication.on_secondary_loss == OnSecondaryLoss::Solo,
             secondary: self.replication.secondary.as_ref().map(ToString::to_string),
             max_promotions: self.max_promotions,
+            reprotect: self.replication.reprotect == Reprotect::Auto,
         };
-        runtime.spawn(on_signal(self.on_stop, outbox.clone()));
+        let ends = Arc::new(AtomicBool::new(false));
+        runtime.spawn(on_signal(self.on_stop, outbox.clone(), Arc::clone(&ends)));
         let board = self.plane.board.clone();
         let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board.clone());
         self.plane.set_part(Part::Runner(outbox));
-        let end = node.run();
+        let ended = node.run();
         self.plane.set_part(Part::None);
         board.change(|status| {
             (status.role, status.running) = (Role::Stopped, false);
-            status.failure = end.as_ref().err().map(ToString::to_string);
+            status.failure = ended.as_ref().err().map(ToString::to_string);
         });
+        if let (Ok((End::Superseded(Some(entry)), remains)), Some(standby)) = (&ended, &self.standby)
+            && !matches!(entry.value, Value::Stopped { .. })
+            && !ends.load(Ordering::SeqCst)
+        {
+            tracing::warn!(vm = %vm, "another node has the vm: {entry}; this one follows");
+            std::thread::sleep(LAST_REPLY);
+            return Err(standby.follow(&vm, remains));
+        }
         // Whoever asked for the end is told by the control plane, which ends with the process.
         std::thread::sleep(LAST_ANSWERS);
-        Ok(end?)
+        Ok(ended?.0)
     }
 }
 
-/// A signal to end does what the configuration says.
-async fn on_signal(on_stop: OnStop, outbox: Sender<Event>) {
+/// A signal to end does what the configuration says; the second one after a switchover that failed stops the vm.
+async fn on_signal(on_stop: OnStop, outbox: Sender<Event>, ends: Arc<AtomicBool>) {
+    let stop = || Command::Stop { reply: tokio::sync::oneshot::channel().0 };
     if ended().await.is_err() {
         return;
     }
+    ends.store(true, Ordering::SeqCst);
     let command = match on_stop {
-        OnStop::Stop => {
-            let (reply, _) = tokio::sync::oneshot::channel();
-            Command::Stop { reply }
-        }
+        OnStop::Stop => stop(),
         OnStop::Leave => Command::Leave { reply: None },
+        OnStop::Switchover => {
+            let (reply, answer) = tokio::sync::oneshot::channel();
+            drop(outbox.send(Event::Command(Command::Switchover { reply: Some(reply) })));
+            if !matches!(answer.await, Ok(Err(_))) {
+                return;
+            }
+            tracing::warn!("the guest runs on here; another signal to end stops the vm");
+            ends.store(false, Ordering::SeqCst);
+            if ended().await.is_err() {
+                return;
+            }
+            stop()
+        }
     };
     drop(outbox.send(Event::Command(command)));
 }

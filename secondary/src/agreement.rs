@@ -1,6 +1,7 @@
 //! What a runner says of its guest at pairing: read, bounded, and compared with what this build makes of the same
 //! description. Pure; what this host can do is asked of the warm guest afterwards (`node/pairing`).
 
+use colo_common::config::Endpoint;
 use colo_common::{BadName, Incarnation, NodeId};
 use colo_primary::guest_config::tracker;
 use colo_proto::convert::{ConvertError, incarnation};
@@ -12,6 +13,7 @@ use colo_vmm::memory::MemoryLayout;
 use colo_vmm::state::STATE_VERSION;
 use colo_vmm::wire_spec::WireSpecError;
 use colo_vmm::{GuestKind, WireSpec};
+use std::net::IpAddr;
 
 /// Characters of a name of the runner's that go into messages.
 const MAX_NAME: usize = 80;
@@ -33,6 +35,8 @@ pub struct PairRequest {
     pub cpu: Option<GuestCpu>,
     /// What the runner's host calls its processor; for messages.
     pub host: String,
+    /// The runner's control plane, if that can be reached by what it says.
+    pub address: Option<Endpoint>,
 }
 
 /// Why a request is not even considered.
@@ -144,7 +148,15 @@ pub fn read(request: v1::PairRequest) -> Result<PairRequest, Disagreement> {
         digest: request.spec_digest,
         cpu,
         host,
+        address: reachable(&request.admin_address),
     })
+}
+
+/// An address of every interface is none that others can reach.
+fn reachable(address: &str) -> Option<Endpoint> {
+    let endpoint: Endpoint = address.parse().ok()?;
+    let any = endpoint.host().parse().is_ok_and(|address: IpAddr| address.is_unspecified());
+    Some(endpoint).filter(|_| !any)
 }
 
 fn processor(cpu: v1::CpuModel, spec: &WireSpec) -> Result<Option<GuestCpu>, Disagreement> {

@@ -1,6 +1,7 @@
 //! `colo-secondary`: follows a primary, and carries its guest on when it dies.
 
 use clap::{Parser, Subcommand};
+use colo_secondary::secondary::Options;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -25,6 +26,12 @@ enum Command {
         /// Start a vm again that was stopped while this node ran it.
         #[arg(long)]
         again: bool,
+        /// The file is a primary's, which has a [standby].
+        #[arg(long)]
+        standby: bool,
+        /// What the process that ran the guest left; said by that process alone.
+        #[arg(long, hide = true)]
+        handover: Option<i32>,
     },
     /// Reads and checks everything in the store of a secondary that does not run.
     Scrub {
@@ -59,7 +66,10 @@ fn main() -> ExitCode {
     colo_common::telemetry::init();
     colo_common::telemetry::end_on_panic();
     let done = match Args::parse().command {
-        Command::Start { config, again } => colo_secondary::secondary::start(&config, again),
+        Command::Start { config, again, standby, handover } => {
+            let options = Options { again, of_primary: standby, handover };
+            colo_secondary::secondary::start(&config, options)
+        }
         Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),
         Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
         Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),

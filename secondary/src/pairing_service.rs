@@ -21,7 +21,9 @@ use tonic::{Request, Response, Status, Streaming};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::agreement::{self, Disagreement};
-use crate::node::{Event, HandBack, boot_file_path};
+use colo_primary::guest_files::boot_file_path;
+
+use crate::node::{Event, HandBack};
 use crate::replica::AckPolicy as Policy;
 
 /// Bytes of a boot file in all: a kernel or a module.

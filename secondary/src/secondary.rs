@@ -5,23 +5,27 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
 use colo_common::tls;
 use colo_common::vmdir::VmDirectory;
-use colo_common::{History, Incarnation};
+use colo_common::{Gfn, History, Incarnation, VmId};
 use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
+use colo_primary::handover::Handover;
 use colo_primary::heartbeat::Rhythm;
 use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
 use colo_primary::serve::{self, Runner, Security};
+use colo_primary::standby::Standby;
 use colo_proto::v1::pairing_server::PairingServer;
+use colo_vmm::page_batch::is_zero;
 use colo_vmm::tap::Tap;
+use colo_vmm::{PageBatch, PagePool};
 use crossbeam_channel::Sender;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tonic::service::Routes;
@@ -31,7 +35,7 @@ use crate::pairing_service::PairingService;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Receiver};
 use crate::replica::{AckPolicy, Replica, Rules, Stored};
-use crate::store::{Store, StoredCopy};
+use crate::store::{Base, PageContent, Store, StoredCopy};
 
 /// Events that may wait for the node; a full inbox slows the link.
 const MAX_EVENTS: usize = 256;
@@ -42,15 +46,30 @@ const EPOCH_SHARE: u64 = 4;
 /// How long a node that starts with a copy waits for its runner, beside the usual suspicion.
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
+/// Pages of memory that was handed over, copied and stored at once.
+const STORED_AT_ONCE: u64 = 256;
 /// How long a node that is ended on purpose waits for its runner to have heard of it.
 const FAREWELL: Duration = Duration::from_millis(300);
 
-/// Runs a secondary by its configuration; `again` starts a vm that was stopped on this node.
+/// How a secondary is started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Start a vm again that was stopped on this node.
+    pub again: bool,
+    /// The configuration is a primary's.
+    pub of_primary: bool,
+    /// The number of what the process that ran the guest left.
+    pub handover: Option<i32>,
+}
+
+/// Runs a secondary by its configuration.
 ///
 /// # Errors
 /// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
-pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
-    let config = SecondaryConfig::load(path)?;
+pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
+    let Options { again, of_primary, .. } = options;
+    let config = if of_primary { SecondaryConfig::load_standby(path) } else { SecondaryConfig::load(path) }?;
+    let left = options.handover.and_then(|fd| take_over(fd, &config.vm));
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
@@ -64,6 +83,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     }
     let store = Store::open(&directory.store(), &config.vm)?;
     let directory = Arc::new(directory);
+    let standby = Standby { config: path.to_owned(), of_primary, boot_directory: directory.boot() };
     // A start again that was cut off is gone on with as the same process.
     let incarnation = starting.unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
@@ -80,9 +100,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         outbox,
         budget,
         runs: Arc::default(),
+        standby,
     };
     let endpoint = secondary.open_network(&runtime)?;
-    let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
+    let follower = secondary.follower((store, left), inbox, endpoint.local_addr()?.port())?;
     runtime.spawn(secondary.receiver().serve(endpoint.clone()));
     let outbox = secondary.outbox.clone();
     let signals = runtime.spawn(async move {
@@ -116,6 +137,8 @@ struct Secondary {
     budget: Budget,
     /// Set once the guest is this process' own.
     runs: Arc<AtomicBool>,
+    /// What it becomes again when it has run the guest and another node has it.
+    standby: Standby,
 }
 
 impl Secondary {
@@ -151,7 +174,7 @@ impl Secondary {
     /// The node, with what the store holds.
     fn follower(
         &self,
-        mut store: Store,
+        (mut store, left): (Store, Option<Handover>),
         inbox: crossbeam_channel::Receiver<Event>,
         quic_port: u16,
     ) -> anyhow::Result<Follower> {
@@ -171,7 +194,8 @@ impl Secondary {
         let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
         let settings = settings(config, quic_port, self.directory.boot());
-        let mut loaded = crate::node::load(&mut store, &settings).map_err(|why| {
+        let left = left.and_then(|left| keep_left(&mut store, left));
+        let mut loaded = crate::node::load(&mut store, &settings, left).map_err(|why| {
             let path = self.directory.path().display();
             anyhow!("the copy in {path} cannot be used: {why}; remove the directory, and this node will be seeded anew")
         })?;
@@ -247,10 +271,51 @@ impl Secondary {
                     on_stop: self.config.on_stop,
                     security: self.security,
                     own_address: self.config.admin.listen,
+                    standby: Some(self.standby),
                 };
                 let end = runner.run(*beginning, runtime.handle())?;
                 Ok(ended(&vm, &end))
             }
+        }
+    }
+}
+
+/// What the process before this one left; without it, the copy is compared by digests or sent.
+fn take_over(fd: i32, vm: &VmId) -> Option<Handover> {
+    let left = Handover::take(fd).map_err(|e| e.to_string());
+    let left = left.and_then(|left| {
+        let other = format!("it is of the vm {}", left.vm);
+        (left.vm == *vm).then_some(left).ok_or(other)
+    });
+    left.inspect_err(|why| tracing::warn!(%vm, "the guest's memory was not handed over: {why}")).ok()
+}
+
+/// Memory that was handed over becomes the base of a copy: the store has its pages from then on, as if a seed had broken
+/// off. What the store held before is older.
+fn keep_left(store: &mut Store, left: Handover) -> Option<Handover> {
+    let keep = |store: &mut Store| -> Result<(), String> {
+        store.begin_copy(Base::Empty).map_err(|e| e.to_string())?;
+        let pool = PagePool::default();
+        for (first, count) in left.memory.populated().map_err(|e| e.to_string())? {
+            for at in (0..count).step_by(STORED_AT_ONCE as usize) {
+                let run = (Gfn(first.0 + at), STORED_AT_ONCE.min(count - at));
+                let batch = PageBatch::copy(&left.memory, vec![run], &pool).map_err(|e| e.to_string())?;
+                let pages = batch.iter().filter(|(_, page)| !is_zero(page));
+                let pages = pages.map(|(gfn, page)| (gfn, PageContent::Bytes(page)));
+                store.write_pages(pages).map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(())
+    };
+    let started = Instant::now();
+    match keep(store) {
+        Ok(()) => {
+            tracing::info!(vm = %left.vm, ms = started.elapsed().as_millis(), "the memory that was handed over is stored");
+            Some(left)
+        }
+        Err(why) => {
+            tracing::warn!(vm = %left.vm, "the memory that was handed over cannot be stored: {why}");
+            None
         }
     }
 }

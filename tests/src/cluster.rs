@@ -18,7 +18,7 @@ use colo_common::VmId;
 use colo_common::arbiter::Arbiter;
 use colo_common::arbiter::file::FileArbiter;
 use colo_common::register::Entry;
-use colo_proto::v1::{Role, StatusReply};
+use colo_proto::v1::{Role, StatusReply, SwitchoverReply};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -209,6 +209,18 @@ impl Cluster {
         let status = self.process(node)?.ended(PATIENCE).with_context(|| format!("the end of {node}"))?;
         self.take_file(node)?;
         Ok(status)
+    }
+
+    /// Moves the guest from `runner` to its secondary.
+    ///
+    /// # Errors
+    /// It does not move.
+    pub fn switch_over(&mut self, runner: &str) -> anyhow::Result<SwitchoverReply> {
+        self.take_file(runner)?;
+        let reply = self.admin(runner)?.switchover()?;
+        // What it says from now on is added to the same file.
+        self.places.get_mut(runner).context("no such node")?.file_from_start = false;
+        Ok(reply)
     }
 
     /// The process of a node.

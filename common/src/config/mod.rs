@@ -22,7 +22,7 @@ pub use primary::PrimaryConfig;
 pub use secondary::{Ack, Failover, FollowConfig, SecondaryConfig};
 pub use shared::{
     AdminConfig, ArbiterConfig, ArbiterKind, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop,
-    ReplicationConfig, TlsConfig,
+    ReplicationConfig, Reprotect, TlsConfig,
 };
 
 use crate::durable;

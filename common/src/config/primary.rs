@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
-    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, GuestKind,
-    NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
+    AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, FollowConfig, GuestConfig,
+    GuestKind, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.
@@ -39,6 +39,9 @@ pub struct PrimaryConfig {
     /// How it is protected.
     #[serde(default)]
     pub replication: ReplicationConfig,
+    /// What this process becomes when another node has its vm: `colo-secondary`, which follows that one by these keys,
+    /// those of a secondary's `[replication]`, and by the rest of this file. Default none: the process ends then.
+    pub standby: Option<FollowConfig>,
     /// The control plane.
     #[serde(default = "default_admin")]
     pub admin: AdminConfig,
@@ -92,6 +95,10 @@ impl PrimaryConfig {
         self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;
         check_serial(self.disk.as_ref().and_then(|disk| disk.serial.as_deref()))?;
         self.replication.check("replication")?;
+        if let Some(standby) = &self.standby {
+            standby.check("standby")?;
+            check_listen("standby.listen", standby.listen, tls)?;
+        }
         self.console.check()?;
         check_listen("admin.listen", self.admin.listen, tls)?;
         check_peer("replication.secondary", peer, tls)?;

@@ -12,7 +12,7 @@ use super::shared::{
 };
 use super::{
     AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, FollowDiskConfig, FollowNetworkConfig,
-    OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from, in_range,
+    OnCrash, OnStop, PrimaryConfig, Problem, ReplicationConfig, TlsConfig, count_from, in_range,
 };
 
 /// Everything that a secondary is told. Keys without a default must be given. What the guest is, it learns from the
@@ -124,13 +124,14 @@ pub enum Failover {
 }
 
 impl FollowConfig {
-    fn check(&self) -> Result<(), Problem> {
-        check_heartbeats("replication", self.heartbeat_ms, self.suspect_after_ms)?;
+    /// `section` is its name in the file.
+    pub(super) fn check(&self, section: &str) -> Result<(), Problem> {
+        check_heartbeats(section, self.heartbeat_ms, self.suspect_after_ms)?;
         let delay = self.promote_delay_ms.into();
-        in_range("replication.promote_delay_ms", delay, 0, MAX_PROMOTE_DELAY_MS.into())?;
+        in_range(&format!("{section}.promote_delay_ms"), delay, 0, MAX_PROMOTE_DELAY_MS.into())?;
         let (low, high) = MEMORY_BUDGET_MIB;
         let budget = self.memory_budget_mib.into();
-        in_range("replication.memory_budget_mib", budget, low.into(), high.into())
+        in_range(&format!("{section}.memory_budget_mib"), budget, low.into(), high.into())
     }
 }
 
@@ -141,6 +142,40 @@ impl SecondaryConfig {
     /// It cannot be read, or something in it is wrong.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         super::load(path)
+    }
+
+    /// Reads a primary's file, for the secondary that the primary becomes when another node has its vm.
+    ///
+    /// # Errors
+    /// It cannot be read, something in it is wrong, or it has no `[standby]`.
+    pub fn load_standby(path: &Path) -> Result<Self, ConfigError> {
+        let config = PrimaryConfig::load(path)?;
+        let text = "this section is missing; add it, so that the node can follow the one that has its vm";
+        let none = || ConfigError::Wrong {
+            path: path.to_owned(),
+            line: None,
+            problem: Problem::new("standby", text),
+        };
+        Self::of_standby(config).ok_or_else(none)
+    }
+
+    fn of_standby(config: PrimaryConfig) -> Option<Self> {
+        Some(Self {
+            replication: config.standby?,
+            node: config.node,
+            vm: config.vm,
+            directory: config.directory,
+            on_crash: config.on_crash,
+            on_stop: config.on_stop,
+            max_promotions: config.max_promotions,
+            promoted: config.replication,
+            network: config.network.map(|network| FollowNetworkConfig { tap: network.tap }),
+            disk: config.disk.map(|disk| FollowDiskConfig { path: disk.path }),
+            admin: config.admin,
+            tls: config.tls,
+            arbiter: config.arbiter,
+            console: config.console,
+        })
     }
 
     /// Takes and checks a text; `path` is its name, and what relative paths count from.
@@ -159,7 +194,7 @@ impl SecondaryConfig {
         let tls = self.tls.as_ref();
         let peer = self.promoted.secondary.as_ref();
         check_promotions(self.max_promotions)?;
-        self.replication.check()?;
+        self.replication.check("replication")?;
         self.promoted.check("promoted")?;
         self.console.check()?;
         self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;

@@ -31,6 +31,9 @@ pub struct ReplicationConfig {
     pub suspect_after_ms: u32,
     /// What to do then; default `solo`.
     pub on_secondary_loss: OnSecondaryLoss,
+    /// Whether the vm is protected again without an operator's word after the loss of a secondary, a promotion or a
+    /// switchover; default `auto`.
+    pub reprotect: Reprotect,
 }
 
 impl Default for ReplicationConfig {
@@ -43,6 +46,7 @@ impl Default for ReplicationConfig {
             heartbeat_ms: 50,
             suspect_after_ms: 500,
             on_secondary_loss: OnSecondaryLoss::default(),
+            reprotect: Reprotect::default(),
         }
     }
 }
@@ -101,6 +105,18 @@ pub enum OnCrash {
     Boot,
 }
 
+/// Who sees to it that a vm that lost its protection gets it again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reprotect {
+    /// The node that runs it: it looks for the secondary that it had, for the node that ran the guest before, and for any
+    /// other that may follow.
+    #[default]
+    Auto,
+    /// An operator.
+    Manual,
+}
+
 /// What ending a node's process (SIGTERM, SIGINT) means to a guest that it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -110,6 +126,9 @@ pub enum OnStop {
     Stop,
     /// The process just ends; a secondary takes over as from a crash.
     Leave,
+    /// The guest moves to its secondary, and the process ends. A guest that is not protected runs on; a second signal
+    /// stops the vm.
+    Switchover,
 }
 
 /// `[admin]`: the control plane.

@@ -18,6 +18,7 @@ pub mod egress;
 mod events;
 pub mod guest;
 pub mod host;
+pub mod inherit;
 mod ioctl;
 mod kick;
 pub mod machine;

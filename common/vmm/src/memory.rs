@@ -8,10 +8,8 @@
 
 use colo_common::limits::MAX_SLOT_BYTES;
 use colo_common::{Gfn, PAGE_SIZE};
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,7 +22,7 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 use crate::arch::x86_64::layout::{HIGH_RAM_START, HOLE_START};
 use crate::dirty_set::DirtySet;
-use crate::sigbus;
+use crate::{inherit, sigbus};
 
 /// Guest RAM as devices and loaders see it: writes through it are in the next dirty set.
 pub type GuestRam = GuestMemoryMmap<DeviceWrites>;
@@ -57,6 +55,14 @@ pub enum MemoryError {
         bytes: u64,
         /// What the mapping layer said.
         reason: String,
+    },
+    /// A file that was handed over and is not memory of this size.
+    #[error("the guest memory that was handed over has {found} bytes, and the guest has {bytes}")]
+    OtherSize {
+        /// Bytes of the guest.
+        bytes: u64,
+        /// Bytes of the file.
+        found: u64,
     },
     /// A frame outside guest RAM.
     #[error("{0} is not guest memory")]
@@ -148,8 +154,24 @@ impl GuestMemory {
     /// # Errors
     /// The system refuses the memfd or the mapping.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        Self::map(memfd(bytes).map_err(|source| MemoryError::Create { bytes, source })?, bytes)
+    }
+
+    /// Takes memory that another process image left with all that is in it: the file of [`file`](Self::file).
+    ///
+    /// # Errors
+    /// The file has another size, or the system refuses the mapping.
+    pub fn adopt(file: File, bytes: u64) -> Result<Self, MemoryError> {
+        let found = file.metadata().map_err(|source| MemoryError::Create { bytes, source })?.len();
+        if found != bytes {
+            return Err(MemoryError::OtherSize { bytes, found });
+        }
+        Self::map(file, bytes)
+    }
+
+    fn map(file: File, bytes: u64) -> Result<Self, MemoryError> {
         let layout = MemoryLayout::new(bytes);
-        let file = Arc::new(memfd(bytes).map_err(|source| MemoryError::Create { bytes, source })?);
+        let file = Arc::new(file);
         let writes = Arc::new(WriteLog {
             enabled: AtomicBool::new(false),
             set: Mutex::new(DirtySet::new(layout.frame_limit())),
@@ -171,6 +193,11 @@ impl GuestMemory {
         let _guard = regions.iter().map(|r| sigbus::Guard::new(r.as_ptr() as usize, r.size())).collect();
         let ram = GuestRam::from_regions(regions).map_err(|e| failed(e.to_string()))?;
         Ok(Self { _guard, ram, file, layout, writes })
+    }
+
+    /// What the memory is kept in: to be [adopted](Self::adopt) by the process image that takes this one's place.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// The RAM for devices and loaders; writes through it are tracked while tracking is on.
@@ -335,14 +362,7 @@ fn memfd(bytes: u64) -> io::Result<File> {
         // The system would not refuse but kill this process (SIGXFSZ).
         return Err(io::Error::from_raw_os_error(libc::EFBIG));
     }
-    let name = CString::new("colo-guest").expect("the name has no NUL");
-    // SAFETY: `name` is a NUL-terminated string that outlives the call; the call has no other precondition.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just returned to us and nobody else owns it.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = inherit::nameless(c"colo-guest")?;
     file.set_len(bytes)?;
     Ok(file)
 }

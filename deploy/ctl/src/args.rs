@@ -19,7 +19,7 @@ const MAX_PATIENCE_S: u64 = 86_400;
 
 const EXIT_STATUSES: &str = "\
 Nodes: --node, else COLO_NODES (HOST:PORT,HOST:PORT), else 127.0.0.1:7700 and 127.0.0.1:7701. A command goes to the node
-that it is meant for: protect, pause, resume and stop --vm to the one that runs the guest, promote and policy to the one
+that it is meant for: protect, pause, resume, switchover and stop --vm to the one that runs the guest, promote and policy to the one
 that follows. With exactly one --node it goes there.
 
 Exit status:
@@ -31,8 +31,8 @@ Exit status:
 
 /// The program's version and the protocol's: what an operator compares between hosts.
 fn version() -> &'static str {
-    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 2);
-    concat!(env!("CARGO_PKG_VERSION"), " (protocol 2)")
+    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 3);
+    concat!(env!("CARGO_PKG_VERSION"), " (protocol 3)")
 }
 
 #[derive(Parser)]
@@ -64,6 +64,8 @@ pub(crate) enum Command {
     ///
     /// Leaving it does not stop the protection: look at it again with `coloctl status`.
     Protect(Protect),
+    /// Moves the guest to its secondary; both nodes live, nothing is lost, and they exchange their roles.
+    Switchover(Shape),
     /// Makes the secondary run the guest.
     Promote(Shape),
     /// Stops the vm for good, or one node's part in it.

@@ -55,6 +55,7 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Protect(options) => protect::protect(&nodes, &options).await,
         Command::Pause(shape) => protect::pause(&nodes, shape.json).await,
         Command::Resume(shape) => protect::resume(&nodes, shape.json).await,
+        Command::Switchover(shape) => operate::switchover(&nodes, shape.json).await,
         Command::Promote(shape) => operate::promote(&nodes, shape.json).await,
         Command::Stop(options) => operate::stop(&nodes, &options).await,
         Command::Policy(options) => operate::policy(&nodes, &options).await,

@@ -1,7 +1,7 @@
-//! `coloctl promote|stop|policy`: single calls that change something.
+//! `coloctl switchover|promote|stop|policy`: single calls that change something.
 
 use colo_proto::v1::stop_request::Scope;
-use colo_proto::v1::{AckPolicy, PromoteRequest, SetAckPolicyRequest, StopRequest};
+use colo_proto::v1::{AckPolicy, PromoteRequest, SetAckPolicyRequest, StopRequest, SwitchoverRequest};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -13,6 +13,24 @@ use crate::locate::{Wanted, pick};
 use crate::output::{print, print_json};
 use crate::status_json::{Point, Register, register};
 use crate::words;
+
+/// Moves the guest to its secondary.
+pub(crate) async fn switchover(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
+    #[derive(Serialize)]
+    struct Moved {
+        register: Option<Register>,
+        elapsed_ms: u64,
+    }
+    let node = pick(nodes, Wanted::Runner).await?;
+    let mut client = node.client.clone();
+    let reply = node.answer(COMMAND_LIMIT, client.switchover(SwitchoverRequest {})).await?;
+    if json {
+        let register = register(reply.register.as_ref());
+        return print_json(&Moved { register, elapsed_ms: reply.elapsed_ms });
+    }
+    let (register, elapsed) = (words::register(reply.register.as_ref()), millis(reply.elapsed_ms));
+    print(&format!("the guest has moved: {register}, after {elapsed}\n"))
+}
 
 /// Makes the secondary run the guest.
 pub(crate) async fn promote(nodes: &Nodes, json: bool) -> Result<(), CtlError> {

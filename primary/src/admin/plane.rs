@@ -11,7 +11,7 @@ use tonic::Status;
 use super::console::Typists;
 use crate::console::Console;
 use crate::node::status::{Board, Policy, Role};
-use crate::node::{Command, Event};
+use crate::node::{Command, CommandError, Event};
 
 /// How often a long call looks whether it is done.
 pub(super) const POLL: Duration = Duration::from_millis(20);
@@ -103,13 +103,14 @@ impl Plane {
 
     pub(super) async fn command(
         &self,
-        make: impl FnOnce(oneshot::Sender<Result<(), crate::node::CommandError>>) -> Command,
+        make: impl FnOnce(oneshot::Sender<Result<(), CommandError>>) -> Command,
     ) -> Result<(), Status> {
         let (reply, answer) = oneshot::channel();
         let gone = || Status::unavailable("the node is ending; look at the other node");
         self.runner()?.send(Event::Command(make(reply))).map_err(|_| gone())?;
         match tokio::time::timeout(PATIENCE, answer).await {
             Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(e @ CommandError::Aborted(_)))) => Err(Status::aborted(e.to_string())),
             Ok(Ok(Err(e))) => Err(Status::failed_precondition(e.to_string())),
             Ok(Err(_)) => Err(gone()),
             Err(_) => Err(Status::deadline_exceeded("the node takes long; look at its status")),

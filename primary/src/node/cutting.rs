@@ -20,7 +20,10 @@ impl Node {
         let due = if self.is_shipping() {
             self.collect()?;
             // With no room the guest runs on, as long as what it writes fits one epoch.
-            self.cut_now || self.is_epoch_full() || (self.has_room() && self.pacer.wait(now).is_zero())
+            self.cut_now
+                || self.holds_guest()
+                || self.is_epoch_full()
+                || (self.has_room() && self.pacer.wait(now).is_zero())
         } else {
             self.cut_now || self.seed_is_ready()?
         };
@@ -154,13 +157,19 @@ impl Node {
         self.lose_link()
     }
 
-    /// Lets the guest go on after its cut, unless it asked for something: then it rests until that is carried out.
+    /// Lets the guest go on after its cut, unless it asked for something, or is about to move: then it rests until that is
+    /// carried out.
     fn go_on(&mut self, cut: Cut) -> Result<(), NodeError> {
-        if cut.state.pending.is_some() {
+        if cut.state.pending.is_some() || self.holds_guest() {
             self.resting = Some(cut);
             return Ok(());
         }
         Ok(self.guest.resume()?)
+    }
+
+    /// A guest that is about to move stands from its next cut on.
+    pub(super) fn holds_guest(&self) -> bool {
+        self.switching.as_ref().is_some_and(super::switching::Switching::holds_guest)
     }
 
     pub(super) fn reset_guest(&mut self) -> Result<(), NodeError> {

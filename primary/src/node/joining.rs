@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::status::LinkState;
+use super::switching::Switching;
 use super::{Linking, Node, NodeError, Peer, RELINK_LIMIT};
 use crate::link::{LinkEvent, LinkHandle, Purpose, Request, Welcomed};
 use crate::replicator::Phase;
@@ -17,7 +18,7 @@ impl Node {
     /// Looks for a secondary where one is wanted and none is there, and gives up one that stays away.
     pub(super) fn look_for_secondary(&mut self, now: Instant) -> Result<(), NodeError> {
         let paired = matches!(self.replicator.phase(), Phase::Paired { .. });
-        if paired && !self.replicator.is_linked() && self.failure.is_none() {
+        if paired && !self.replicator.is_linked() && self.failure.is_none() && !self.has_yielded() {
             let since = *self.lost_since.get_or_insert(now);
             if self.settings.solo_on_loss && now - since > RELINK_LIMIT && !self.replicator.is_proposing() {
                 tracing::warn!(vm = %self.vm, "the secondary is lost: asking to run alone");
@@ -39,8 +40,13 @@ impl Node {
         Ok(())
     }
 
+    /// A secondary that was told to take over leaves its link to do so.
+    fn has_yielded(&self) -> bool {
+        self.switching.as_ref().is_some_and(Switching::has_yielded)
+    }
+
     fn wanted_link(&self) -> Option<Purpose> {
-        if self.peer.is_some() || self.parked || self.failure.is_some() {
+        if self.peer.is_some() || self.parked || self.failure.is_some() || self.has_yielded() {
             return None;
         }
         self.replicator.wanted_link()

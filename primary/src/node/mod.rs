@@ -15,12 +15,16 @@ mod joining;
 mod operator;
 mod seeding;
 pub mod status;
+mod switching;
 mod telling;
 
 use colo_common::register::{Answer, StopReason};
-use colo_common::{BLOCK_SIZE, Incarnation, NodeId, Point, VmId};
+use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
-use colo_vmm::{Disk, DiskTracking, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
+use colo_vmm::{
+    BootFile, DirtySet, Disk, DiskTracking, GuestError, GuestMemory, PagePool, ProtectedGuest, Tracked,
+    WireSpec,
+};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -81,6 +85,8 @@ pub struct Settings {
     pub secondary: Option<String>,
     /// Promotions in a row that a failing guest is worth.
     pub max_promotions: u32,
+    /// Whether it looks for a secondary when protection was lost, without the operator's word.
+    pub reprotect: bool,
 }
 
 /// Everything that a node begins with. The guest is stopped: just booted, restored, or promoted.
@@ -107,6 +113,26 @@ pub struct Beginning {
     pub moved: bool,
     /// Promotions in a row because the guest had failed.
     pub promotions: u32,
+    /// The control plane of the node that ran it before: it protects to that one if it is told of no other.
+    pub former: Option<String>,
+}
+
+/// What is left when a node's part is over: the guest's memory as it was, for a follower in the same place.
+pub struct Remains {
+    /// The memory; nothing writes it any more.
+    pub memory: Arc<GuestMemory>,
+    /// What the guest is.
+    pub spec: WireSpec,
+    /// Digest of that.
+    pub spec_digest: u64,
+    /// What it boots from.
+    pub boot_files: Vec<BootFile>,
+    /// The memory holds this point, but for `changed`; nothing if that is not known.
+    pub base: Option<Point>,
+    /// Frames that may hold something else.
+    pub changed: DirtySet,
+    /// The points that were cut here or before.
+    pub history: History,
 }
 
 /// Why a node stopped running its guest.
@@ -202,6 +228,8 @@ pub struct Node {
     next_link: u64,
     lost_since: Option<Instant>,
     seed: Option<SeedJob>,
+    /// The guest is being moved to the secondary on purpose.
+    switching: Option<switching::Switching>,
     /// Since when the open dirty set is kept for a copy that may come back.
     kept_since: Option<Instant>,
     arbiter: ArbiterWorker,
@@ -238,6 +266,7 @@ impl Node {
             outlet,
             moved,
             promotions,
+            former,
         } = beginning;
         let wake = outbox.clone();
         // A full inbox wakes the node as well.
@@ -274,13 +303,14 @@ impl Node {
             failure: None,
             peer: None,
             linking: Linking::Idle,
-            secondary: settings.secondary.clone(),
+            secondary: settings.secondary.clone().or(former.filter(|_| settings.reprotect)),
             paused_secondary: None,
             pause_wanted: false,
             send_all: false,
             next_link: 1,
             lost_since: None,
             seed: None,
+            switching: None,
             kept_since: None,
             arbiter,
             next_read: now + READ_INTERVAL,
@@ -300,7 +330,7 @@ impl Node {
     ///
     /// # Errors
     /// The guest cannot go on here; the other node will take over.
-    pub fn run(mut self) -> Result<End, NodeError> {
+    pub fn run(mut self) -> Result<(End, Remains), NodeError> {
         self.outlet.plug_in(self.moved, Instant::now());
         self.guest.resume()?;
         self.board.ran();
@@ -312,14 +342,23 @@ impl Node {
             }
             self.settle(Instant::now())?;
             if let Some(end) = self.end.take() {
-                return Ok(end);
+                return Ok((end, self.remains()));
             }
         }
     }
 
-    /// What is being run, for its successor.
-    pub fn spec(&self) -> &GuestSpec {
-        self.guest.spec()
+    /// The guest's threads and devices end here.
+    fn remains(self) -> Remains {
+        let spec = self.guest.spec();
+        Remains {
+            memory: Arc::clone(self.guest.memory()),
+            spec_digest: spec.digest(),
+            boot_files: spec.boot_files(),
+            base: self.replicator.parted().filter(|_| !self.unknown),
+            changed: self.dirty.pages,
+            history: self.replicator.history().clone(),
+            spec: self.spec,
+        }
     }
 
     fn wait(&self, now: Instant) -> Duration {
@@ -348,6 +387,7 @@ impl Node {
         self.ask_guest()?;
         self.end_failed()?;
         self.pause_if_wanted()?;
+        self.go_on_switching(now)?;
         self.look_for_secondary(now)?;
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;
@@ -407,7 +447,7 @@ impl Node {
             (peer, Phase::Paired { .. }) if self.promotions < self.settings.max_promotions => {
                 // It takes over without waiting; what it lacks of this epoch was never let out. One that is away
                 // takes this node for dead.
-                peer.iter().for_each(|peer| peer.link.send_yield());
+                peer.iter().for_each(|peer| peer.link.send_yield(true));
                 Ok(())
             }
             _ => {
@@ -437,6 +477,7 @@ impl Node {
             }
         };
         self.board.change(|status| status.found(found_entry));
+        self.switching.iter_mut().for_each(switching::Switching::hear);
         let actions = match found {
             Found::Answer(id, answer) => self.replicator.answer(id, answer),
             Found::Entry(entry) => self.replicator.observe(entry),
@@ -461,6 +502,10 @@ impl Node {
                     self.send_resting_again();
                 }
                 Action::Detach => {
+                    if !self.settings.reprotect {
+                        // Until the operator says that it goes on.
+                        self.paused_secondary = self.secondary.take().or(self.paused_secondary.take());
+                    }
                     self.drop_link();
                     self.keep_or_forget()?;
                 }

@@ -2,6 +2,7 @@
 //! decided by [`judge`] alone.
 
 use colo_common::register::StopReason;
+use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::{Linking, Node, NodeError};
@@ -20,6 +21,9 @@ pub enum CommandError {
     /// The secondary, or the register, said no.
     #[error("{0}")]
     Refused(String),
+    /// It was begun and given up; everything is as before.
+    #[error("{0}")]
+    Aborted(String),
 }
 
 /// Something to do.
@@ -43,6 +47,11 @@ pub enum Command {
     Resume {
         /// Told when that is asked for.
         reply: Reply,
+    },
+    /// Move the guest to the secondary.
+    Switchover {
+        /// Told when the secondary has it, or why it has not; nobody to be told if a signal asks.
+        reply: Option<Reply>,
     },
     /// Press the guest's power button.
     PowerButton,
@@ -78,13 +87,14 @@ enum Asked {
     Protect,
     Pause,
     Resume,
+    Switchover,
     Stop,
 }
 
 /// Whether the operator can have it now; the reason if not. `proposing`: a change of the register is on its way.
 /// `ending`: the vm is to stop, or its guest has failed.
 fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(), &'static str> {
-    use Asked::{Pause, Protect, Resume, Stop};
+    use Asked::{Pause, Protect, Resume, Stop, Switchover};
     match (asked, phase) {
         // A second stop asks for what is on its way.
         (Stop, Phase::Lost { .. }) => Err(
@@ -99,6 +109,9 @@ fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(
         (Protect, Phase::Seeding { .. } | Phase::Joining { .. } | Phase::Pairing { .. }) => {
             Err("a secondary is joining already: pause replication first")
         }
+        (Switchover, Phase::Paired { .. }) if proposing => Err("the register is being changed: try again"),
+        (Switchover, Phase::Paired { .. }) => Ok(()),
+        (Switchover, _) => Err("the vm is not protected: there is nobody to move it to"),
         // A proposal that nobody asked to be Solo is the vm's end: of a guest that powered itself off.
         (Pause, Phase::Alone) if proposing => Err("the vm is being stopped"),
         (Pause | Resume, _) => Ok(()),
@@ -136,6 +149,15 @@ impl Node {
                 let verdict = self.judge(Asked::Resume).and_then(|()| self.resume());
                 answer(Some(reply), verdict);
             }
+            Command::Switchover { reply } => match self.judge(Asked::Switchover) {
+                Ok(()) => self.begin_switchover(reply, Instant::now()),
+                refused => {
+                    if let Err(why) = &refused {
+                        tracing::warn!(vm = %self.vm, "no switchover: {why}");
+                    }
+                    answer(reply, refused);
+                }
+            },
             Command::PowerButton => self.guest.power_button(),
             Command::Stop { reply } => {
                 let verdict = self.judge(Asked::Stop);
@@ -216,7 +238,11 @@ impl Node {
 
     /// Input goes to the end of what the guest has, as far as there is room.
     fn take_input(&mut self, bytes: &[u8]) -> (usize, u64) {
-        let taken = if self.parked || bytes.is_empty() { 0 } else { self.guest.console_input(bytes) };
+        let taken = if self.parked || self.holds_guest() || bytes.is_empty() {
+            0
+        } else {
+            self.guest.console_input(bytes)
+        };
         (taken, self.guest.console_input_offset())
     }
 }

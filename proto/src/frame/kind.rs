@@ -5,7 +5,7 @@ use std::fmt;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::MAX_BODY;
-use crate::message::{MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_HISTORY_BODY};
+use crate::message::{MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_DIVERGED_BODY, MAX_HISTORY_BODY};
 use crate::pages::MAX_TABLE;
 use crate::version::{FIRST_VERSION, PROTOCOL_VERSION};
 
@@ -68,11 +68,13 @@ pub enum Kind {
     BlockDigestRequest = 26,
     /// Digests of blocks of the disk.
     BlockDigests = 27,
+    /// Where a copy that came back may hold something else.
+    Diverged = 28,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::SeedBegin,
         Self::Pages,
         Self::EpochBegin,
@@ -92,6 +94,7 @@ impl Kind {
         Self::Goodbye,
         Self::BlockDigestRequest,
         Self::BlockDigests,
+        Self::Diverged,
     ];
 
     pub(super) fn from_byte(byte: u8) -> Option<Self> {
@@ -123,7 +126,8 @@ impl Kind {
     pub const fn max_body(self) -> usize {
         match self {
             Self::Pages | Self::Blocks | Self::State | Self::Output => MAX_BODY,
-            Self::SeedBegin | Self::EpochBegin => MAX_HISTORY_BODY,
+            Self::SeedBegin | Self::EpochBegin | Self::Welcome => MAX_HISTORY_BODY,
+            Self::Diverged => MAX_DIVERGED_BODY,
             Self::RangeDigests | Self::BlockDigests => MAX_DIGEST_BODY,
             _ => MAX_CONTROL_BODY,
         }

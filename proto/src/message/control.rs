@@ -2,12 +2,13 @@
 //! says `Hello`; after a `Welcome` both speak whenever they have something to say.
 
 use colo_common::limits::MIN_EPOCH_MIB;
-use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term, VmId};
+use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term, VmId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 use super::{
-    BlockDigestRequest, BlockDigests, DigestRequest, Message, MessageError, RangeDigests, check_range,
+    Bases, BlockDigestRequest, BlockDigests, DigestRequest, Diverged, Message, MessageError, RangeDigests, bounded,
+    check_range,
 };
 use crate::frame::{Frame, Kind, MAX_BODY};
 use crate::version::{NoCommonVersion, Versions};
@@ -77,6 +78,11 @@ pub struct Welcome {
     pub max_epoch_bytes: u64,
     /// Epochs that may be in flight.
     pub window: u32,
+    /// What a new copy can be made from without digests.
+    pub bases: Bases,
+    /// The history that the bases' points lie on.
+    #[serde(with = "bounded::history")]
+    pub history: History,
 }
 
 impl Message for Welcome {
@@ -87,6 +93,7 @@ impl Message for Welcome {
             let theirs = Versions { min: self.version, max: self.version };
             return Err(NoCommonVersion { ours: Versions::OURS, theirs }.into());
         }
+        self.bases.check(Self::KIND)?;
         check_range(Self::KIND, "a window of", self.window.into(), 1, MAX_WINDOW.into())?;
         check_range(Self::KIND, "epochs of so many bytes:", self.max_epoch_bytes, MIN_EPOCH_BYTES, u64::MAX)
     }
@@ -271,6 +278,8 @@ pub enum Control {
     BlockDigestRequest(BlockDigestRequest),
     /// See [`BlockDigests`].
     BlockDigests(BlockDigests),
+    /// See [`Diverged`].
+    Diverged(Diverged),
     /// See [`Yield`].
     Yield(Yield),
     /// See [`Goodbye`].
@@ -295,6 +304,7 @@ impl Control {
             Kind::RangeDigests => Self::RangeDigests(RangeDigests::decode(body)?),
             Kind::BlockDigestRequest => Self::BlockDigestRequest(BlockDigestRequest::decode(body)?),
             Kind::BlockDigests => Self::BlockDigests(BlockDigests::decode(body)?),
+            Kind::Diverged => Self::Diverged(Diverged::decode(body)?),
             Kind::Yield => Self::Yield(Yield::decode(body)?),
             Kind::Goodbye => Self::Goodbye(Goodbye::decode(body)?),
             Kind::SeedBegin
@@ -312,15 +322,15 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
-    use super::{Control, Detail, MAX_DETAIL, MIN_EPOCH_BYTES, Refusal, Refused, Welcome, Yield};
+    use super::{Bases, Control, Detail, MAX_DETAIL, MIN_EPOCH_BYTES, Refusal, Refused, Welcome, Yield};
     use crate::frame::{Frame, Kind, VmTag};
     use crate::message::{Message, MessageError};
     use bytes::Bytes;
-    use colo_common::{Incarnation, Point};
+    use colo_common::{History, Incarnation, Point};
 
     fn welcome() -> Welcome {
         Welcome {
-            version: 2,
+            version: 3,
             node: "b".parse().unwrap(),
             incarnation: Incarnation(1),
             replica: None,
@@ -328,6 +338,8 @@ mod tests {
             stale: None,
             max_epoch_bytes: MIN_EPOCH_BYTES,
             window: 1,
+            bases: Bases::default(),
+            history: History::default(),
         }
     }
 
@@ -338,8 +350,8 @@ mod tests {
     #[test]
     fn a_welcome_that_nobody_can_follow_is_refused() {
         assert_eq!(Welcome::decode(&welcome().encode()), Ok(welcome()));
-        let error = refused(&Welcome { version: 1, ..welcome() });
-        assert!(error.contains("the peer speaks protocol version 1, this build speaks version 2"), "{error}");
+        let error = refused(&Welcome { version: 2, ..welcome() });
+        assert!(error.contains("the peer speaks protocol version 2, this build speaks version 3"), "{error}");
         for window in [0, 257] {
             let error = refused(&Welcome { window, ..welcome() });
             assert_eq!(

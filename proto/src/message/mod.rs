@@ -6,9 +6,10 @@
 //!     | == control: Hello ==================> |      one bidirectional stream, the connection's first
 //!     | <================ Welcome | Refused = |
 //!     | == transfer: SeedBegin, Pages, Blocks ... ==> | one stream of the primary, in order
-//!     |      (Resync: DigestRequest ========> |
+//!     |      (Since: <============== Diverged)
+//!     |      (Differing: DigestRequest =====> |
 //!     |       <==================== RangeDigests)
-//!     |      (with a disk: BlockDigestRequest |
+//!     |      (of the disk: BlockDigestRequest |
 //!     |       <==================== BlockDigests)
 //!     | == EpochBegin, Pages, Blocks, State, Output, EpochEnd => |
 //!     | <===================== Ack, Progress = |     control again
@@ -18,6 +19,7 @@
 mod bounded;
 mod control;
 mod digests;
+mod rejoin;
 mod transfer;
 
 pub use control::{
@@ -28,9 +30,10 @@ pub use digests::{
     BlockDigestRequest, BlockDigests, Compared, DigestRange, DigestRequest, MAX_DIGEST_RANGES, MAX_DIGESTS,
     PageDigest, RangeDigests,
 };
+pub use rejoin::{Base, Bases, Diverged, MAX_DIVERGED_BODY, MAX_DIVERGED_RUNS};
 pub use transfer::{
     EpochBegin, EpochEnd, ITEM_COST, MAX_OUTPUT_ITEMS, MAX_POSITION, Output, OutputItem, Position, SeedBegin,
-    SeedMode, TransferDigest,
+    SeedMode, SeedPart, TransferDigest,
 };
 
 use colo_common::limits::MAX_HISTORY;

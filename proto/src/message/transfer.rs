@@ -31,17 +31,41 @@ const ITEM_OVERHEAD: usize = 16;
 
 const _: () = assert!(MAX_FRAME + 2 * ITEM_OVERHEAD <= MAX_BODY);
 
-/// How a copy is made whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum SeedMode {
-    /// All populated memory is sent. The secondary empties its copy of it first. Of the disk the blocks whose digests
-    /// differ are sent.
-    Full,
-    /// The pages and blocks whose digests differ are sent. What the secondary has is the base.
-    Resync,
-    /// The pages and blocks that were written since this point are sent. The secondary's copy is whole and at exactly
-    /// this point.
+/// How the memory or the disk of a copy is made whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SeedPart {
+    /// All that is populated is sent. The secondary empties its copy of it first. Never said of a disk.
+    All,
+    /// What has other digests is sent. What the secondary has is the base.
+    Differing,
+    /// What was written since this point is sent, and what the secondary says that it may hold otherwise than there.
     Since(Point),
+}
+
+/// How a copy is made whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SeedMode {
+    /// Its memory.
+    pub memory: SeedPart,
+    /// Its disk; of no meaning without one.
+    pub disk: SeedPart,
+}
+
+impl SeedMode {
+    /// All memory, and what differs of the disk: what a secondary that holds nothing is sent.
+    pub const FULL: Self = Self { memory: SeedPart::All, disk: SeedPart::Differing };
+    /// What differs.
+    pub const DIFFERING: Self = Self { memory: SeedPart::Differing, disk: SeedPart::Differing };
+
+    /// What was written since this point, of both.
+    pub const fn since(point: Point) -> Self {
+        Self { memory: SeedPart::Since(point), disk: SeedPart::Since(point) }
+    }
+
+    /// Whether the secondary is asked where it may hold something else.
+    pub fn asks_diverged(self) -> bool {
+        [self.memory, self.disk].into_iter().any(|part| matches!(part, SeedPart::Since(_)))
+    }
 }
 
 /// A copy begins. From here on what the secondary has is inconsistent, until the epoch that completes it.
@@ -56,6 +80,11 @@ pub struct SeedBegin {
 
 impl Message for SeedBegin {
     const KIND: Kind = Kind::SeedBegin;
+
+    fn check(&self) -> Result<(), MessageError> {
+        let all = u64::from(self.mode.disk == SeedPart::All);
+        check_range(Self::KIND, "disks sent in full:", all, 0, 0)
+    }
 }
 
 /// A place in what the guest has said, by offsets that grow over the whole life of the vm.

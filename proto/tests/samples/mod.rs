@@ -4,11 +4,12 @@
 #![allow(dead_code)]
 
 use colo_common::history::point;
-use colo_common::{Block, Gfn, History, Incarnation, PAGE_SIZE, ReplicaId, Term};
+use colo_common::{Block, Epoch, Gfn, History, Incarnation, PAGE_SIZE, ReplicaId, Term};
 use colo_proto::message::{
-    Ack, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, EpochBegin, EpochEnd, Hello,
+    Ack, Base, Bases, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, Diverged, EpochBegin,
+    EpochEnd, Hello,
     Output, OutputItem, PageDigest, Position, Progress, Purpose, RangeDigests, Refusal, Refused, SeedBegin,
-    SeedMode, TermChanged, Welcome, Yield,
+    SeedMode, SeedPart, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{Content, Run};
 use colo_proto::version::Versions;
@@ -28,7 +29,8 @@ pub(crate) fn history() -> History {
 }
 
 pub(crate) fn seed_begin() -> SeedBegin {
-    SeedBegin { mode: SeedMode::Resync, history: history() }
+    let mode = SeedMode { memory: SeedPart::Since(point(3, 998)), disk: SeedPart::Differing };
+    SeedBegin { mode, history: history() }
 }
 
 pub(crate) fn epoch_begin() -> EpochBegin {
@@ -75,7 +77,7 @@ pub(crate) fn hellos() -> [Hello; 2] {
 
 pub(crate) fn welcome() -> Welcome {
     Welcome {
-        version: 2,
+        version: 3,
         node: "b".parse().unwrap(),
         incarnation: Incarnation(ID),
         replica: Some(ReplicaId(7)),
@@ -83,6 +85,11 @@ pub(crate) fn welcome() -> Welcome {
         stale: None,
         max_epoch_bytes: 256 << 20,
         window: 4,
+        bases: Bases {
+            memory: Some(Base { point: point(3, 998), from: Epoch(900) }),
+            disk: Some(Base::at(point(1, 9))),
+        },
+        history: history(),
     }
 }
 
@@ -144,6 +151,10 @@ pub(crate) fn block_runs() -> Vec<Run<Block>> {
         Run { first: Block(1), count: 1, content: Content::Zero },
         Run { first: Block(0x1_0000_0000), count: 1, content: Content::Data },
     ]
+}
+
+pub(crate) fn diverged() -> Diverged {
+    Diverged { pages: vec![(Gfn(0x100), 3)], blocks: vec![(Block(0x2_0000_0000), 256)], last: true }
 }
 
 pub(crate) fn yields() -> Yield {

@@ -46,7 +46,9 @@ impl Follower {
             asked_blocks: None,
         });
         self.board.linked(LinkState::new(hello.node.clone(), address, pulse));
+        self.runner_at = self.address_of(hello.incarnation);
         self.detector.heard();
+        self.planned = false;
         self.followed = true;
         if let Purpose::Link { replica } = hello.purpose {
             match self.replica.accept_link(&hello.node, hello.term, replica) {
@@ -144,6 +146,7 @@ impl Follower {
             LinkEvent::Yield(word) => {
                 tracing::warn!(vm = %self.vm, "the runner yields (failed: {})", word.failed);
                 self.yielded += u32::from(word.failed);
+                self.planned = !word.failed;
                 self.detector.yielded(Instant::now());
             }
             LinkEvent::Down(why) => self.link_down(&why),

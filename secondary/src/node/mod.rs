@@ -18,6 +18,7 @@ mod telling;
 mod tests;
 mod tray;
 
+use colo_common::config::Endpoint;
 use colo_common::register::Entry;
 use colo_common::vmdir::{Runner, VmDirectory};
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
@@ -44,7 +45,7 @@ use crate::receiver::{Budget, Caller, LinkEvent, Say};
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::{judge_epoch, judge_seed};
-pub use pairing::{Loaded, PairAnswer, PairError, boot_file_path, load, offered};
+pub use pairing::{Loaded, PairAnswer, PairError, load, offered};
 pub use promoting::{HandBack, Promotion};
 pub use starting::{FirstLook, Known, first_look};
 use tray::Told;
@@ -175,6 +176,10 @@ pub struct Follower {
     promotions: u32,
     /// Times that the runner yielded because the guest had failed there.
     yielded: u32,
+    /// The control plane of the runner that is followed, or was followed last.
+    runner_at: Option<Endpoint>,
+    /// The runner moves the guest here on purpose: that is an operator's word.
+    planned: bool,
     /// Whether the runner is taken for dead.
     detector: Detector<Instant>,
     /// The operator waits for an answer.
@@ -279,6 +284,8 @@ impl Follower {
             rooms: std::collections::VecDeque::new(),
             promotions: 0,
             yielded: 0,
+            runner_at: None,
+            planned: false,
             detector: Detector::new(),
             asked: None,
             hand_back: None,

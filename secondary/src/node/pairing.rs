@@ -1,8 +1,11 @@
 //! Agreeing on a guest with a runner, and finding it again after a restart: the description and the boot files are kept
 //! beside the store. A link is taken only from a process that has agreed on the guest that waits here.
 
+use colo_common::config::Endpoint;
 use colo_common::{Incarnation, NodeId, Point, ReplicaId};
 use colo_primary::guest_config::account;
+use colo_primary::guest_files::{KeepError, boot_file, keep_spec, spec_path};
+use colo_primary::handover::Handover;
 use colo_primary::node::status::Devices;
 use colo_proto::message::Hello;
 use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
@@ -14,7 +17,6 @@ use colo_vmm::{Backends, Disk, GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Follower, Settings, Warm};
 use crate::agreement::PairRequest;
@@ -51,6 +53,7 @@ pub struct PairAnswer {
 pub(super) struct Agreement {
     incarnation: Incarnation,
     cpu: Option<GuestCpu>,
+    address: Option<Endpoint>,
 }
 
 /// Why a guest is not taken.
@@ -126,13 +129,8 @@ pub enum PairError {
     #[error("the guest's disk cannot be kept here: {0}")]
     Disk(String),
     /// Files beside the store.
-    #[error("{} cannot be read or written: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] KeepError),
 }
 
 impl Follower {
@@ -145,8 +143,9 @@ impl Follower {
             tracing::info!(vm = %self.vm, runner = %node, hypervisor = spec.kind.name(),
                 cpu_model = spec.cpu_model().name(), host = request.host, "agreed on the guest");
             self.agreed.truncate(MAX_AGREED - 1);
-            let (incarnation, cpu) = (request.incarnation, request.cpu.clone());
-            self.agreed.push_front(Agreement { incarnation, cpu });
+            let (incarnation, cpu, address) =
+                (request.incarnation, request.cpu.clone(), request.address.clone());
+            self.agreed.push_front(Agreement { incarnation, cpu, address });
         }
         let (replica, staged, stale) = offered(self.replica.copy());
         let quic_port = self.settings.quic_port;
@@ -171,12 +170,16 @@ impl Follower {
         if let Some(warm) = &self.warm {
             fits(warm, request)?;
         }
-        let missing: Vec<FileDigest> =
-            spec.files().iter().filter(|file| boot_file(&self.settings, file).is_none()).cloned().collect();
+        let missing: Vec<FileDigest> = spec
+            .files()
+            .iter()
+            .filter(|file| boot_file(&self.settings.boot_directory, file).is_none())
+            .cloned()
+            .collect();
         if missing.is_empty() && self.warm.is_none() {
             let warm = self.build(spec.clone(), *digest, None, None)?;
             fits(&warm.0, request)?;
-            self.keep_spec(spec)?;
+            keep_spec(&self.settings.boot_directory, spec)?;
             self.warm_up(warm)?;
         }
         if let (Some(_), Some(persister)) = (&self.warm, &self.persister) {
@@ -216,6 +219,11 @@ impl Follower {
         Ok((warm, agreed.ok_or_else(none)?.cpu.clone()))
     }
 
+    /// The control plane of a process that has agreed.
+    pub(super) fn address_of(&self, process: Incarnation) -> Option<Endpoint> {
+        self.agreed.iter().find(|agreed| agreed.incarnation == process)?.address.clone()
+    }
+
     /// Builds the guest around memory that `image` holds, or around new memory; and over `disk`, or over the one of this
     /// node's configuration.
     fn build(
@@ -226,7 +234,8 @@ impl Follower {
         disk: Option<Arc<DiskImage>>,
     ) -> Result<(Warm, Image), PairError> {
         let build = |e: &dyn std::fmt::Display| PairError::Build(e.to_string());
-        let full = spec.complete(|file| boot_file(&self.settings, file)).map_err(|e| build(&e))?;
+        let full =
+            spec.complete(|file| boot_file(&self.settings.boot_directory, file)).map_err(|e| build(&e))?;
         let found = full.digest();
         if found != digest {
             return Err(PairError::Digest { found, offered: digest });
@@ -300,18 +309,6 @@ impl Follower {
         self.held.hold(point.epoch, restored.held.clone());
         self.restored = Some(restored);
     }
-
-    fn keep_spec(&self, spec: &WireSpec) -> Result<(), PairError> {
-        let path = spec_file(&self.settings);
-        let failed = |source| PairError::File { path: path.clone(), source };
-        let fresh = path.with_extension("new");
-        fs::write(&fresh, spec.encode()).map_err(failed)?;
-        fs::File::open(&fresh).and_then(|file| file.sync_all()).map_err(failed)?;
-        fs::rename(&fresh, &path).map_err(failed)?;
-        fs::File::open(&self.settings.boot_directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(failed)
-    }
 }
 
 /// What a copy can be gone on with from: its id and point, or the point of a base for a resync by digests.
@@ -366,8 +363,12 @@ impl Loaded {
 ///
 /// # Errors
 /// The store or a file beside it is damaged, or the two are of different guests: the copy is of no use.
-pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, String> {
-    let path = spec_file(settings);
+pub fn load(
+    store: &mut Store,
+    settings: &Settings,
+    left: Option<Handover>,
+) -> Result<Option<Loaded>, String> {
+    let path = spec_path(&settings.boot_directory);
     let summary = store.summary();
     let spec = match fs::read(&path) {
         Ok(bytes) => WireSpec::decode(&bytes).map_err(|e| e.to_string())?,
@@ -378,9 +379,13 @@ pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, St
         },
         Err(e) => return Err(format!("{}: {e}", path.display())),
     };
-    let full = spec.complete(|file| boot_file(settings, file)).map_err(|e| e.to_string())?;
+    let full = spec.complete(|file| boot_file(&settings.boot_directory, file)).map_err(|e| e.to_string())?;
     let digest = full.digest();
-    let memory = Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| e.to_string())?);
+    let left = left.filter(|left| left.spec_digest == digest);
+    let memory = match &left {
+        Some(left) => Arc::clone(&left.memory),
+        None => Arc::new(GuestMemory::new(full.memory_bytes).map_err(|e| e.to_string())?),
+    };
     let other = |found: u64| {
         format!(
             "it is of a guest with another description ({found:016x}, {} is {digest:016x})",
@@ -389,6 +394,8 @@ pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, St
     };
     let (image, restored) = match summary.copy {
         StoredCopy::None => (None, None),
+        // The store has its pages.
+        StoredCopy::Inconsistent if left.is_some() => (Some((memory, None)), None),
         StoredCopy::Inconsistent => {
             // A base for a resync by digests.
             fill(&memory, |each| store.load_base(each).map(drop))?;
@@ -410,20 +417,6 @@ pub fn load(store: &mut Store, settings: &Settings) -> Result<Option<Loaded>, St
     Ok(Some(Loaded { spec, digest, image, restored, disk_bytes, disk: None }))
 }
 
-fn spec_file(settings: &Settings) -> PathBuf {
-    settings.boot_directory.join("guest.spec")
-}
-
-fn boot_file(settings: &Settings, file: &FileDigest) -> Option<Arc<[u8]>> {
-    let bytes = fs::read(boot_file_path(&settings.boot_directory, file.digest)).ok()?;
-    (bytes.len() as u64 == file.len && xxh3_128(&bytes) == file.digest).then(|| bytes.into())
-}
-
-/// Where a boot file is kept.
-pub fn boot_file_path(directory: &std::path::Path, digest: u128) -> PathBuf {
-    directory.join(format!("{digest:032x}"))
-}
-
 type Each<'a> = &'a mut dyn FnMut(colo_common::Gfn, &colo_vmm::memory::Page);
 
 /// Fills memory with what a store hands out.
@@ -440,10 +433,11 @@ fn fill(memory: &GuestMemory, load: impl FnOnce(Each<'_>) -> Result<(), StoreErr
 
 #[cfg(test)]
 mod tests {
-    use super::{Settings, boot_file_path, load, spec_file};
+    use super::{Settings, load};
     use crate::store::{Base, Mark, MemoryDisk, Store};
     use colo_common::history::point;
     use colo_common::{History, VmId};
+    use colo_primary::guest_files::{boot_file_path, spec_path};
     use colo_vmm::egress::OutputPosition;
     use colo_vmm::synthetic::{SyntheticConfig, SyntheticGuest};
     use colo_vmm::{BootFile, BootSource, DirtySet, GuestKind, GuestSpec, ProtectedGuest, WireSpec};
@@ -503,15 +497,19 @@ mod tests {
         let settings = settings(place.path());
         let (ours, other) = (spec(4), spec(8));
         let wire = WireSpec::new(&ours, GuestKind::Synthetic(SyntheticConfig::default()));
-        assert!(load(&mut whole(&stored(&ours), None), &settings).is_err_and(|why| why.contains("is gone")));
-        fs::write(spec_file(&settings), wire.encode()).unwrap();
+        assert!(
+            load(&mut whole(&stored(&ours), None), &settings, None).is_err_and(|why| why.contains("is gone"))
+        );
+        fs::write(spec_path(place.path()), wire.encode()).unwrap();
         for file in wire.files() {
             fs::write(boot_file_path(place.path(), file.digest), [0x90]).unwrap();
         }
         let known = Some(ours.digest());
-        assert!(load(&mut whole(&stored(&ours), known), &settings).is_ok_and(|loaded| loaded.is_some()));
+        assert!(
+            load(&mut whole(&stored(&ours), known), &settings, None).is_ok_and(|loaded| loaded.is_some())
+        );
         for mut store in [whole(&stored(&ours), Some(other.digest())), whole(&stored(&other), known)] {
-            let Err(why) = load(&mut store, &settings) else { panic!("it was loaded") };
+            let Err(why) = load(&mut store, &settings, None) else { panic!("it was loaded") };
             assert!(why.contains("another description"), "{why}");
         }
     }

@@ -53,7 +53,7 @@ pub struct HandBack {
 impl Follower {
     /// Asks to run the guest once the runner has had its time.
     pub(super) fn suspect_if_due(&mut self, now: Instant) {
-        if !self.detector.is_due(now) || !self.settings.auto_failover {
+        if !self.detector.is_due(now) || !self.takes_over() {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run().is_some() {
@@ -61,6 +61,11 @@ impl Follower {
         }
         self.detector.ask(now + READ_INTERVAL);
         self.read();
+    }
+
+    /// Whether a runner that is gone is replaced without a word to this node.
+    fn takes_over(&self) -> bool {
+        self.settings.auto_failover || self.planned
     }
 
     /// Why this node could not run the guest if the register named it.
@@ -123,7 +128,7 @@ impl Follower {
         }
         // Whoever asked may have left while the arbiter was silent: an order does not outlive that.
         self.asked.take_if(|asked| asked.is_closed());
-        let suspected = self.settings.auto_failover && self.detector.has_asked();
+        let suspected = self.takes_over() && self.detector.has_asked();
         if self.asked.is_none() && !suspected {
             return;
         }
@@ -257,6 +262,7 @@ impl Follower {
             outlet: Outlet::new(self.console.clone(), network),
             moved: true,
             promotions: self.promotions + self.yielded,
+            former: self.runner_at.as_ref().map(ToString::to_string),
         };
         Ok(Outcome::Run(Box::new(beginning), promotion))
     }

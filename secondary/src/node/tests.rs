@@ -1,6 +1,6 @@
 //! A follower without a runner and without its thread: what one thing that it is told makes of it.
 
-use super::{Event, Follower, Outcome, Parts, Settings, Tray, boot_file_path};
+use super::{Event, Follower, Outcome, Parts, Settings, Tray};
 use crate::agreement::PairRequest;
 use crate::persist::Persister;
 use crate::receiver::Budget;
@@ -12,6 +12,7 @@ use colo_common::vmdir::VmDirectory;
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, ProposalId, Term, VmId};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
+use colo_primary::guest_files::boot_file_path;
 use colo_primary::node::status::Board;
 use colo_vmm::spec::DiskSpec;
 use colo_vmm::synthetic::SyntheticConfig;
@@ -80,6 +81,7 @@ fn request(boots: u8) -> PairRequest {
         spec: WireSpec::new(&spec, GuestKind::Synthetic(SyntheticConfig::default())),
         cpu: None,
         host: String::new(),
+        address: None,
     }
 }
 

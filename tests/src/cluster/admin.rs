@@ -122,6 +122,15 @@ impl Admin {
         })
     }
 
+    /// Moves the guest to its secondary; asked of the runner.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn switchover(&self) -> anyhow::Result<v1::SwitchoverReply> {
+        let request = v1::SwitchoverRequest {};
+        self.call(CALL_LIMIT, |mut client| async move { client.switchover(request).await })
+    }
+
     /// Has a secondary run the guest.
     ///
     /// # Errors

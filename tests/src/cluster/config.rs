@@ -101,6 +101,8 @@ pub struct Options {
     pub links: bool,
     /// The guest's disk at its start, if it has one; nodes have files of their own.
     pub disk: Option<PathBuf>,
+    /// Whether a primary that loses its vm follows.
+    pub standby: bool,
     /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
     /// made in the lab then.
     pub network: bool,
@@ -120,6 +122,7 @@ impl Options {
             interval_ms: 25,
             links: false,
             disk: None,
+            standby: false,
             network: false,
         }
     }
@@ -161,21 +164,30 @@ pub(super) fn primary(
     text += &network(options, node);
     text += &disk(options, node);
     text += &replication("replication", options, secondary);
+    if options.standby {
+        text += &following("standby", options, ports);
+    }
     text
 }
 
 pub(super) fn secondary(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
     let mut text = common(vm, node, ports) + &network(options, node) + &disk(options, node);
+    text += &following("replication", options, ports);
+    text += &replication("promoted", options, None);
+    text
+}
+
+/// How a node follows.
+fn following(section: &str, options: &Options, ports: Ports) -> String {
     let Options { ack, failover, heartbeat_ms, suspect_after_ms, promote_delay_ms, .. } = options;
-    text += &format!(
-        "[replication]\nlisten = \"{}\"\nack = \"{ack}\"\nfailover = \"{failover}\"\nheartbeat_ms = {heartbeat_ms}\n\
+    let mut text = format!(
+        "[{section}]\nlisten = \"{}\"\nack = \"{ack}\"\nfailover = \"{failover}\"\nheartbeat_ms = {heartbeat_ms}\n\
          suspect_after_ms = {suspect_after_ms}\npromote_delay_ms = {promote_delay_ms}\n",
         ports.quic
     );
     if let Some(port) = ports.advertised {
         writeln!(text, "advertise_port = {port}").expect("a string takes all");
     }
-    text += &replication("promoted", options, None);
     text
 }
 

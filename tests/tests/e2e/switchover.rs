@@ -1,0 +1,42 @@
+//! Planned moves: both nodes live, nothing is lost, the roles are exchanged, and the vm is protected again at once.
+
+use anyhow::{Context, ensure};
+use colo_proto::v1::Role;
+use colo_tests::cluster::{Cluster, scenario};
+use colo_tests::seed::Seed;
+use std::time::Duration;
+
+use super::{check_goes_on, kill_runner, pair, pause, synthetic};
+
+/// Moves the guest from `from` to `to`, and waits until `from` protects it there.
+fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
+    let reply = cluster.switch_over(from).context("the switchover")?;
+    ensure!(reply.register.is_some(), "{reply:?}");
+    cluster.until_paired(to)?;
+    let gap = cluster.status(to).and_then(|status| status.promotion).context("no promotion")?;
+    let (register, total) = (reply.elapsed_ms, gap.total_us);
+    println!("{from} -> {to}: the register after {register} ms, promoted in {total} us");
+    ensure!(
+        cluster.status(from).map(|status| status.role()) == Some(Role::Following),
+        "{from} does not follow"
+    );
+    check_goes_on(cluster)
+}
+
+#[test]
+fn there_and_back_and_the_last_one_dies() {
+    let mut seed = Seed::from_env(5101);
+    let mut options = synthetic(&mut seed);
+    options.standby = true;
+    scenario(options, |cluster| {
+        pair(cluster)?;
+        for _ in 0..3 {
+            pause(&mut seed, Duration::from_millis(300));
+            switch(cluster, "a", "b")?;
+            pause(&mut seed, Duration::from_millis(300));
+            switch(cluster, "b", "a")?;
+        }
+        kill_runner(cluster, "a", "b").map(drop)
+    })
+    .unwrap();
+}
