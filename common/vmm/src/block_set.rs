@@ -14,6 +14,16 @@ impl BlockSet {
         Self(DirtySet::new(blocks))
     }
 
+    /// The same numbers as frames, for what keeps either.
+    pub(crate) fn as_dirty_set(&self) -> &DirtySet {
+        &self.0
+    }
+
+    /// The frames of a set, as blocks.
+    pub(crate) fn from_dirty_set(set: DirtySet) -> Self {
+        Self(set)
+    }
+
     /// The exclusive upper bound of the blocks that it can hold.
     pub fn blocks(&self) -> u64 {
         self.0.frames()

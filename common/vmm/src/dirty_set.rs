@@ -167,6 +167,11 @@ impl DirtySet {
         words.flat_map(|(first, bits)| Bits(bits).map(move |bit| Gfn(first + bit)))
     }
 
+    /// The frames by words, in no order: the frame of bit 0, and the bits, which are not 0.
+    pub(crate) fn words(&self) -> impl Iterator<Item = (Gfn, u64)> + '_ {
+        self.chunks.iter().flat_map(Chunk::used_words).map(|(first, bits)| (Gfn(first), bits))
+    }
+
     /// Maximal runs of neighbouring frames, ascending: (first frame, number of frames).
     pub fn runs(&self) -> impl Iterator<Item = (Gfn, u64)> + '_ {
         let mut frames = self.iter().peekable();
