@@ -1,5 +1,5 @@
-//! Small files that survive a crash, and locks between processes: what the file arbiter, the vm's directory and the
-//! development certificates have in common.
+//! Small files that survive a crash, and locks between processes: what the file arbiter, the vm's directory, the
+//! development certificates and the disk's intent log have in common.
 //!
 //! A file is replaced by a temporary file beside it, fsync, rename, fsync of the directory; so a crash at any instant
 //! leaves the old or the new content. A sealed text ends with a line that holds its checksum.
@@ -29,7 +29,10 @@ pub(crate) enum Lock {
 
 /// Replaces `path` by `bytes` for good; only its owner may read it. The caller holds a lock that keeps other writers
 /// of the same file away. On an error it holds the old or the new content, and nobody knows which.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+///
+/// # Errors
+/// The system refuses.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = beside(path, TEMPORARY);
     let mut file = match create_new(&temporary) {
         // Left over by a crash.
@@ -58,7 +61,10 @@ pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Makes the names in the directory of `path` last.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The system refuses.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
         _ => sync_directory(Path::new(".")),
@@ -80,7 +86,10 @@ pub(crate) fn create_directory(directory: &Path) -> io::Result<()> {
 }
 
 /// Reads a file of at most `limit` bytes, and nothing if there is none.
-pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
+///
+/// # Errors
+/// It cannot be read, or has more.
+pub fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     let file = match File::open(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         opened => opened?,

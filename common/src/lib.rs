@@ -4,7 +4,7 @@
 pub mod arbiter;
 pub mod bounded;
 pub mod config;
-mod durable;
+pub mod durable;
 pub mod history;
 pub mod ids;
 pub mod life;

@@ -203,7 +203,7 @@ impl std::fmt::Debug for DirtySet {
 }
 
 /// The numbers of the set bits of a word, ascending.
-struct Bits(u64);
+pub(crate) struct Bits(pub(crate) u64);
 
 impl Iterator for Bits {
     type Item = u64;

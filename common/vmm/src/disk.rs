@@ -4,6 +4,7 @@
 //! whole or not at all.
 
 mod file;
+pub mod intent;
 
 pub use file::{DiskError, FileDisk};
 
@@ -48,6 +49,14 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// The medium fails.
     fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>>;
+
+    /// A device begins a request that changes these blocks, in any number of calls and from any thread. Never
+    /// waits.
+    fn change_begins(&self, _blocks: Range<Block>) {}
+
+    /// What that request did is in the open epoch now, or it did nothing: once for each that began, with the same blocks.
+    /// Its bytes may have been on the disk since epochs before. Never waits.
+    fn change_recorded(&self, _blocks: Range<Block>) {}
 }
 
 /// Whether a range is within a disk of `size` bytes.

@@ -4,114 +4,24 @@
 //!   cut of epoch E: mark(dirty set, E)        copy at epoch C comes back: since(C) = all that was dirty after C
 //! ```
 //!
-//! Epochs are kept as 32-bit numbers that count from the epoch at which the table began, 4 bytes for a page, in chunks
-//! that are made on first use. A chunk of which all has the same epoch, as after a large discard, has no numbers of its
-//! own. The table has a bound; past it, it forgets everything and says so, and then digests decide.
+//! Epochs are kept as 32-bit numbers that count from the epoch at which the table began, 4 to 8 bytes for a page that was
+//! dirty, in chunks that are made on first use. A chunk of which all has the same epoch, as after a large discard, has one
+//! number. The table has a bound; past it, it forgets everything and says so, and then digests decide.
+
+mod chunk;
 
 use colo_common::{Block, Epoch, Gfn};
-use std::ops::Range;
 
 use crate::block_set::BlockSet;
 use crate::dirty_set::DirtySet;
+use chunk::{CHUNK_ENTRIES, Chunk, WORDS};
 
-/// Entries of one chunk: 2 MiB of guest memory in 2 KiB. Larger ones would cost a guest that touches single pages far
-/// apart more than its table is worth, smaller ones a larger index.
-const CHUNK_ENTRIES: u64 = 512;
-const WORDS: usize = (CHUNK_ENTRIES / 64) as usize;
-
-/// Bytes of a table at most: it knows 256 GiB of pages each of which was dirty at its own time. A guest that dirties
-/// more between two copies is compared by digests.
+/// Bytes of a table at most: at worst it knows 128 GiB of pages that were dirty. A guest that dirties more between two
+/// copies is compared by digests.
 pub const MOST_BYTES: usize = 256 << 20;
 
 /// How far back a table looks once epochs no longer fit 32 bits: 1.7 years of 40 epochs a second.
 const REBASED: u64 = 1 << 31;
-
-/// Epochs of a chunk's entries, counted from the base; 0 was not dirty since.
-type Each = [u32; CHUNK_ENTRIES as usize];
-
-enum Values {
-    /// All have this one.
-    Same(u32),
-    Each(Box<Each>),
-}
-
-struct Chunk {
-    number: u32,
-    /// The greatest of its values.
-    newest: u32,
-    values: Values,
-}
-
-impl Chunk {
-    fn new(number: u32) -> Self {
-        Self { number, newest: 0, values: Values::Same(0) }
-    }
-
-    fn is_each(&self) -> bool {
-        matches!(self.values, Values::Each(_))
-    }
-
-    /// Its numbers one by one.
-    fn each(&mut self) -> &mut Each {
-        if let Values::Same(value) = self.values {
-            self.values = Values::Each(Box::new([value; CHUNK_ENTRIES as usize]));
-        }
-        match &mut self.values {
-            Values::Each(each) => each,
-            Values::Same(_) => unreachable!("it was replaced above"),
-        }
-    }
-
-    /// A part of it is dirty. An epoch that comes late hides no newer one.
-    fn mark_part(&mut self, part: Range<usize>, value: u32) {
-        if part.len() == CHUNK_ENTRIES as usize && value >= self.newest {
-            self.values = Values::Same(value);
-        } else {
-            self.each()[part].iter_mut().for_each(|entry| *entry = value.max(*entry));
-        }
-        self.newest = value.max(self.newest);
-    }
-
-    /// The entries whose bits are set are dirty, from the first of a word on.
-    fn mark_word(&mut self, first: usize, mut bits: u64, value: u32) {
-        if bits == u64::MAX {
-            return self.mark_part(first..first + 64, value);
-        }
-        let entries = &mut self.each()[first..first + 64];
-        while bits != 0 {
-            let entry = &mut entries[bits.trailing_zeros() as usize];
-            *entry = value.max(*entry);
-            bits &= bits - 1;
-        }
-        self.newest = value.max(self.newest);
-    }
-
-    /// The entries of a word that are newer than `than`, as bits.
-    fn newer(&self, word: usize, than: u32) -> u64 {
-        match &self.values {
-            Values::Same(value) => {
-                if *value > than {
-                    u64::MAX
-                } else {
-                    0
-                }
-            }
-            Values::Each(each) => {
-                let entries = each[word * 64..][..64].iter().enumerate();
-                entries.fold(0, |bits, (bit, entry)| bits | u64::from(*entry > than) << bit)
-            }
-        }
-    }
-
-    /// Counts from a later base; what is not after it is forgotten.
-    fn rebase(&mut self, by: u32) {
-        self.newest = self.newest.saturating_sub(by);
-        match &mut self.values {
-            Values::Same(value) => *value = value.saturating_sub(by),
-            Values::Each(each) => each.iter_mut().for_each(|entry| *entry = entry.saturating_sub(by)),
-        }
-    }
-}
 
 /// The newest epoch in which each page was dirty.
 pub struct LastDirty {
@@ -121,8 +31,8 @@ pub struct LastDirty {
     /// Per chunk of the guest: its place in `chunks` plus one, or 0.
     index: Vec<u32>,
     chunks: Vec<Chunk>,
-    /// Chunks with numbers of their own.
-    each: usize,
+    /// Bytes that the chunks have beside themselves.
+    beside: usize,
     most_bytes: usize,
 }
 
@@ -135,7 +45,14 @@ impl LastDirty {
     /// The same with a bound of its own, in bytes.
     pub fn with_bound(frames: u64, most_bytes: usize) -> Self {
         let chunks = usize::try_from(frames.div_ceil(CHUNK_ENTRIES)).expect("frames fit the address space");
-        Self { entries: frames, base: None, index: vec![0; chunks], chunks: Vec::new(), each: 0, most_bytes }
+        Self {
+            entries: frames,
+            base: None,
+            index: vec![0; chunks],
+            chunks: Vec::new(),
+            beside: 0,
+            most_bytes,
+        }
     }
 
     /// From now on it knows all that is dirty after `epoch`, and nothing of what was before.
@@ -147,7 +64,7 @@ impl LastDirty {
     /// Knows nothing any more: something was dirty that it was not told of.
     pub fn forget(&mut self) {
         self.chunks.iter().for_each(|chunk| self.index[chunk.number as usize] = 0);
-        (self.base, self.chunks, self.each) = (None, Vec::new(), 0);
+        (self.base, self.chunks, self.beside) = (None, Vec::new(), 0);
     }
 
     /// The epoch after which it knows everything; nothing if it knows nothing.
@@ -157,7 +74,7 @@ impl LastDirty {
 
     /// Bytes that its chunks take.
     pub fn bytes(&self) -> usize {
-        self.chunks.len() * size_of::<Chunk>() + self.each * size_of::<Each>()
+        self.chunks.len() * size_of::<Chunk>() + self.beside
     }
 
     /// These pages were dirty in `epoch`.
@@ -169,8 +86,8 @@ impl LastDirty {
         for (first, bits) in set.words() {
             let last = first.0 + u64::from(63 - bits.leading_zeros());
             assert!(last < self.entries, "{} is not below {:#x}", Gfn(last), self.entries);
-            let here = (first.0 % CHUNK_ENTRIES) as usize;
-            self.change(first.0 / CHUNK_ENTRIES, |chunk| chunk.mark_word(here, bits, value));
+            let word = (first.0 % CHUNK_ENTRIES / 64) as usize;
+            self.change(first.0 / CHUNK_ENTRIES, |chunk| chunk.mark_word(word, bits, value));
         }
         self.check_bound();
     }
@@ -182,11 +99,11 @@ impl LastDirty {
     pub fn mark_run(&mut self, first: Gfn, count: u64, epoch: Epoch) {
         let Some(value) = self.value(epoch) else { return };
         let (mut at, end) = (first.0, first.0 + count);
-        assert!(end <= self.entries, "{} is not below {:#x}", Gfn(end), self.entries);
+        assert!(end <= self.entries, "{} is not below {:#x}", Gfn(end - 1), self.entries);
         while at < end {
             let here = at % CHUNK_ENTRIES;
             let upto = (here + (end - at)).min(CHUNK_ENTRIES);
-            self.change(at / CHUNK_ENTRIES, |chunk| chunk.mark_part(here as usize..upto as usize, value));
+            self.change(at / CHUNK_ENTRIES, |chunk| chunk.mark_part(here..upto, value));
             at += upto - here;
             // A run may be as long as a disk.
             if self.check_bound() {
@@ -248,9 +165,9 @@ impl LastDirty {
             *place = self.chunks.len() as u32;
         }
         let chunk = &mut self.chunks[*place as usize - 1];
-        let before = chunk.is_each();
+        let before = chunk.bytes();
         change(chunk);
-        self.each = self.each + usize::from(chunk.is_each()) - usize::from(before);
+        self.beside = self.beside + chunk.bytes() - before;
     }
 }
 

@@ -122,7 +122,7 @@ impl BlockDevice {
                 continue;
             }
             self.made.remove(at);
-            self.log.record(requests.remove(at).write(filling.seed, filling.words));
+            self.record(requests.remove(at).write(filling.seed, filling.words));
         }
     }
 
@@ -135,7 +135,7 @@ impl BlockDevice {
     /// is forgotten.
     pub(super) fn take_over(&mut self, old: &[Request], filling: Filling, requests: usize) {
         for (request, _) in old.iter().zip(&self.made).filter(|(_, made)| **made) {
-            self.log.record(request.write(filling.seed, filling.words));
+            self.record(request.write(filling.seed, filling.words));
         }
         self.made = vec![false; requests];
     }
@@ -175,8 +175,15 @@ impl BlockDevice {
         hash.digest128()
     }
 
+    fn record(&self, write: DiskWrite) {
+        let blocks = write.blocks();
+        self.log.record(write);
+        self.disk.change_recorded(blocks);
+    }
+
     fn make(&self, write: &DiskWrite) {
         let blocks = write.blocks();
+        self.disk.change_begins(blocks.clone());
         let made = match &write.content {
             DiskContent::Bytes(bytes) => self.disk.write(blocks.start.offset(), bytes),
             DiskContent::Zeroes(_) => self.disk.zero(blocks, true),

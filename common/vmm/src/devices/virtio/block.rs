@@ -138,6 +138,7 @@ impl Block {
                 self.log.record(write.clone());
             }
             self.log.record_unknown(ended.done.unknown.clone());
+            self.io.recorded(&self.open[at].request);
             if let Some(open) = self.open.remove(at) {
                 self.bytes -= open.request.bytes();
                 if !open.request.is_orphan() {

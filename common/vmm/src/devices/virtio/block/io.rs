@@ -62,8 +62,14 @@ impl IoThreads {
 
     /// Has a request done. Whoever calls has not started another one that conflicts with it.
     pub(super) fn start_request(&self, number: u64, request: &Request) {
+        self.shared.disk.change_begins(request.changed());
         self.shared.state().jobs.push_back((number, request.clone()));
         self.shared.changed.notify_one();
+    }
+
+    /// What a request that has ended did is in the log.
+    pub(super) fn recorded(&self, request: &Request) {
+        self.shared.disk.change_recorded(request.changed());
     }
 
     /// The next that has ended.

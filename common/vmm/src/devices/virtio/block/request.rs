@@ -198,6 +198,12 @@ impl Request {
         matches!(self.operation, Operation::Write { .. } | Operation::Zero { .. })
     }
 
+    /// The blocks that it may change.
+    pub(super) fn changed(&self) -> Range<Block> {
+        let Range { start, end } = if self.changes() { self.blocks() } else { 0..0 };
+        Block(start)..Block(end)
+    }
+
     /// The blocks that it is about, also in part.
     fn blocks(&self) -> Range<u64> {
         let end = self.offset + self.len();
