@@ -74,6 +74,11 @@ impl Changes {
         runs
     }
 
+    /// All blocks that changed, as runs; one may be in two of them.
+    pub fn block_runs(&self) -> impl Iterator<Item = (Block, u64)> + '_ {
+        self.blocks.runs().chain(self.writes.runs().map(|run| (run.first(), run.count())))
+    }
+
     /// Pages and blocks whose bytes an epoch has to carry.
     pub fn count(&self) -> u64 {
         let written = self.writes.runs().filter(|run| run.bytes().is_some()).map(BlockRun::count);

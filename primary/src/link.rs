@@ -3,7 +3,7 @@
 //! waits for the network.
 
 use colo_common::{Incarnation, NodeId, Point, Term, VmId};
-use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, RangeDigests};
+use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, Diverged, RangeDigests};
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
@@ -71,7 +71,7 @@ pub struct Welcomed {
     pub link: LinkHandle,
     /// The secondary.
     pub node: NodeId,
-    /// What it holds: for a seed, `staged` is a base for a resync by digests.
+    /// What it holds.
     pub offer: Offer,
     /// Bytes of pages in an epoch that it takes.
     pub max_epoch_bytes: u64,
@@ -94,8 +94,8 @@ pub enum LinkEvent {
     Ack(Ack),
     /// How far the secondary is.
     Progress(Marks),
-    /// Digests that were asked for.
-    Digests(Digests),
+    /// What a seed has asked for.
+    Answer(Answer),
     /// An epoch's frames are written.
     Sent {
         /// The epoch.
@@ -107,13 +107,15 @@ pub enum LinkEvent {
     },
 }
 
-/// Digests of what the secondary has.
+/// What the secondary says of its copy while it is made whole.
 #[derive(Debug)]
-pub enum Digests {
-    /// Of memory.
+pub enum Answer {
+    /// Digests of memory.
     Pages(RangeDigests),
-    /// Of the disk.
+    /// Digests of the disk.
     Blocks(BlockDigests),
+    /// Where it may hold something else than the points that the seed begins from.
+    Diverged(Diverged),
 }
 
 /// A question for digests.

@@ -5,7 +5,7 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{History, Incarnation, NodeId, Term, VmId};
+use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Term, VmId};
 use colo_vmm::egress::OutputPosition;
 use colo_vmm::{GuestMemory, WireSpec, admission};
 use std::path::Path;
@@ -18,6 +18,7 @@ use crate::admin::Plane;
 use crate::backends;
 use crate::console::Console;
 use crate::guest_config::{account, describe};
+use crate::last_changed::LastChanged;
 use crate::node::Beginning;
 use crate::node::status::Board;
 use crate::outlet::{Network, Outlet};
@@ -87,6 +88,8 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
             _ => return Err(why),
         },
     };
+    let blocks = opened.backends.disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+    let last_changed = LastChanged::none(guest.memory().layout().frame_limit(), blocks);
     let begins = OutputPosition::at_start(entry.term);
     guest.count_from(begins)?;
     console.begin_at(begins.console);
@@ -107,6 +110,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         moved: false,
         promotions: 0,
         former: None,
+        last_changed,
     };
     let runner = Runner {
         plane,

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use crate::encode::{Encoder, PageCount};
 use crate::heartbeat::{Pulse, Rhythm, beat};
 use crate::link::{
-    Ask, Connector, Digests, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent,
+    Answer, Ask, Connector, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent,
     Welcomed,
 };
 use crate::node::Event;
@@ -159,7 +159,12 @@ impl QuicConnector {
             other => return Err(Failed::Down(format!("the secondary answered {other:?} to a hello"))),
         };
         let (link, end) = LinkHandle::new();
-        let offer = Offer { replica: welcome.replica, staged: welcome.staged.or(welcome.stale) };
+        let offer = Offer {
+            replica: welcome.replica,
+            staged: welcome.staged.or(welcome.stale),
+            bases: welcome.bases,
+            history: welcome.history,
+        };
         let max_epoch_bytes = welcome.max_epoch_bytes;
         pulse.hear();
         let address = connection.remote_address();
@@ -196,8 +201,9 @@ impl Link {
                     persisted: progress.persisted,
                     backlog_bytes: progress.backlog_bytes,
                 })),
-                Control::RangeDigests(digests) => self.tell(LinkEvent::Digests(Digests::Pages(digests))),
-                Control::BlockDigests(digests) => self.tell(LinkEvent::Digests(Digests::Blocks(digests))),
+                Control::RangeDigests(digests) => self.tell(LinkEvent::Answer(Answer::Pages(digests))),
+                Control::BlockDigests(digests) => self.tell(LinkEvent::Answer(Answer::Blocks(digests))),
+                Control::Diverged(diverged) => self.tell(LinkEvent::Answer(Answer::Diverged(diverged))),
                 Control::Refused(refused) => {
                     self.tell(LinkEvent::Refused(refused.detail.to_string()));
                     return refused.detail.to_string();

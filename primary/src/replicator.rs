@@ -189,25 +189,6 @@ impl<C: Carried> Replicator<C> {
         }
     }
 
-    /// The point from which on the open dirty set has everything, for a copy that may come back.
-    pub fn kept_since(&self) -> Option<Point> {
-        self.covered.filter(|_| self.phase == Phase::Alone)
-    }
-
-    /// The point of the offered copy, if what was written since is in the open dirty set: then that is all it needs.
-    pub fn resync_from(&self, offer: &Offer) -> Option<Point> {
-        let (kept, staged) = (self.kept_since()?, offer.staged?);
-        let recent = staged >= kept || self.mutation.resync_any_copy;
-        (recent && self.history.contains(staged)).then_some(staged)
-    }
-
-    /// The open dirty set is not kept any more.
-    pub fn forget_copy(&mut self) {
-        if self.phase == Phase::Alone {
-            self.covered = None;
-        }
-    }
-
     /// Begins to protect: the base copy goes to `peer` from now on. The guest's writes must be tracked already.
     ///
     /// # Errors
@@ -280,22 +261,24 @@ impl<C: Carried> Replicator<C> {
         }
         match self.phase.clone() {
             Phase::Joining { peer, join } if ack.point >= join => {
-                self.drop_flight(ack.point);
+                let mut actions = self.drop_flight(ack.point);
                 if self.mutation.hold_from_proposal {
                     self.hold = Some(self.tip);
                 }
                 let value =
                     Value::Paired { primary: self.me.clone(), secondary: peer.clone(), replica: ack.replica };
                 self.phase = Phase::Pairing { peer, join };
-                Ok(vec![self.propose(Kind::Pair, value)])
+                actions.push(self.propose(Kind::Pair, value));
+                Ok(actions)
             }
             Phase::Paired { replica, .. } if replica == ack.replica => {
-                self.drop_flight(ack.point);
+                let actions = self.drop_flight(ack.point);
                 self.acked = self.acked.max(Some(ack.point));
-                Ok(self.settle())
+                Ok(self.settled(actions))
             }
             Phase::Paired { replica, .. } => {
-                let offered = Offer { replica: Some(ack.replica), staged: Some(ack.point) };
+                let offered =
+                    Offer { replica: Some(ack.replica), staged: Some(ack.point), ..Offer::default() };
                 Err(PeerError::OtherReplica { offered, named: replica })
             }
             _ => Ok(Vec::new()),
@@ -306,8 +289,8 @@ impl<C: Carried> Replicator<C> {
     pub fn link_lost(&mut self) -> Vec<Action<C>> {
         match self.phase {
             Phase::Seeding { .. } | Phase::Joining { .. } => {
-                self.void_join();
-                self.settle()
+                let actions = self.void_join();
+                self.settled(actions)
             }
             Phase::Pairing { .. } | Phase::Paired { .. } => {
                 self.linked = false;
@@ -350,8 +333,9 @@ impl<C: Carried> Replicator<C> {
                 Vec::new()
             }
             Phase::Seeding { .. } | Phase::Joining { .. } => {
-                self.void_join();
-                self.settled(vec![Action::Detach])
+                let mut actions = self.void_join();
+                actions.push(Action::Detach);
+                self.settled(actions)
             }
             Phase::Paired { .. } if self.pending.is_none() => vec![self.propose_solo()],
             _ => Vec::new(),
@@ -374,7 +358,7 @@ impl<C: Carried> Replicator<C> {
             }
             Phase::Seeding { .. } | Phase::Joining { .. } => {
                 // Else the ack of J would propose a second thing at a time.
-                self.void_join();
+                actions.extend(self.void_join());
                 actions.push(Action::Detach);
             }
             Phase::Alone | Phase::Pairing { .. } | Phase::Paired { .. } => {}
@@ -454,20 +438,22 @@ impl<C: Carried> Replicator<C> {
     }
 
     /// J is void: the next try needs a new cut, and what was held for it may go.
-    fn void_join(&mut self) {
+    fn void_join(&mut self) -> Vec<Action<C>> {
         self.phase = Phase::Alone;
         self.linked = false;
         self.hold = None;
-        self.flight.clear();
-        // It may be inconsistent.
+        // The copy is inconsistent, but may be made whole by what it lacks.
         self.covered = None;
+        self.fail_flight()
     }
 
-    fn drop_flight(&mut self, acked: Point) {
+    fn drop_flight(&mut self, acked: Point) -> Vec<Action<C>> {
         self.covered = self.covered.max(Some(acked));
-        while self.flight.front().is_some_and(|flight| flight.point <= acked) {
-            self.flight.pop_front();
+        let mut actions = Vec::new();
+        while let Some(flight) = self.flight.pop_front_if(|flight| flight.point <= acked) {
+            actions.push(Action::Covered(flight.point, flight.carried));
         }
+        actions
     }
 
     /// Rule 3: what was in flight is of the next epoch.
@@ -596,10 +582,7 @@ impl<C: Carried> Replicator<C> {
     /// A mutation, never done: the request may still land.
     fn believe_old_value(&mut self) -> Vec<Action<C>> {
         self.pending = None;
-        if matches!(self.phase, Phase::Pairing { .. }) {
-            self.void_join();
-        }
-        Vec::new()
+        if matches!(self.phase, Phase::Pairing { .. }) { self.void_join() } else { Vec::new() }
     }
 }
 

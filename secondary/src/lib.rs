@@ -15,6 +15,7 @@ pub mod offline;
 pub mod pairing_service;
 pub mod persist;
 pub mod receiver;
+pub mod rejoin;
 pub mod replica;
 pub mod secondary;
 pub mod staging;

@@ -7,8 +7,8 @@ use colo_primary::heartbeat::{Pulse, Rhythm, beat};
 use colo_primary::wire::{WireError, read_control, read_frame, write_control};
 use colo_proto::frame::VmTag;
 use colo_proto::message::{
-    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, Goodbye, Hello, Progress, RangeDigests,
-    Refusal, Refused, SeedMode, Welcome, Yield,
+    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, Diverged, Goodbye, Hello, Progress,
+    RangeDigests, Refusal, Refused, SeedMode, Welcome, Yield,
 };
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{GuestMemory, PagePool};
@@ -64,6 +64,8 @@ pub enum Say {
     Digests(RangeDigests),
     /// Digests of the disk that were asked for.
     BlockDigests(BlockDigests),
+    /// Where the copy may hold something else than the points that the seed begins from.
+    Diverged(Diverged),
     /// The link is over, and why.
     Refused(Refused),
 }
@@ -348,6 +350,7 @@ async fn speak(mut stream: SendStream, mut words: mpsc::UnboundedReceiver<Say>, 
             Say::Progress(progress) => write_control(&mut stream, vm, progress).await,
             Say::Digests(digests) => write_control(&mut stream, vm, digests).await,
             Say::BlockDigests(digests) => write_control(&mut stream, vm, digests).await,
+            Say::Diverged(diverged) => write_control(&mut stream, vm, diverged).await,
             Say::Refused(refused) => write_control(&mut stream, vm, refused).await,
         };
         if let Err(e) = said {

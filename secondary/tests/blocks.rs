@@ -96,8 +96,8 @@ impl Sender {
 #[test]
 fn blocks_of_a_seed_go_out_and_those_of_an_epoch_come_with_it() {
     let mut sender = Sender::new(DISK_BLOCKS);
-    let begin = SeedBegin { mode: SeedMode::Resync, history: History::default() };
-    assert!(matches!(sender.message(&begin), Ok(Step::Seed(SeedMode::Resync))));
+    let begin = SeedBegin { mode: SeedMode::DIFFERING, history: History::default() };
+    assert!(matches!(sender.message(&begin), Ok(Step::Seed(SeedMode::DIFFERING))));
     let Ok(Step::SeedBlocks(part)) = sender.blocks(&[zero(0, 5), data(7, 2)], 3) else {
         panic!("not passed on")
     };

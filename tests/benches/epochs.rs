@@ -81,7 +81,7 @@ impl Source {
         let mut encoder = Encoder::new(VmTag::of(&self.vm), epoch.point);
         let mut frames = Vec::new();
         if epoch.base.is_none() {
-            frames.push(encoder.seed(SeedMode::Full, epoch.history.clone()));
+            frames.push(encoder.seed(SeedMode::FULL, epoch.history.clone()));
         }
         encoder.epoch(epoch, |frame| frames.push(frame));
         frames

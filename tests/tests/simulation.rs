@@ -32,6 +32,8 @@ mod promoting;
 mod runner;
 #[path = "simulation/seeding.rs"]
 mod seeding;
+#[path = "simulation/switching.rs"]
+mod switching;
 #[path = "simulation/world.rs"]
 mod world;
 

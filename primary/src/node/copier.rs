@@ -2,17 +2,17 @@
 
 mod compare;
 
-use colo_common::{Block, Gfn, Point};
-use colo_proto::message::SeedMode;
+use colo_common::{Block, Gfn};
+use colo_proto::message::{SeedMode, SeedPart};
 use colo_vmm::page_batch::is_zero;
-use colo_vmm::{Disk, DiskWrite, GuestMemory, PageBatch, PagePool};
+use colo_vmm::{BlockSet, DirtySet, Disk, DiskWrite, GuestMemory, PageBatch, PagePool};
 use crossbeam_channel::{Receiver, Sender};
 use std::sync::Arc;
 
 use super::Event;
 use super::seeding::SeedEvent;
 use crate::changes::{Changes, read_blocks};
-use crate::link::{Digests, LinkHandle};
+use crate::link::{Answer, LinkHandle};
 use crate::transfer::Transfer;
 
 /// Pages copied and sent at once.
@@ -21,36 +21,25 @@ const CHUNK_PAGES: u64 = 256;
 const REPORT_PAGES: u64 = 8192;
 
 /// What is sent before the rounds of what changed meanwhile.
-pub(super) enum First {
-    /// All populated memory, and the blocks that differ.
-    Populated,
-    /// What differs, by digests that the secondary is asked for.
-    Differing,
-    /// What was written since this point.
-    Since(Point, Round),
-}
-
-impl First {
+pub(super) struct First {
     /// As the secondary is told.
-    pub(super) fn mode(&self) -> SeedMode {
-        match self {
-            Self::Populated => SeedMode::Full,
-            Self::Differing => SeedMode::Resync,
-            Self::Since(point, _) => SeedMode::Since(*point),
-        }
-    }
+    pub(super) mode: SeedMode,
+    /// Pages changed since the point that the memory begins from, if it begins from one.
+    pub(super) pages: Option<DirtySet>,
+    /// The same of the disk.
+    pub(super) blocks: Option<BlockSet>,
 }
 
 impl std::fmt::Display for First {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Populated => f.write_str("all populated memory is sent"),
-            Self::Differing => f.write_str("what differs is sent"),
-            Self::Since(point, round) => {
-                let (pages, blocks) = (sum(&round.pages), sum(&round.blocks));
-                write!(f, "{pages} pages and {blocks} blocks that were written since {point} are sent")
-            }
-        }
+        let part = |part, what, changed: Option<u64>| match part {
+            SeedPart::All => format!("all {what}"),
+            SeedPart::Differing => format!("the {what} that differ"),
+            SeedPart::Since(point) => format!("{} {what} changed since {point}", changed.unwrap_or(0)),
+        };
+        let pages = part(self.mode.memory, "pages", self.pages.as_ref().map(DirtySet::len));
+        let blocks = part(self.mode.disk, "blocks", self.blocks.as_ref().map(BlockSet::len));
+        write!(f, "{pages}, {blocks}")
     }
 }
 
@@ -79,8 +68,8 @@ fn sum<N>(runs: &[(N, u64)]) -> u64 {
 
 /// What the thread is to do next.
 pub(super) enum Order {
-    /// Digests of what the secondary has; the first pass goes by them.
-    Digests(Digests),
+    /// What the secondary was asked for; the first pass goes by it.
+    Answer(Answer),
     /// Send these.
     Round(Round),
 }
@@ -123,11 +112,7 @@ impl Copier {
 
     fn copy(&mut self, begin: Transfer, first: First) -> Result<(), Stopped> {
         self.send(begin)?;
-        match first {
-            First::Since(_, round) => self.round(&round)?,
-            First::Populated => self.everything(false)?,
-            First::Differing => self.everything(true)?,
-        }
+        self.first(first)?;
         self.rest()?;
         while let Ok(order) = self.inbox.recv() {
             if let Order::Round(round) = order {
@@ -138,19 +123,69 @@ impl Copier {
         Ok(())
     }
 
+    fn first(&mut self, mut first: First) -> Result<(), Stopped> {
+        if first.mode.asks_diverged() {
+            self.add_diverged(&mut first)?;
+        }
+        let populated = match first.pages {
+            Some(_) => Vec::new(),
+            None => self.memory.populated().map_err(|e| Stopped(e.to_string()))?,
+        };
+        let disk = self.disk.clone();
+        let changed = first.pages.as_ref().map_or(sum(&populated), DirtySet::len);
+        self.total = changed
+            + match (&first.blocks, disk.as_deref()) {
+                (Some(blocks), _) => blocks.len(),
+                (None, disk) => disk.map_or(Ok(0), compare::data_blocks)?,
+            };
+        match (first.mode.memory, first.pages) {
+            (_, Some(pages)) => self.frames(&pages.runs().collect::<Vec<_>>()),
+            (SeedPart::All, None) => self.frames(&populated),
+            (_, None) => self.memory_by_digests(&populated),
+        }?;
+        match (disk, first.blocks) {
+            (None, _) => Ok(()),
+            (Some(disk), Some(blocks)) => {
+                blocks.runs().try_for_each(|(first, count)| self.blocks(&*disk, first, count))
+            }
+            (Some(disk), None) => self.disk_by_digests(&*disk),
+        }
+    }
+
+    /// What the secondary may hold otherwise than the points that this seed begins from is sent too.
+    fn add_diverged(&self, first: &mut First) -> Result<(), Stopped> {
+        loop {
+            let part = match self.inbox.recv() {
+                Ok(Order::Answer(Answer::Diverged(part))) => part,
+                Ok(_) => return Err(Stopped("something else than where the copy diverged".to_owned())),
+                Err(_) => return Err(Stopped("the seed was given up".to_owned())),
+            };
+            let beyond = || Stopped("the copy diverged where the guest has nothing".to_owned());
+            if let Some(pages) = &mut first.pages {
+                let frames = pages.frames();
+                for &(gfn, count) in &part.pages {
+                    gfn.0.checked_add(count).filter(|&end| end <= frames).ok_or_else(beyond)?;
+                    pages.insert_range(gfn, count);
+                }
+            }
+            if let Some(blocks) = &mut first.blocks {
+                let most = blocks.blocks();
+                for &(block, count) in &part.blocks {
+                    block.0.checked_add(count).filter(|&end| end <= most).ok_or_else(beyond)?;
+                    blocks.insert_range(block, count);
+                }
+            }
+            if part.last {
+                return Ok(());
+            }
+        }
+    }
+
     /// J must not wait behind what is only queued.
     fn rest(&self) -> Result<(), Stopped> {
         self.link.drain().map_err(Stopped)?;
         self.tell(SeedEvent::Idle);
         Ok(())
-    }
-
-    fn everything(&mut self, compared: bool) -> Result<(), Stopped> {
-        let populated = self.memory.populated().map_err(|e| Stopped(e.to_string()))?;
-        let disk = self.disk.clone();
-        self.total = sum(&populated) + disk.as_deref().map_or(Ok(0), compare::data_blocks)?;
-        if compared { self.memory_by_digests(&populated) } else { self.frames(&populated) }?;
-        disk.map_or(Ok(()), |disk| self.disk_by_digests(&*disk))
     }
 
     fn round(&mut self, round: &Round) -> Result<(), Stopped> {

@@ -97,11 +97,11 @@ impl Node {
                 self.on_sent(point, bytes, pages);
                 Ok(())
             }
-            LinkEvent::Digests(digests) => {
-                if self.seed.as_ref().is_some_and(|seed| seed.compare(digests)) {
+            LinkEvent::Answer(answer) => {
+                if self.seed.as_ref().is_some_and(|seed| seed.pass_on(answer)) {
                     return Ok(());
                 }
-                tracing::warn!(vm = %self.vm, "more digests than were asked for");
+                tracing::warn!(vm = %self.vm, "more answers than were asked for");
                 self.lose_link()
             }
             LinkEvent::Refused(reason) | LinkEvent::Down(reason) => {
@@ -166,12 +166,11 @@ impl Node {
                 Err(e) => Ok(Some(e.to_string())),
             },
             Purpose::Seed => {
-                let base = self.replicator.resync_from(&offer);
                 if let Err(e) = self.replicator.seed(node.clone()) {
                     return Ok(Some(e.to_string()));
                 }
                 self.agreed_epoch_bytes = max_epoch_bytes;
-                self.begin_seed(number, &link, &offer, base)?;
+                self.begin_seed(number, &link, &offer)?;
                 self.peer = peer(link, None, true);
                 Ok(None)
             }

@@ -34,6 +34,7 @@ use crate::arbiter_worker::{ArbiterWorker, Found};
 use crate::changes::Changes;
 use crate::checkpoint::Standing;
 use crate::epoch::{Pacer, disk_share};
+use crate::last_changed::LastChanged;
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::outlet::Outlet;
 use crate::release::Release;
@@ -115,6 +116,8 @@ pub struct Beginning {
     pub promotions: u32,
     /// The control plane of the node that ran it before: it protects to that one if it is told of no other.
     pub former: Option<String>,
+    /// What is known of what was changed when. If it knows anything, the guest's writes are tracked.
+    pub last_changed: LastChanged,
 }
 
 /// What is left when a node's part is over: the guest's memory as it was, for a follower in the same place.
@@ -230,7 +233,9 @@ pub struct Node {
     seed: Option<SeedJob>,
     /// The guest is being moved to the secondary on purpose.
     switching: Option<switching::Switching>,
-    /// Since when the open dirty set is kept for a copy that may come back.
+    /// When each page and block was changed last, up to the open dirty set and what is in flight.
+    last_changed: LastChanged,
+    /// Since when the guest's writes are tracked for nothing but a copy that may come back.
     kept_since: Option<Instant>,
     arbiter: ArbiterWorker,
     next_read: Instant,
@@ -267,6 +272,7 @@ impl Node {
             moved,
             promotions,
             former,
+            last_changed,
         } = beginning;
         let wake = outbox.clone();
         // A full inbox wakes the node as well.
@@ -311,7 +317,8 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
-            kept_since: None,
+            kept_since: last_changed.known().memory.map(|_| now),
+            last_changed,
             arbiter,
             next_read: now + READ_INTERVAL,
             connector,
@@ -332,6 +339,7 @@ impl Node {
     /// The guest cannot go on here; the other node will take over.
     pub fn run(mut self) -> Result<(End, Remains), NodeError> {
         self.outlet.plug_in(self.moved, Instant::now());
+        self.track_disk();
         self.guest.resume()?;
         self.board.ran();
         loop {
@@ -350,12 +358,16 @@ impl Node {
     /// The guest's threads and devices end here.
     fn remains(self) -> Remains {
         let spec = self.guest.spec();
+        let parted = self.replicator.parted().filter(|_| !self.unknown);
+        let known = parted.and_then(|base| Some((base, self.last_changed.pages_since(base.epoch)?)));
+        let mut changed = self.dirty.pages;
+        known.iter().for_each(|(_, before)| changed.union_with(before));
         Remains {
             memory: Arc::clone(self.guest.memory()),
             spec_digest: spec.digest(),
             boot_files: spec.boot_files(),
-            base: self.replicator.parted().filter(|_| !self.unknown),
-            changed: self.dirty.pages,
+            base: known.map(|(base, _)| base),
+            changed,
             history: self.replicator.history().clone(),
             spec: self.spec,
         }
@@ -509,6 +521,7 @@ impl Node {
                     self.drop_link();
                     self.keep_or_forget()?;
                 }
+                Action::Covered(point, changes) => self.last_changed.mark(&changes, point.epoch),
                 Action::ResetGuest => self.reset_guest()?,
                 Action::Park => {
                     self.parked = true;
@@ -580,6 +593,7 @@ impl Node {
             tracing::error!(vm = %self.vm, "{loss}: all memory will be compared with the secondary's");
             self.board.count(|counters| counters.ring_overruns += 1);
             self.unknown = true;
+            self.last_changed.forget();
         }
     }
 }

@@ -3,18 +3,19 @@
 //! Logging is on before the [`copier`](super::copier) starts, so whatever it reads torn is dirty and comes again, of the
 //! memory as of the disk. Rounds of dirty pages and blocks follow until few are left; those go with J.
 //!
-//! A secondary that was lost may come back with its copy. For a while the guest's writes are still tracked, so that it
-//! is sent only those; else everything is compared by digests, or sent.
+//! A secondary that was lost may come back with its copy, and so may the node that ran the guest before. For a while the
+//! guest's writes are still tracked, so that a copy is sent only those; else everything is compared by digests, or sent.
 
-use colo_common::Point;
+use colo_common::Epoch;
+use colo_proto::message::SeedPart;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::copier::{Copier, First, Order, Round};
 use super::{Node, NodeError};
-use crate::changes::Changes;
-use crate::link::{Digests, LinkHandle};
+use crate::link::{Answer, LinkHandle};
+use crate::rejoin::plan;
 use crate::replicator::{Offer, Phase};
 use crate::transfer::Transfer;
 
@@ -56,23 +57,21 @@ pub(super) struct SeedJob {
 }
 
 impl Node {
-    /// Logging first, then the copy: what is written behind the copy's back is in the dirty set. With a `base`, the
-    /// dirty set has what was written since.
+    /// Logging first, then the copy: what is written behind the copy's back is in the dirty set.
     pub(super) fn begin_seed(
         &mut self,
         number: u64,
         link: &LinkHandle,
         offer: &Offer,
-        base: Option<Point>,
     ) -> Result<(), NodeError> {
         // Before anything is read: what is written from now on is known.
         self.track_disk();
         self.disk_fails = false;
-        let first = self.first_pass(offer, base)?;
-        let mode = first.mode();
-        self.board.seed_begins(mode);
+        let first = self.first_pass(offer)?;
+        self.board.seed_begins(first.mode);
         tracing::info!(vm = %self.vm, "a copy begins: {first}");
-        let begin = Transfer::SeedBegin { mode, history: self.replicator.history().points().to_vec() };
+        let begin =
+            Transfer::SeedBegin { mode: first.mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
         let memory = Arc::clone(self.guest.memory());
         let copier =
@@ -83,23 +82,45 @@ impl Node {
         Ok(())
     }
 
-    fn first_pass(&mut self, offer: &Offer, base: Option<Point>) -> Result<First, NodeError> {
+    /// What is sent first. Everything known to be dirty goes into the tables of what was changed last, so that the open
+    /// set has what is written from here on.
+    fn first_pass(&mut self, offer: &Offer) -> Result<First, NodeError> {
         self.kept_since = None;
-        if let Some(base) = base.filter(|_| !self.send_all) {
+        let tracked = self.last_changed.known().memory.is_some();
+        if tracked {
             self.collect()?;
-            if !self.unknown {
-                let round = Round::of(&mut self.dirty);
-                return Ok(First::Since(base, round));
-            }
         }
+        if !tracked || self.unknown {
+            self.track_anew()?;
+        }
+        self.account_open();
+        if self.last_changed.known().disk.is_none() {
+            // Too much for its table; what is of the epochs after the next cut will be known again.
+            self.last_changed.blocks.begin(self.replicator.next_point().epoch);
+        }
+        let history = self.replicator.history();
+        let mode = plan(history, self.last_changed.known(), offer, self.send_all);
+        let pages = since(mode.memory, |epoch| self.last_changed.pages_since(epoch));
+        let blocks = since(mode.disk, |epoch| self.last_changed.blocks_since(epoch));
+        Ok(First { mode, pages, blocks })
+    }
+
+    /// Begins to track the guest's writes, with nothing known of those before.
+    fn track_anew(&mut self) -> Result<(), NodeError> {
         self.guest.unprotect()?;
         self.guest.protect()?;
         self.dirty = self.dirty.fresh();
         self.unknown = false;
-        Ok(match offer.staged.filter(|_| !self.send_all) {
-            Some(_) => First::Differing,
-            None => First::Populated,
-        })
+        // The epoch that is open began before this.
+        self.last_changed.begin(self.replicator.next_point().epoch);
+        Ok(())
+    }
+
+    /// What is in the open set is of the next epoch at the latest; the set is empty after that.
+    fn account_open(&mut self) {
+        let fresh = self.dirty.fresh();
+        let changes = std::mem::replace(&mut self.dirty, fresh);
+        self.last_changed.mark(&changes, self.replicator.next_point().epoch);
     }
 
     /// Nobody follows. What the guest writes from now on is of use only to a copy that may come back.
@@ -107,7 +128,7 @@ impl Node {
         if !matches!(self.replicator.phase(), Phase::Alone) || self.peer.is_some() {
             return Ok(());
         }
-        if self.replicator.kept_since().is_some() && !self.unknown {
+        if self.last_changed.known().memory.is_some() && !self.unknown {
             self.kept_since.get_or_insert_with(Instant::now);
             return Ok(());
         }
@@ -127,7 +148,7 @@ impl Node {
 
     fn forget_copy(&mut self) -> Result<(), NodeError> {
         self.kept_since = None;
-        self.replicator.forget_copy();
+        self.last_changed.forget();
         self.guest.unprotect()?;
         self.track_disk();
         self.dirty = self.dirty.fresh();
@@ -166,7 +187,7 @@ impl Node {
         let Some(seed) = &mut self.seed else { return Ok(()) };
         if dirty > limit && seed.rounds < MAX_ROUNDS {
             seed.rounds += 1;
-            seed.order(&mut self.dirty);
+            self.order_round();
         }
         Ok(())
     }
@@ -186,23 +207,34 @@ impl Node {
         let too_much = !self.fits_epoch();
         if let Some(seed) = self.seed.as_mut().filter(|_| too_much) {
             seed.waits_for_rest = true;
-            seed.order(&mut self.dirty);
+            self.order_round();
             return Ok(());
         }
         self.seed = None;
         self.ship(true)
     }
+
+    /// Has everything that was changed sent.
+    fn order_round(&mut self) {
+        let Some(seed) = &mut self.seed else { return };
+        self.last_changed.mark(&self.dirty, self.replicator.next_point().epoch);
+        seed.busy = true;
+        // Its thread ends only with the link, which is told on its own.
+        drop(seed.orders.send(Order::Round(Round::of(&mut self.dirty))));
+    }
+}
+
+/// What was changed since the point that a part begins from.
+fn since<S>(part: SeedPart, table: impl Fn(Epoch) -> Option<S>) -> Option<S> {
+    match part {
+        SeedPart::Since(point) => table(point.epoch),
+        SeedPart::All | SeedPart::Differing => None,
+    }
 }
 
 impl SeedJob {
-    /// Passes digests on that were asked for; false if there are more than that.
-    pub(super) fn compare(&self, digests: Digests) -> bool {
-        self.orders.try_send(Order::Digests(digests)).is_ok()
-    }
-
-    fn order(&mut self, dirty: &mut Changes) {
-        self.busy = true;
-        // Its thread ends only with the link, which is told on its own.
-        drop(self.orders.send(Order::Round(Round::of(dirty))));
+    /// Passes on what the secondary was asked for; false if there is more than that.
+    pub(super) fn pass_on(&self, answer: Answer) -> bool {
+        self.orders.try_send(Order::Answer(answer)).is_ok()
     }
 }

@@ -7,7 +7,7 @@ pub use devices::{Devices, DiskAccount, NetworkAccount, Overlay};
 
 use colo_common::register::Entry;
 use colo_common::{History, NodeId, Point, ReplicaId};
-use colo_proto::message::SeedMode;
+use colo_proto::message::{SeedMode, SeedPart};
 use colo_proto::v1;
 use colo_vmm::GuestMemory;
 use std::net::SocketAddr;
@@ -89,10 +89,10 @@ pub struct Counters {
 impl Counters {
     /// A copy begins.
     pub fn copy_begins(&mut self, mode: SeedMode) {
-        *match mode {
-            SeedMode::Full => &mut self.full_copies,
-            SeedMode::Resync => &mut self.resyncs,
-            SeedMode::Since(_) => &mut self.rejoins,
+        *match mode.memory {
+            SeedPart::All => &mut self.full_copies,
+            SeedPart::Differing => &mut self.resyncs,
+            SeedPart::Since(_) => &mut self.rejoins,
         } += 1;
     }
 }
@@ -381,7 +381,7 @@ impl Board {
     pub(super) fn seed_begins(&self, mode: SeedMode) {
         let mut status = self.lock();
         status.counters.copy_begins(mode);
-        let compares = mode == SeedMode::Resync;
+        let compares = mode.memory == SeedPart::Differing;
         status.seed = Some(Seed { done: 0, total: 0, compares, since: Instant::now() });
         // Of another copy.
         (status.marks, status.epoch_at) = (Marks::default(), None);

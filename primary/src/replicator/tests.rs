@@ -82,6 +82,10 @@ fn paired() -> Replicator<Pages> {
     replicator
 }
 
+fn offer(replica: ReplicaId, staged: Point) -> Offer {
+    Offer { replica: Some(replica), staged: Some(staged), ..Offer::default() }
+}
+
 #[test]
 fn output_is_held_from_the_cut_of_j_until_the_register_has_answered() {
     let mut replicator = joining();
@@ -121,7 +125,7 @@ fn the_link_may_be_lost_while_paired_is_proposed() {
     replicator.cut(Pages(vec![2]), None, false);
     assert_eq!(replicator.link_lost(), vec![Action::MergeBack(Pages(vec![2]))]);
     assert_eq!(replicator.entitled(), Entitled::UpTo(point(1, 1).epoch), "still held: it may be granted");
-    let offer = Offer { replica: Some(COPY), staged: Some(point(1, 1)) };
+    let offer = offer(COPY, point(1, 1));
     assert!(matches!(replicator.relink(&node("b"), &offer), Err(PeerError::NotNow(_))));
     grant(&mut replicator, &pair);
     assert_eq!(replicator.relink(&node("b"), &offer), Ok(point(1, 1)));
@@ -153,9 +157,9 @@ fn peers_that_cannot_be_are_refused() {
     let other = Ack { replica: ReplicaId(5), ..ack(2, point(1, 1)) };
     assert!(matches!(replicator.ack(other), Err(PeerError::OtherReplica { .. })));
     replicator.link_lost();
-    let stranger = Offer { replica: Some(COPY), staged: Some(point(1, 1)) };
+    let stranger = offer(COPY, point(1, 1));
     assert!(matches!(replicator.relink(&node("c"), &stranger), Err(PeerError::OtherReplica { .. })));
-    let diverged = Offer { replica: Some(COPY), staged: Some(point(1, 4)) };
+    let diverged = offer(COPY, point(1, 4));
     assert_eq!(replicator.relink(&node("b"), &diverged), Err(PeerError::UnknownPoint(point(1, 4))));
     assert!(matches!(replicator.seed(node("c")), Err(PeerError::NotNow(_))));
 }
@@ -176,39 +180,36 @@ fn alone_again_only_when_it_is_granted() {
 }
 
 #[test]
-fn a_copy_that_comes_back_is_sent_what_it_lacks() {
+fn what_a_copy_lacks_is_told_or_kept() {
+    let mut replicator = paired();
+    replicator.cut(Pages(vec![1]), None, false);
+    let covered = replicator.ack(ack(2, point(2, 2))).unwrap();
+    assert_eq!(covered, vec![Action::Covered(point(2, 2), Pages(vec![1]))]);
+    replicator.cut(Pages(vec![2]), None, false);
+    let alone = proposal(&replicator.go_solo());
+    let granted = grant(&mut replicator, &alone);
+    assert_eq!(granted, vec![Action::MergeBack(Pages(vec![2])), Action::Detach], "it may not have had that");
+    replicator.seed(node("b")).unwrap();
+    replicator.cut(Pages(vec![3]), None, true);
+    assert_eq!(
+        replicator.link_lost(),
+        vec![Action::MergeBack(Pages(vec![3]))],
+        "J is void, what it carried is not"
+    );
+}
+
+#[test]
+fn a_runner_that_lost_its_vm_knows_where_it_parted() {
     let mut replicator = paired();
     replicator.cut(Pages(vec![1]), None, false);
     replicator.ack(ack(2, point(2, 2))).unwrap();
     replicator.cut(Pages(vec![2]), None, false);
-    let offer = |staged| Offer { replica: Some(COPY), staged: Some(staged) };
-    assert_eq!(replicator.resync_from(&offer(point(2, 2))), None, "it follows");
+    assert_eq!(replicator.parted(), None);
     let alone = proposal(&replicator.go_solo());
-    let granted = grant(&mut replicator, &alone);
-    assert_eq!(granted, vec![Action::MergeBack(Pages(vec![2])), Action::Detach], "it may not have had that");
-    replicator.cut(Pages(vec![]), None, false);
-    assert_eq!(replicator.kept_since(), Some(point(2, 2)));
-    assert_eq!(replicator.resync_from(&offer(point(2, 2))), Some(point(2, 2)));
-    assert_eq!(replicator.resync_from(&offer(point(2, 3))), Some(point(2, 3)), "staged and not acked");
-    assert_eq!(replicator.resync_from(&offer(point(1, 1))), None, "older than what is kept");
-    assert_eq!(replicator.resync_from(&offer(point(2, 9))), None, "not of this history");
-    assert_eq!(replicator.resync_from(&offer(point(0, 0))), None, "a seed that broke off");
-    let mut forgetful = replicator.clone();
-    forgetful.forget_copy();
-    assert_eq!(forgetful.resync_from(&offer(point(2, 2))), None);
-    replicator.seed(node("b")).unwrap();
-    replicator.link_lost();
-    assert_eq!(replicator.resync_from(&offer(point(2, 2))), None, "it was made inconsistent");
-}
-
-#[test]
-fn nothing_is_kept_for_a_copy_over_a_loss_of_the_register() {
-    let mut replicator = paired();
-    replicator.ack(ack(2, point(1, 1))).unwrap();
-    let alone = proposal(&replicator.go_solo());
-    replicator.answer(alone.id, Answer::Refused(Some(entry(3, solo("b", Incarnation(8))))));
+    let actions = replicator.answer(alone.id, Answer::Refused(Some(entry(3, solo("b", Incarnation(8))))));
+    assert_eq!(actions, vec![Action::Park, Action::Detach, Action::MergeBack(Pages(vec![2]))]);
+    assert_eq!(replicator.parted(), Some(point(2, 2)));
     assert_eq!(replicator.observe(Some(entry(4, solo("a", ME)))), vec![Action::Unpark]);
-    assert_eq!(replicator.resync_from(&Offer { replica: Some(COPY), staged: Some(point(1, 1)) }), None);
 }
 
 #[test]

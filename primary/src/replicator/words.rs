@@ -2,7 +2,8 @@
 //! [`Replicator`](super::Replicator) decides with them.
 
 use colo_common::register::{Entry, Proposal, StopReason};
-use colo_common::{Epoch, NodeId, Point, ReplicaId, Term};
+use colo_common::{Epoch, History, NodeId, Point, ReplicaId, Term};
+use colo_proto::message::Bases;
 
 /// What an epoch carried that must not be lost before its ack: the dirty set.
 pub trait Carried {
@@ -43,12 +44,16 @@ pub struct Ack {
 }
 
 /// What a secondary that is connected anew holds.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Offer {
     /// Its replica, if its copy is whole.
     pub replica: Option<ReplicaId>,
-    /// Its newest whole staged point.
+    /// Its newest whole staged point; for a seed also that of a copy that nothing vouches for.
     pub staged: Option<Point>,
+    /// What a new copy can be made from.
+    pub bases: Bases,
+    /// The history of those.
+    pub history: History,
 }
 
 /// What a link is for.
@@ -87,6 +92,8 @@ pub enum Action<C> {
     Propose(Proposal),
     /// Add this to the open dirty set: its epochs failed.
     MergeBack(C),
+    /// This was changed in the epoch of that point, which the copy has.
+    Covered(Point, C),
     /// Drop the link to the secondary.
     Detach,
     /// Reset the guest, whose request is now out.

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 use super::{
-    Bases, BlockDigestRequest, BlockDigests, DigestRequest, Diverged, Message, MessageError, RangeDigests, bounded,
-    check_range,
+    Bases, BlockDigestRequest, BlockDigests, DigestRequest, Diverged, Message, MessageError, RangeDigests,
+    bounded, check_range,
 };
 use crate::frame::{Frame, Kind, MAX_BODY};
 use crate::version::{NoCommonVersion, Versions};

@@ -6,7 +6,6 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Compared, Message, MessageError, bounded, check_range};
 use crate::frame::Kind;
-use crate::pages::Place;
 
 /// Runs in one message.
 pub const MAX_DIVERGED_RUNS: usize = 4096;
@@ -92,7 +91,8 @@ impl Message for Diverged {
 impl Diverged {
     /// Cuts runs into messages; at least one, and the last says so.
     pub fn parts(pages: &[(Gfn, u64)], blocks: &[(Block, u64)]) -> Vec<Self> {
-        let pages = pages.chunks(MAX_DIVERGED_RUNS).map(|runs| Self { pages: runs.to_vec(), ..Self::default() });
+        let pages =
+            pages.chunks(MAX_DIVERGED_RUNS).map(|runs| Self { pages: runs.to_vec(), ..Self::default() });
         let blocks =
             blocks.chunks(MAX_DIVERGED_RUNS).map(|runs| Self { blocks: runs.to_vec(), ..Self::default() });
         let mut parts: Vec<Self> = pages.chain(blocks).collect();

@@ -6,10 +6,9 @@
 use colo_common::history::point;
 use colo_common::{Block, Epoch, Gfn, History, Incarnation, PAGE_SIZE, ReplicaId, Term};
 use colo_proto::message::{
-    Ack, Base, Bases, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, Diverged, EpochBegin,
-    EpochEnd, Hello,
-    Output, OutputItem, PageDigest, Position, Progress, Purpose, RangeDigests, Refusal, Refused, SeedBegin,
-    SeedMode, SeedPart, TermChanged, Welcome, Yield,
+    Ack, Base, Bases, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, Diverged,
+    EpochBegin, EpochEnd, Hello, Output, OutputItem, PageDigest, Position, Progress, Purpose, RangeDigests,
+    Refusal, Refused, SeedBegin, SeedMode, SeedPart, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{Content, Run};
 use colo_proto::version::Versions;

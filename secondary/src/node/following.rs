@@ -3,7 +3,9 @@
 use colo_common::{ReplicaId, Term};
 use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
-use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
+use colo_proto::message::{
+    Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Welcome,
+};
 use colo_proto::version::Versions;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::sync::Arc;
@@ -36,6 +38,7 @@ impl Follower {
             return;
         }
         // A runner that comes again has lost its old link, whether this end knows it or not.
+        self.break_off_seed();
         self.link = Some(Link {
             number,
             say,
@@ -82,7 +85,10 @@ impl Follower {
             return Err((reason_of(&e), e.to_string()));
         }
         let (replica, staged, stale) = offered(self.replica.copy());
+        let bases = warm.rejoin.bases(self.replica.copy());
         let welcome = Welcome {
+            bases,
+            history: self.history.clone(),
             version,
             node: self.me.clone(),
             incarnation: self.incarnation,
@@ -107,6 +113,7 @@ impl Follower {
                 if link.seeding
                     && let (Some(applier), Some(persister)) = (&self.applier, &self.persister)
                 {
+                    self.warm.iter_mut().for_each(|warm| warm.rejoin.take_pages(&part));
                     applier.order(apply::Job::Seed(part.clone()));
                     persister.order(persist::Job::Seed(part, Some(room)));
                 }
@@ -115,6 +122,7 @@ impl Follower {
                 if link.seeding
                     && let Some(persister) = &self.persister
                 {
+                    self.warm.iter_mut().for_each(|warm| warm.rejoin.take_blocks(&part));
                     persister.order(persist::Job::SeedBlocks(part, Some(room)));
                 }
             }
@@ -159,7 +167,12 @@ impl Follower {
         self.board.error(format!("the link to {} is down: {why}", link.node));
         self.board.count(|counters| counters.link_losses += 1);
         self.replica.link_lost();
+        self.break_off_seed();
         self.suspect();
+    }
+
+    fn break_off_seed(&mut self) {
+        self.warm.iter_mut().for_each(|warm| warm.rejoin.break_off());
     }
 
     /// Nothing is heard of the runner any more, for whatever reason: it may be dead.
@@ -174,10 +187,15 @@ impl Follower {
         let Some((node, term)) = self.link.as_ref().map(|link| (link.node.clone(), link.term)) else {
             return false;
         };
-        if let Err(why) = judge_seed(self.replica.copy(), mode) {
-            self.refuse(WireRefusal::OutOfPlace, &why);
-            return false;
-        }
+        let copy = self.replica.copy().clone();
+        let begun = self.warm.as_mut().ok_or("no guest was agreed on".to_owned());
+        let diverged = match begun.and_then(|warm| warm.rejoin.begin(&copy, mode)) {
+            Ok(diverged) => diverged,
+            Err(why) => {
+                self.refuse(WireRefusal::OutOfPlace, &why);
+                return false;
+            }
+        };
         if let Err(e) = self.replica.accept_seed(&node, term) {
             self.refuse(reason_of(&e), &e.to_string());
             return false;
@@ -187,7 +205,7 @@ impl Follower {
             self.refuse(WireRefusal::Failed, &e);
             return false;
         }
-        let keep = mode != SeedMode::Full;
+        let keep = mode.memory != SeedPart::All;
         self.note_seed(mode);
         let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
         persister.order(persist::Job::Begin(if keep { Base::Stored } else { Base::Empty }));
@@ -202,8 +220,14 @@ impl Follower {
         self.tip = None;
         self.restored = None;
         self.marks = Default::default();
+        if mode.asks_diverged() {
+            for part in Diverged::parts(&diverged.page_runs(), &diverged.block_runs()) {
+                self.say(Say::Diverged(part));
+            }
+        }
         if let Some(link) = &mut self.link {
             link.seeding = true;
+            let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
             if let Some(request) = link.asked.take() {
                 applier.order(apply::Job::Digests(link.number, request));
             }
@@ -250,6 +274,7 @@ impl Follower {
         self.held.let_out_to(epoch.released, &mut self.console);
         self.promotions = epoch.promotions;
         self.history = epoch.history.clone();
+        self.warm.iter_mut().for_each(|warm| warm.rejoin.stage(&epoch));
         self.note_staged(&epoch);
         let epoch = Arc::new(epoch);
         self.tip = Some(Tip { epoch: Arc::clone(&epoch) });
@@ -410,21 +435,8 @@ impl Follower {
         self.say(Say::Refused(refused(reason, why)));
         self.link = None;
         self.replica.link_lost();
+        self.break_off_seed();
         self.suspect();
-    }
-}
-
-/// Whether a seed can be made from what the copy is.
-///
-/// # Errors
-/// Why not; the link is to be ended, and the copy stays as it is.
-pub fn judge_seed(copy: &Copy, mode: SeedMode) -> Result<(), String> {
-    match mode {
-        SeedMode::Since(base) if copy.point() != Some(base) => {
-            let held = copy.point().map_or_else(|| "no whole point".to_owned(), |point| point.to_string());
-            Err(format!("what was written since {base} is of no use here: this copy holds {held}"))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -42,9 +42,10 @@ use crate::detector::Detector;
 use crate::disk::DiskImage;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Caller, LinkEvent, Say};
+use crate::rejoin::Rejoin;
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
-pub use following::{judge_epoch, judge_seed};
+pub use following::judge_epoch;
 pub use pairing::{Loaded, PairAnswer, PairError, load, offered};
 pub use promoting::{HandBack, Promotion};
 pub use starting::{FirstLook, Known, first_look};
@@ -123,6 +124,8 @@ struct Warm {
     disk: Option<Arc<DiskImage>>,
     /// What is known of its addresses, if it has a network card.
     learner: Option<Learner>,
+    /// What is known of where this copy differs from points of the vm.
+    rejoin: Rejoin,
 }
 
 /// The runner that is followed.

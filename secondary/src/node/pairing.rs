@@ -2,7 +2,7 @@
 //! beside the store. A link is taken only from a process that has agreed on the guest that waits here.
 
 use colo_common::config::Endpoint;
-use colo_common::{Incarnation, NodeId, Point, ReplicaId};
+use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, ReplicaId};
 use colo_primary::guest_config::account;
 use colo_primary::guest_files::{KeepError, boot_file, keep_spec, spec_path};
 use colo_primary::handover::Handover;
@@ -13,7 +13,7 @@ use colo_vmm::spec::NetSpec;
 use colo_vmm::tap::Tap;
 use colo_vmm::tap::learn::Learner;
 use colo_vmm::wire_spec::FileDigest;
-use colo_vmm::{Backends, Disk, GuestKind, GuestMemory, WireSpec, admission};
+use colo_vmm::{Backends, DirtySet, Disk, GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +24,7 @@ use crate::apply::Applier;
 use crate::disk::DiskImage;
 use crate::image::Image;
 use crate::persist::{Restored, StoredState};
+use crate::rejoin::Rejoin;
 use crate::replica::{AckPolicy, Copy};
 use crate::store::{Store, StoreError, StoredCopy};
 
@@ -254,7 +255,9 @@ impl Follower {
         let guest = spec.kind.build(full, Arc::clone(&memory), &backends).map_err(|e| build(&e))?;
         let image = Image::new(Arc::clone(&memory), point);
         let learner = spec.virtio().net.map(|net| Learner::new(net.mac));
-        Ok((Warm { guest, spec, digest, memory, disk, learner }, image))
+        let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+        let rejoin = Rejoin::new(memory.layout().frame_limit(), blocks);
+        Ok((Warm { guest, spec, digest, memory, disk, learner, rejoin }, image))
     }
 
     /// This node's TAP, if it can do what the guest was promised.
@@ -293,11 +296,17 @@ impl Follower {
     /// # Errors
     /// The guest cannot be built here.
     pub fn take_loaded(&mut self, loaded: Option<Loaded>) -> Result<(), PairError> {
-        let Some(Loaded { spec, digest, image, restored, disk, .. }) = loaded else { return Ok(()) };
+        let Some(Loaded { spec, digest, image, restored, disk, left, .. }) = loaded else { return Ok(()) };
+        let stored = restored.as_ref().map(|(_, point)| *point);
         if let Some((restored, point)) = restored {
             self.take_stored(restored, point);
         }
-        let warm = self.build(spec, digest, image, disk)?;
+        let mut warm = self.build(spec, digest, image, disk)?;
+        stored.into_iter().for_each(|point| warm.0.rejoin.hold(point));
+        if let Some(Left { point, changed, history }) = left {
+            warm.0.rejoin.leave_memory(point, changed);
+            self.history = history;
+        }
         self.warm_up(warm)
     }
 
@@ -342,6 +351,16 @@ pub struct Loaded {
     restored: Option<(Restored, Point)>,
     disk_bytes: Option<u64>,
     disk: Option<Arc<DiskImage>>,
+    /// What is known of memory that was handed over.
+    left: Option<Left>,
+}
+
+/// Memory that holds a point, but for some of it.
+struct Left {
+    point: Point,
+    changed: DirtySet,
+    /// That the point lies on.
+    history: History,
 }
 
 impl Loaded {
@@ -414,7 +433,11 @@ pub fn load(
         }
     };
     let disk_bytes = full.virtio.disk.as_ref().map(|disk| disk.bytes);
-    Ok(Some(Loaded { spec, digest, image, restored, disk_bytes, disk: None }))
+    let left = left.and_then(|left| {
+        let Handover { base, changed, history, .. } = left;
+        base.map(|point| Left { point, changed, history })
+    });
+    Ok(Some(Loaded { spec, digest, image, restored, disk_bytes, disk: None, left }))
 }
 
 type Each<'a> = &'a mut dyn FnMut(colo_common::Gfn, &colo_vmm::memory::Page);

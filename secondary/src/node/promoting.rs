@@ -200,6 +200,8 @@ impl Follower {
         let state = self.staged_state()?;
         let restoring = Instant::now();
         let warm = self.warm.as_mut().ok_or("there is no guest")?;
+        // Before: setting the state writes guest memory too.
+        warm.guest.protect().map_err(|e| e.to_string())?;
         warm.guest.restore(&state).map_err(|e| e.to_string())?;
         promotion.restore = restoring.elapsed();
         // Only a guest that can run here ends the stored copy; no vCPU runs before that is synced.
@@ -213,6 +215,7 @@ impl Follower {
         let begins = OutputPosition::at_start(entry.term);
         let warm = self.warm.as_mut().ok_or("the guest's description is not known here")?;
         warm.guest.boot().and_then(|()| warm.guest.count_from(begins)).map_err(|e| e.to_string())?;
+        warm.rejoin.forget();
         self.held = Release::new(begins);
         self.console.begin_at(begins.console);
         self.activate(entry.term, &mut promotion)?;
@@ -262,6 +265,7 @@ impl Follower {
             outlet: Outlet::new(self.console.clone(), network),
             moved: true,
             promotions: self.promotions + self.yielded,
+            last_changed: warm.rejoin.into_last_changed(),
             former: self.runner_at.as_ref().map(ToString::to_string),
         };
         Ok(Outcome::Run(Box::new(beginning), promotion))

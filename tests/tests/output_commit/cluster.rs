@@ -331,7 +331,7 @@ fn link(
     let base = match purpose {
         Purpose::Seed => {
             let (_, staged, stale) = offered(follower.replica.copy());
-            let mode = if staged.or(stale).is_some() { SeedMode::Resync } else { SeedMode::Full };
+            let mode = if staged.or(stale).is_some() { SeedMode::DIFFERING } else { SeedMode::FULL };
             runner.replicator.seed(name(1 - x)).ok()?;
             let history = runner.replicator.history().points().to_vec();
             link.there.push_back(Said::Frame(encoder.seed(mode, history)));
@@ -340,7 +340,7 @@ fn link(
         }
         Purpose::Link(wanted) => {
             let (replica, staged, stale) = offered(follower.replica.copy());
-            let offer = Offer { replica, staged: staged.or(stale) };
+            let offer = Offer { replica, staged: staged.or(stale), ..Offer::default() };
             let Ok(base) = runner.replicator.relink(&name(1 - x), &offer) else {
                 // Nobody can come back with that copy.
                 let actions = runner.replicator.go_solo();

@@ -5,7 +5,7 @@ use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term};
 use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Replicator};
 use colo_proto::frame::Frame;
-use colo_secondary::node::{judge_epoch, judge_seed};
+use colo_secondary::node::judge_epoch;
 use colo_secondary::persist::StoredState;
 use colo_secondary::replica::{AckPolicy, Action, Copy, Replica, Rules, Start, Stored};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
@@ -134,10 +134,9 @@ impl Follower {
         let Some(link) = &mut self.link else { return false };
         match link.staging.frame(frame, &fixture().memory) {
             Ok(Step::More) => true,
-            Ok(Step::Seed(mode)) => {
+            Ok(Step::Seed(_)) => {
                 let (node, term) = (link.node.clone(), link.term);
-                let taken = judge_seed(self.replica.copy(), mode).is_ok()
-                    && self.replica.accept_seed(&node, term).is_ok();
+                let taken = self.replica.accept_seed(&node, term).is_ok();
                 if taken {
                     // Synced before a page is taken.
                     self.jobs.push_back(Job::Begin);

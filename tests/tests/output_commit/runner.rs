@@ -174,7 +174,7 @@ impl Runner {
                     self.let_out(world);
                     self.over = true;
                 }
-                Action::MergeBack(()) | Action::ResetGuest => {}
+                Action::MergeBack(()) | Action::Covered(..) | Action::ResetGuest => {}
             }
         }
     }

@@ -345,7 +345,9 @@ impl Surroundings<'_> {
 
     fn relink(&mut self, x: usize, f: usize) -> Option<()> {
         let offer = match self.world.follower(f)?.replica.copy() {
-            Copy::Whole { replica, staged, .. } => Offer { replica: Some(*replica), staged: Some(*staged) },
+            Copy::Whole { replica, staged, .. } => {
+                Offer { replica: Some(*replica), staged: Some(*staged), ..Offer::default() }
+            }
             _ => return None,
         };
         let runner = self.world.runner_mut(x);
@@ -413,7 +415,7 @@ impl Surroundings<'_> {
                     (runner.peer, runner.ack) = (None, None);
                     self.forget_seed(x);
                 }
-                replicator::Action::ResetGuest => {}
+                replicator::Action::ResetGuest | replicator::Action::Covered(..) => {}
                 replicator::Action::Park => self.world.runner_mut(x).halted = true,
                 replicator::Action::Unpark => {
                     let runner = self.world.runner_mut(x);

@@ -24,7 +24,10 @@ impl Runner {
         let due = if self.is_shipping() {
             self.collect(common);
             let paced = common.now >= self.due;
-            self.cut_now || self.is_epoch_full(common) || (self.has_room(common) && paced)
+            self.cut_now
+                || self.holds_guest()
+                || self.is_epoch_full(common)
+                || (self.has_room(common) && paced)
         } else {
             self.cut_now || self.seed_is_ready(common)
         };
@@ -162,7 +165,7 @@ impl Runner {
     }
 
     fn go_on(&mut self, cut: Cut, common: &mut Common) {
-        if cut.state.pending.is_some() {
+        if cut.state.pending.is_some() || self.holds_guest() {
             self.resting = Some(cut);
             return;
         }

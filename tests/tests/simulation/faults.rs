@@ -160,6 +160,9 @@ impl World {
             let to = (x + 1 + common.seed.below(others as u64 - 1) as usize) % others;
             runner.protect_by(to, common);
         }
+        if common.chance(rates.switch) {
+            runner.begin_switchover(common);
+        }
         if common.chance(rates.stop) {
             common.count("stops by the operator");
             common.note(x, || "is stopped by the operator".to_owned());

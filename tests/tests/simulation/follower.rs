@@ -1,15 +1,16 @@
 //! A node that follows: `secondary::node::Follower` without its threads and clocks. Each step names the function there
 //! that it mirrors.
 
-use colo_common::{History, Incarnation, NodeId, Point, ReplicaId, Term};
+use colo_common::{History, Incarnation, NodeId, PAGE_SIZE, Point, ReplicaId, Term};
 use colo_primary::release::Release;
 use colo_secondary::detector::Detector;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::image::Image;
 use colo_secondary::persist::{Restored, StoredState};
+use colo_secondary::rejoin::Rejoin;
 use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Stored};
 use colo_secondary::staging::{StagedEpoch, StagedPart, Staging};
-use colo_secondary::store::{MemoryDisk, Store, StoreError, StoredCopy};
+use colo_secondary::store::{Base, MemoryDisk, PageContent, Store, StoreError, StoredCopy};
 use colo_vmm::memory::Page;
 use colo_vmm::synthetic::SyntheticGuest;
 use colo_vmm::{GuestMemory, ProtectedGuest};
@@ -19,8 +20,9 @@ use std::sync::Arc;
 use crate::common::{ArbiterClient, Common, name};
 use crate::image_file::ImageFile;
 use crate::persister::{Persisted, Persister};
-use crate::plan::{FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
+use crate::plan::{BLOCKS, FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
 use crate::runner::Beginning;
+use crate::switching::Left;
 
 /// `apply::Job`.
 pub(crate) enum Apply {
@@ -69,6 +71,9 @@ pub(crate) struct Follower {
     pub(crate) held: Release,
     pub(crate) promotions: u32,
     pub(crate) yielded: u32,
+    pub(crate) planned: bool,
+    pub(crate) runner_at: Option<usize>,
+    pub(crate) rejoin: Rejoin,
     pub(crate) detector: Detector<Time>,
     pub(crate) asked: bool,
     pub(crate) hand_back: Option<(NodeId, Incarnation, Term)>,
@@ -101,10 +106,12 @@ impl Follower {
         x: usize,
         incarnation: Incarnation,
         durable: &Durable,
+        left: Option<Left>,
         common: &mut Common,
     ) -> Result<Self, StoreError> {
         let mut store = Store::open_in_memory(&durable.disk, common.vm())?;
         let disk = store.attach_disk(Arc::new(durable.file.clone()))?;
+        let left = left.filter(|left| keep_left(&mut store, &left.memory).is_ok());
         let summary = store.summary();
         let (whole, history) = match &summary.copy {
             StoredCopy::Whole(whole) => (Some((whole.point, whole.replica)), whole.history.clone()),
@@ -115,7 +122,11 @@ impl Follower {
         let rules = Rules { policy: durable.policy, boot_after_crash: common.plan.boot };
         let mut replica = Replica::new(name(x), incarnation, rules, stored);
         replica.mutate(common.mutations.follower);
-        let loaded = if durable.spec { Some(load(&mut store, x, common)?) } else { None };
+        let loaded = match &left {
+            Some(left) => Some(Loaded { memory: Arc::clone(&left.memory), point: None, restored: None }),
+            None if durable.spec => Some(load(&mut store, x, common)?),
+            None => None,
+        };
         let mut follower = Self {
             x,
             me: name(x),
@@ -134,6 +145,9 @@ impl Follower {
             held: Release::default(),
             promotions: 0,
             yielded: 0,
+            planned: false,
+            runner_at: None,
+            rejoin: Rejoin::new(FRAMES, BLOCKS),
             detector: Detector::new(),
             asked: false,
             hand_back: None,
@@ -144,6 +158,11 @@ impl Follower {
             forgets_running: false,
             end: None,
         };
+        if let Some(Left { base: Some(base), changed, history, .. }) = left {
+            common.count("memory handed over");
+            follower.rejoin.leave_memory(base, changed);
+            follower.history = history;
+        }
         if let Some(Loaded { memory, point, restored }) = loaded {
             follower.take_loaded(memory, point, restored, common);
         }
@@ -167,6 +186,7 @@ impl Follower {
             self.held = Release::new(restored.held.start);
             self.held.hold(point.epoch, restored.held.clone());
             self.restored = Some(restored);
+            self.rejoin.hold(point);
         }
         self.warm_up(memory, point, common);
     }
@@ -229,6 +249,17 @@ struct Loaded {
     memory: Arc<GuestMemory>,
     point: Option<Point>,
     restored: Option<Restored>,
+}
+
+/// `secondary::keep_left`.
+fn keep_left(store: &mut Store, memory: &GuestMemory) -> Result<(), StoreError> {
+    store.begin_copy(Base::Empty)?;
+    for gfn in (0..FRAMES).map(colo_common::Gfn) {
+        let mut page = [0; PAGE_SIZE];
+        memory.read_page(gfn, &mut page).expect("a frame of the guest");
+        store.write_pages([(gfn, PageContent::Bytes(&page))])?;
+    }
+    Ok(())
 }
 
 /// `node::pairing::load`.

@@ -5,8 +5,8 @@ use colo_primary::link::Purpose;
 use colo_primary::release::Release;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind};
-use colo_proto::message::SeedMode;
-use colo_secondary::node::{judge_epoch, judge_seed, offered};
+use colo_proto::message::{Diverged, SeedMode, SeedPart};
+use colo_secondary::node::{judge_epoch, offered};
 use colo_secondary::persist::ToStore;
 use colo_secondary::replica::{Action, Refusal};
 use colo_secondary::staging::{StagedEpoch, Staging, Step};
@@ -14,7 +14,7 @@ use colo_secondary::store::Base;
 use colo_vmm::egress::Output;
 use std::sync::Arc;
 
-use crate::common::Common;
+use crate::common::{Common, index};
 use crate::follower::{Apply, Follower, Link, Outcome};
 use crate::net::{Msg, Way};
 use crate::outside::Known;
@@ -47,10 +47,11 @@ impl Follower {
                 self.persister.order(Job::BlockDigests(number, request));
             }
             Msg::BlockDigestRequest(request) => link.asked_blocks = Some(request),
-            Msg::Yield => {
+            Msg::Yield(failed) => {
                 common.count("yields");
                 common.note(self.x, || "is told to take over".to_owned());
-                self.yielded += 1;
+                self.yielded += u32::from(failed);
+                self.planned = !failed;
                 self.detector.yielded(common.now);
             }
             Msg::Goodbye => {}
@@ -82,13 +83,15 @@ impl Follower {
         let max_epoch_bytes = common.plan.max_epoch_bytes;
         let staging = Staging::new(FRAMES, max_epoch_bytes, common.digest()).with_disk(BLOCKS);
         common.net.accept(number, self.incarnation, common.now);
-        let offer = Offer { replica, staged: staged.or(stale) };
+        let bases = self.rejoin.bases(self.replica.copy());
+        let offer = Offer { replica, staged: staged.or(stale), bases, history: self.history.clone() };
         let me = self.me.clone();
         common.send(number, Way::Hear, Msg::Welcome { node: me, offer, max_epoch_bytes });
         if let Some(old) = &self.link {
             common.count("links replaced");
             common.close(old.number, 1);
         }
+        self.rejoin.break_off();
         let link = Link {
             number,
             node: node.clone(),
@@ -101,6 +104,8 @@ impl Follower {
         };
         self.link = Some(link);
         self.detector.heard();
+        self.planned = false;
+        self.runner_at = Some(index(&node));
         if let Purpose::Link(replica) = purpose {
             match self.replica.accept_link(&node, term, replica) {
                 Ok(actions) => self.act(actions, common),
@@ -164,12 +169,14 @@ impl Follower {
             }
             Ok(Step::SeedPages(part)) => {
                 if link.seeding {
+                    self.rejoin.take_pages(&part);
                     self.apply.push_back(Apply::Seed(part.clone()));
                     self.persister.order(Job::Seed(part));
                 }
             }
             Ok(Step::SeedBlocks(part)) => {
                 if link.seeding {
+                    self.rejoin.take_blocks(&part);
                     self.persister.order(Job::SeedBlocks(part));
                 }
             }
@@ -208,6 +215,7 @@ impl Follower {
         let Some(link) = self.link.take() else { return };
         common.note(self.x, || format!("link {} is down: {why}", link.number));
         self.replica.link_lost();
+        self.rejoin.break_off();
         self.suspect(common);
     }
 
@@ -219,17 +227,21 @@ impl Follower {
     fn begin_seed(&mut self, mode: SeedMode, common: &mut Common) -> bool {
         let Some(link) = &mut self.link else { return false };
         let (node, term) = (link.node.clone(), link.term);
-        if let Err(why) = judge_seed(self.replica.copy(), mode) {
-            common.outside.broken(|| why);
-            return false;
-        }
+        let copy = self.replica.copy().clone();
+        let diverged = match self.rejoin.begin(&copy, mode) {
+            Ok(diverged) => diverged,
+            Err(why) => {
+                common.outside.broken(|| why);
+                return false;
+            }
+        };
         if let Err(e) = self.replica.accept_seed(&node, term) {
             self.refuse(&e.to_string(), common);
             return false;
         }
         self.forgets_running = true;
         common.note(self.x, || format!("is seeded ({mode:?}) by {node} in {term}"));
-        let keep = mode != SeedMode::Full;
+        let keep = mode.memory != SeedPart::All;
         self.persister.order(Job::Begin(if keep { Base::Stored } else { Base::Empty }));
         // The flush; what the thread tells meanwhile waits in the inbox.
         let mut told = Vec::new();
@@ -244,6 +256,11 @@ impl Follower {
             if let Some(link) = &mut self.link {
                 link.seeding = true;
                 let number = link.number;
+                if mode.asks_diverged() {
+                    for part in Diverged::parts(&diverged.page_runs(), &diverged.block_runs()) {
+                        common.send(number, Way::Hear, Msg::Diverged(part));
+                    }
+                }
                 self.apply.extend(link.asked.take().map(|request| Apply::Digests(number, request)));
                 if let Some(request) = link.asked_blocks.take() {
                     self.persister.order(Job::BlockDigests(number, request));
@@ -292,6 +309,7 @@ impl Follower {
         self.take_output(&epoch, fresh, common);
         self.promotions = epoch.promotions;
         self.history = epoch.history.clone();
+        self.rejoin.stage(&epoch);
         let epoch = Arc::new(epoch);
         self.tip = Some(Arc::clone(&epoch));
         self.restored = None;
@@ -412,6 +430,7 @@ impl Follower {
             common.net.close_after(link.number, common.now);
         }
         self.replica.link_lost();
+        self.rejoin.break_off();
         self.suspect(common);
     }
 }

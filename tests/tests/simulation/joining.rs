@@ -12,7 +12,7 @@ use crate::runner::{Linking, Peer, Runner};
 impl Runner {
     pub(crate) fn look_for_secondary(&mut self, common: &mut Common) {
         let paired = matches!(self.replicator.phase(), Phase::Paired { .. });
-        if paired && !self.replicator.is_linked() && !self.failed {
+        if paired && !self.replicator.is_linked() && !self.failed && !self.has_yielded() {
             let since = *self.lost_since.get_or_insert(common.now);
             let late = common.now - since > RELINK_LIMIT;
             if common.plan.solo_on_loss && late && !self.replicator.is_proposing() {
@@ -38,7 +38,7 @@ impl Runner {
     }
 
     fn wanted_link(&self) -> Option<Purpose> {
-        if self.peer.is_some() || self.parked || self.failed {
+        if self.peer.is_some() || self.parked || self.failed || self.has_yielded() {
             return None;
         }
         self.replicator.wanted_link()
@@ -73,6 +73,11 @@ impl Runner {
             Msg::BlockDigests(digests) => {
                 if let Some(seed) = &mut self.seed {
                     seed.take_block_digests(digests);
+                }
+            }
+            Msg::Diverged(diverged) => {
+                if let Some(seed) = &mut self.seed {
+                    seed.take_diverged(diverged);
                 }
             }
             Msg::Refused(why) | Msg::Down(why) => {
@@ -154,11 +159,10 @@ impl Runner {
                 self.send_resting_again();
             }
             Purpose::Seed => {
-                let base = self.replicator.resync_from(offer);
                 self.replicator.seed(node.clone()).map_err(|e| e.to_string())?;
                 self.agreed_epoch_bytes = max_epoch_bytes;
                 self.peer = Some(peer(None));
-                self.begin_seed(link, offer, base, common);
+                self.begin_seed(link, offer, common);
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use colo_common::{Incarnation, NodeId, Term};
 use colo_primary::link::Purpose;
 use colo_primary::replicator::{Ack, Offer};
 use colo_proto::frame::Frame;
-use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, RangeDigests};
+use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, Diverged, RangeDigests};
 use colo_tests::seed::Seed;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -28,12 +28,14 @@ pub(crate) enum Msg {
     Term(Term),
     DigestRequest(DigestRequest),
     BlockDigestRequest(BlockDigestRequest),
-    Yield,
+    /// Whether the guest failed.
+    Yield(bool),
     Goodbye,
     Frame(Box<Frame>),
     Ack(Ack),
     Digests(RangeDigests),
     BlockDigests(BlockDigests),
+    Diverged(Diverged),
     /// Not a message: the link is of no more use to this end.
     Down(String),
 }

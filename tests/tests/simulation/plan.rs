@@ -104,6 +104,7 @@ pub(crate) struct Rates {
     pub(crate) power: u64,
     pub(crate) corrupt: u64,
     pub(crate) input: u64,
+    pub(crate) switch: u64,
 }
 
 /// All that a seed decides beforehand.
@@ -231,5 +232,6 @@ fn rates(seed: &mut Seed) -> Rates {
         power: of(15, 15),
         corrupt: of(10, 30),
         input: of(1, 500),
+        switch: of(2, 60),
     }
 }

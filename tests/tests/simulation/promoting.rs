@@ -5,19 +5,20 @@ use colo_common::register::{Answer, Entry};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
+use colo_secondary::rejoin::Rejoin;
 use colo_secondary::replica::{Copy, NotMine, Start};
 use colo_vmm::{MachineState, ProtectedGuest};
 
 use crate::common::Common;
 use crate::follower::{Follower, Outcome};
 use crate::persister::Job;
-use crate::plan::{Mutations, SUSPECT_AGAIN};
+use crate::plan::{BLOCKS, FRAMES, Mutations, SUSPECT_AGAIN};
 use crate::runner::{Beginning, GuestDisk};
 use std::sync::Arc;
 
 impl Follower {
     pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
-        if !self.detector.is_due(common.now) || !common.plan.auto_failover {
+        if !self.detector.is_due(common.now) || !(common.plan.auto_failover || self.planned) {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run() {
@@ -72,7 +73,7 @@ impl Follower {
             common.count("hand-backs proposed");
             self.act(actions, common);
         }
-        let suspected = common.plan.auto_failover && self.detector.has_asked();
+        let suspected = (common.plan.auto_failover || self.planned) && self.detector.has_asked();
         if !self.asked && !suspected {
             return;
         }
@@ -112,6 +113,7 @@ impl Follower {
         }
         let state = self.staged_state()?;
         let guest = self.guest.as_mut().ok_or("there is no guest")?;
+        guest.protect().map_err(|e| e.to_string())?;
         guest.restore(&state).map_err(|e| e.to_string())?;
         common.outside.activating(self.x);
         self.persister.activate(entry.term, common.mutations)?;
@@ -125,6 +127,7 @@ impl Follower {
         self.persister.activate(entry.term, Mutations::default())?;
         let mut guest = self.guest.take().ok_or("the guest's description is not known here")?;
         guest.boot().map_err(|e| e.to_string())?;
+        self.rejoin.forget();
         self.held = Release::default();
         common.count("boots");
         let stint = common.outside.boot(self.x);
@@ -152,7 +155,9 @@ impl Follower {
             stint,
             release,
             promotions,
-            secondary: None,
+            secondary: self.runner_at,
+            last_changed: std::mem::replace(&mut self.rejoin, Rejoin::new(FRAMES, BLOCKS))
+                .into_last_changed(),
         }))
     }
 }

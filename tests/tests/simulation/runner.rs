@@ -7,6 +7,7 @@ use colo_primary::arbiter_worker::Found;
 use colo_primary::changes::Changes;
 use colo_primary::encode::Encoder;
 use colo_primary::epoch::disk_share;
+use colo_primary::last_changed::LastChanged;
 use colo_primary::release::Release;
 use colo_primary::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
 use colo_secondary::disk::DiskImage;
@@ -22,6 +23,7 @@ use crate::net::{Msg, Way};
 use crate::outside::Outlet;
 use crate::plan::{BLOCKS, FOLDED, FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
 use crate::seeding::SeedJob;
+use crate::switching::Switching;
 
 /// `node::Peer`, with the encoder of its link.
 pub(crate) struct Peer {
@@ -68,6 +70,8 @@ pub(crate) struct Runner {
     pub(crate) paused_secondary: Option<usize>,
     pub(crate) lost_since: Option<Time>,
     pub(crate) seed: Option<SeedJob>,
+    pub(crate) switching: Option<Switching>,
+    pub(crate) last_changed: LastChanged,
     pub(crate) kept_since: Option<Time>,
     pub(crate) arbiter: ArbiterClient,
     next_read: Time,
@@ -109,13 +113,27 @@ pub(crate) struct Beginning {
     pub(crate) release: Release,
     pub(crate) promotions: u32,
     pub(crate) secondary: Option<usize>,
+    pub(crate) last_changed: LastChanged,
 }
 
 impl Runner {
     /// `Node::new` and the beginning of `Node::run`.
     pub(crate) fn new(x: usize, incarnation: Incarnation, beginning: Beginning, common: &mut Common) -> Self {
-        let Beginning { mut replicator, mut guest, disk, stint, release, promotions, secondary } = beginning;
+        let Beginning {
+            mut replicator,
+            mut guest,
+            disk,
+            stint,
+            release,
+            promotions,
+            secondary,
+            last_changed,
+        } = beginning;
         replicator.mutate(common.mutations.runner);
+        if last_changed.known().memory.is_some() {
+            // `Node::track_disk` before the first vCPU runs.
+            guest.track_disk(DiskTracking::Blocks);
+        }
         if let Err(e) = guest.resume() {
             common.outside.broken(|| format!("the guest does not run: {e}"));
         }
@@ -133,7 +151,11 @@ impl Runner {
             dirty: Changes::none(FRAMES, BLOCKS),
             agreed_epoch_bytes: u64::MAX,
             disk_bytes: 0,
-            tracking: DiskTracking::Off,
+            tracking: if last_changed.known().memory.is_some() {
+                DiskTracking::Blocks
+            } else {
+                DiskTracking::Off
+            },
             due: now + INTERVAL,
             standing: None,
             resting: None,
@@ -148,7 +170,9 @@ impl Runner {
             paused_secondary: None,
             lost_since: None,
             seed: None,
-            kept_since: None,
+            switching: None,
+            kept_since: last_changed.known().memory.map(|_| now),
+            last_changed,
             arbiter: ArbiterClient::default(),
             next_read: now + READ_INTERVAL,
             next_offer: now,
@@ -177,6 +201,7 @@ impl Runner {
         }
         self.ask_guest(common);
         self.end_failed(common);
+        self.go_on_switching(common);
         self.look_for_secondary(common);
         if common.now >= self.next_read {
             self.next_read = common.now + READ_INTERVAL;
@@ -222,7 +247,7 @@ impl Runner {
         match (&self.peer, self.replicator.phase()) {
             (peer, Phase::Paired { .. }) if self.promotions < common.plan.max_promotions => {
                 if let Some(link) = peer.as_ref().map(|peer| peer.link) {
-                    common.send(link, Way::Say, Msg::Yield);
+                    common.send(link, Way::Say, Msg::Yield(true));
                 }
             }
             _ => {
@@ -244,6 +269,7 @@ impl Runner {
     /// `Node::on_arbiter`.
     fn on_arbiter(&mut self, found: Found, common: &mut Common) {
         self.arbiter.note(self.x, &found, common);
+        self.switching.iter_mut().for_each(|switching| switching.answered = true);
         let actions = match found {
             Found::Answer(id, answer) => self.replicator.answer(id, answer),
             Found::Entry(entry) => self.replicator.observe(entry),
@@ -283,6 +309,7 @@ impl Runner {
                     self.drop_link(common);
                     self.keep_or_forget(common);
                 }
+                Action::Covered(point, changes) => self.last_changed.mark(&changes, point.epoch),
                 Action::ResetGuest => self.reset_guest(common),
                 Action::Park => {
                     common.count("parked");
@@ -363,6 +390,7 @@ impl Runner {
             common.count("ring overruns");
             common.note(self.x, || "loses track of the guest's writes".to_owned());
             self.unknown = true;
+            self.last_changed.forget();
         }
     }
 

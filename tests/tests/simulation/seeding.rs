@@ -1,10 +1,13 @@
 //! The copy of everything that a secondary lacks: `primary::node::seeding` and `copier`, function by function. Their
 //! thread is a list of work that is done a bit at a time, between the guest's steps.
 
-use colo_common::{BLOCK_SIZE, Block, Gfn, PAGE_SIZE, Point};
+use colo_common::{BLOCK_SIZE, Block, Epoch, Gfn, PAGE_SIZE, Point};
 use colo_primary::changes::{Changes, read_blocks};
+use colo_primary::rejoin::plan;
 use colo_primary::replicator::{Offer, Phase};
-use colo_proto::message::{BlockDigests, DigestRange, DigestRequest, PageDigest, RangeDigests, SeedMode};
+use colo_proto::message::{
+    BlockDigests, DigestRange, DigestRequest, Diverged, PageDigest, RangeDigests, SeedMode, SeedPart,
+};
 use colo_vmm::page_batch::is_zero;
 use colo_vmm::{BlockSet, DirtySet, Disk, PageBatch, ProtectedGuest};
 use std::collections::VecDeque;
@@ -25,6 +28,11 @@ pub(crate) struct SeedJob {
     chunks: VecDeque<Chunk>,
     digests: VecDeque<RangeDigests>,
     block_digests: VecDeque<BlockDigests>,
+    diverged: VecDeque<Diverged>,
+    /// The secondary has not said all of where its copy diverged.
+    asks_diverged: bool,
+    /// What was changed since the points that the seed begins from.
+    since: (Option<DirtySet>, Option<BlockSet>),
     /// The first pass of a resync: frames looked at, and those whose digests were asked for.
     pass: Option<(u64, u64)>,
     /// The same of blocks, after that: of a full seed too.
@@ -39,14 +47,17 @@ enum Chunk {
 }
 
 impl Runner {
-    pub(crate) fn begin_seed(&mut self, link: u64, offer: &Offer, base: Option<Point>, common: &mut Common) {
+    pub(crate) fn begin_seed(&mut self, link: u64, offer: &Offer, common: &mut Common) {
         self.track_disk(common);
-        let (mode, mut changed) = self.first_pass(offer, base, common);
-        common.count(match mode {
-            SeedMode::Full => "seeds",
-            SeedMode::Resync => "resyncs",
-            SeedMode::Since(_) => "resyncs of what was written",
+        let (mode, pages, blocks) = self.first_pass(offer, common);
+        common.count(match mode.memory {
+            SeedPart::All => "seeds",
+            SeedPart::Differing => "resyncs",
+            SeedPart::Since(_) => "resyncs of what was written",
         });
+        if matches!(mode.disk, SeedPart::Since(_)) {
+            common.count("disks sent what was written");
+        }
         let history = self.replicator.history().points().to_vec();
         let Some(peer) = &mut self.peer else { return };
         let begin = peer.encoder.seed(mode, history);
@@ -59,45 +70,83 @@ impl Runner {
             chunks: VecDeque::new(),
             digests: VecDeque::new(),
             block_digests: VecDeque::new(),
-            pass: (mode == SeedMode::Resync).then_some((0, 0)),
-            block_pass: (!matches!(mode, SeedMode::Since(_))).then_some((0, 0)),
+            diverged: VecDeque::new(),
+            asks_diverged: mode.asks_diverged(),
+            since: (pages, blocks),
+            pass: (mode.memory == SeedPart::Differing).then_some((0, 0)),
+            block_pass: (mode.disk == SeedPart::Differing).then_some((0, 0)),
             populated,
         };
-        match mode {
-            SeedMode::Full => {
-                let all = seed.populated.clone();
-                seed.frames(&all);
-            }
-            SeedMode::Resync => {}
-            SeedMode::Since(_) => seed.order(&mut changed),
+        if mode.memory == SeedPart::All {
+            let all = seed.populated.clone();
+            seed.frames(&all);
         }
         self.seed = Some(seed);
     }
 
-    fn first_pass(&mut self, offer: &Offer, base: Option<Point>, common: &mut Common) -> (SeedMode, Changes) {
+    fn first_pass(
+        &mut self,
+        offer: &Offer,
+        common: &mut Common,
+    ) -> (SeedMode, Option<DirtySet>, Option<BlockSet>) {
         self.kept_since = None;
-        if let Some(base) = base {
+        let tracked = self.last_changed.known().memory.is_some();
+        if tracked {
             self.collect(common);
-            if !self.unknown {
-                let fresh = self.dirty.fresh();
-                return (SeedMode::Since(base), std::mem::replace(&mut self.dirty, fresh));
-            }
         }
+        if !tracked || self.unknown {
+            self.track_anew(common);
+        }
+        self.account_open();
+        if self.last_changed.known().disk.is_none() {
+            self.last_changed.blocks.begin(self.replicator.next_point().epoch);
+        }
+        let known = self.last_changed.known();
+        let mut mode = plan(self.replicator.history(), known, offer, false);
+        if common.mutations.runner.resync_any_copy
+            && let Some(base) = offer.bases.memory
+        {
+            mode.memory = SeedPart::Since(base.point);
+        }
+        let reach = |point: Point, known: Option<Epoch>| point.epoch.max(known.unwrap_or_default());
+        let pages = match mode.memory {
+            SeedPart::Since(point) => self.last_changed.pages_since(reach(point, known.memory)),
+            _ => None,
+        };
+        let blocks = match mode.disk {
+            SeedPart::Since(point) => self.last_changed.blocks_since(reach(point, known.disk)),
+            _ => None,
+        };
+        (mode, pages, blocks)
+    }
+
+    fn track_anew(&mut self, common: &mut Common) {
         let tracked = self.guest.unprotect().and_then(|()| self.guest.protect());
         if let Err(e) = tracked {
             common.outside.broken(|| format!("the guest cannot be protected: {e}"));
         }
         self.dirty = self.dirty.fresh();
         self.unknown = false;
-        let mode = if offer.staged.is_some() { SeedMode::Resync } else { SeedMode::Full };
-        (mode, self.dirty.fresh())
+        self.last_changed.begin(self.replicator.next_point().epoch);
+    }
+
+    fn account_open(&mut self) {
+        let fresh = self.dirty.fresh();
+        let changes = std::mem::replace(&mut self.dirty, fresh);
+        self.last_changed.mark(&changes, self.replicator.next_point().epoch);
+    }
+
+    fn order_round(&mut self) {
+        let Some(seed) = &mut self.seed else { return };
+        self.last_changed.mark(&self.dirty, self.replicator.next_point().epoch);
+        seed.order(&mut self.dirty);
     }
 
     pub(crate) fn keep_or_forget(&mut self, common: &mut Common) {
         if !matches!(self.replicator.phase(), Phase::Alone) || self.peer.is_some() {
             return;
         }
-        if self.replicator.kept_since().is_some() && !self.unknown {
+        if self.last_changed.known().memory.is_some() && !self.unknown {
             self.kept_since.get_or_insert(common.now);
             return;
         }
@@ -115,7 +164,7 @@ impl Runner {
 
     fn forget_copy(&mut self, common: &mut Common) {
         self.kept_since = None;
-        self.replicator.forget_copy();
+        self.last_changed.forget();
         if let Err(e) = self.guest.unprotect() {
             common.outside.broken(|| format!("the guest's tracking does not stop: {e}"));
         }
@@ -133,6 +182,12 @@ impl Runner {
             }
             if common.net.waiting(peer.link, Way::Transfers) > MAX_CHUNKS {
                 return;
+            }
+            if seed.asks_diverged {
+                if !seed.add_diverged() {
+                    return;
+                }
+                continue;
             }
             if let Some(chunk) = seed.chunks.pop_front() {
                 self.send_chunk(chunk, common);
@@ -191,7 +246,7 @@ impl Runner {
         let Some(seed) = &mut self.seed else { return };
         if dirty > limit && seed.rounds < MAX_ROUNDS {
             seed.rounds += 1;
-            seed.order(&mut self.dirty);
+            self.order_round();
         }
     }
 
@@ -208,7 +263,7 @@ impl Runner {
         if let Some(seed) = self.seed.as_mut().filter(|_| too_much) {
             common.count("rests");
             seed.waits_for_rest = true;
-            seed.order(&mut self.dirty);
+            self.order_round();
             return;
         }
         self.seed = None;
@@ -233,6 +288,33 @@ impl SeedJob {
 
     pub(crate) fn take_block_digests(&mut self, digests: BlockDigests) {
         self.block_digests.push_back(digests);
+    }
+
+    pub(crate) fn take_diverged(&mut self, diverged: Diverged) {
+        self.diverged.push_back(diverged);
+    }
+
+    /// `Copier::add_diverged`; whether there was something.
+    fn add_diverged(&mut self) -> bool {
+        let Some(part) = self.diverged.pop_front() else { return false };
+        let (pages, blocks) = &mut self.since;
+        if let Some(pages) = pages {
+            part.pages.iter().for_each(|&(first, count)| pages.insert_range(first, count));
+        }
+        if let Some(blocks) = blocks {
+            part.blocks.iter().for_each(|&(first, count)| blocks.insert_range(first, count));
+        }
+        if part.last {
+            self.asks_diverged = false;
+            let (pages, blocks) = (self.since.0.take(), self.since.1.take());
+            if let Some(pages) = pages {
+                self.frames(&pages.runs().collect::<Vec<_>>());
+            }
+            if let Some(blocks) = blocks {
+                blocks.runs().for_each(|(first, count)| self.blocks(first, count));
+            }
+        }
+        true
     }
 
     fn order(&mut self, dirty: &mut Changes) {

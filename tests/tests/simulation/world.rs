@@ -5,8 +5,9 @@ use colo_common::register::{Answer, Entry, Value};
 use colo_common::vmdir::Runner as Known;
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term};
 use colo_primary::arbiter_worker::Found;
+use colo_primary::last_changed::LastChanged;
 use colo_primary::release::Release;
-use colo_primary::replicator::{Entitled, Phase, Replicator};
+use colo_primary::replicator::{End, Entitled, Phase, Replicator};
 use colo_primary::start::{Allowed, decide};
 use colo_secondary::replica::{AckPolicy, Copy};
 use colo_secondary::store::StoreError;
@@ -15,8 +16,9 @@ use colo_vmm::ProtectedGuest;
 use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
 use crate::follower::{Durable, Follower, Outcome};
 use crate::net::{Msg, Way};
-use crate::plan::{FAULTS_END, LIMIT, Mutations, Time};
+use crate::plan::{BLOCKS, FAULTS_END, FRAMES, LIMIT, Mutations, Time};
 use crate::runner::{Beginning, GuestDisk, Runner};
+use crate::switching::Left;
 
 /// A guest whose rings are overrun so often after the faults cannot be protected.
 const MANY_OVERRUNS: u64 = 3;
@@ -192,9 +194,26 @@ impl World {
                     }
                 }
             }
-            Role::Runner(runner) if runner.end.is_some() => self.crash(x, "runners that ended"),
+            Role::Runner(runner) if runner.end.is_some() => self.end_runner(x),
             _ => {}
         }
+    }
+
+    /// `Runner::run` of `serve`: a runner that lost its vm follows, in the place of its process.
+    fn end_runner(&mut self, x: usize) {
+        let follows = self.runner(x).is_some_and(|runner| match &runner.end {
+            Some(End::Superseded(Some(entry))) => !matches!(entry.value, Value::Stopped { .. }),
+            _ => false,
+        });
+        if !follows || self.common.seed.below(3) == 0 {
+            return self.crash(x, "runners that ended");
+        }
+        self.common.count("runners that follow");
+        let role = std::mem::replace(&mut self.nodes[x].role, Role::Down { since: self.common.now });
+        let Role::Runner(runner) = role else { return };
+        self.nodes[x].durable.spec = true;
+        self.nodes[x].promise = None;
+        self.start_with(x, Some(runner.remains()));
     }
 
     fn offer_hand_back(&mut self, me: &NodeId, process: Incarnation, to: &NodeId, lost_to: Term) {
@@ -235,10 +254,14 @@ impl World {
 
     /// `colo-secondary start`.
     pub(crate) fn start_secondary(&mut self, x: usize) {
+        self.start_with(x, None);
+    }
+
+    fn start_with(&mut self, x: usize, left: Option<Left>) {
         let Self { nodes, common, .. } = self;
         let incarnation = incarnation(common);
         let node = &mut nodes[x];
-        match Follower::start(x, incarnation, &node.durable, common) {
+        match Follower::start(x, incarnation, &node.durable, left, common) {
             Ok(follower) => {
                 let copy = follower.replica.copy().clone();
                 node.role = Role::Follower(Box::new(follower));
@@ -319,9 +342,11 @@ impl World {
         guest.boot().expect("a new guest boots");
         let stint = common.outside.boot(x);
         let replicator = Replicator::new(name(x), incarnation, entry, History::default());
+        let last_changed = LastChanged::none(FRAMES, BLOCKS);
         let secondary = Some((x + 1) % nodes.len());
         let release = Release::default();
-        let beginning = Beginning { replicator, guest, disk, stint, release, promotions: 0, secondary };
+        let beginning =
+            Beginning { replicator, guest, disk, stint, release, promotions: 0, secondary, last_changed };
         nodes[x].role = Role::Runner(Box::new(Runner::new(x, incarnation, beginning, common)));
     }
 

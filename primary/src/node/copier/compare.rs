@@ -9,7 +9,7 @@ use colo_proto::pages::Place;
 use colo_vmm::{BlockSet, DirtySet, Disk};
 
 use super::{Copier, Order, Stopped};
-use crate::link::{Ask, Digests};
+use crate::link::{Answer, Ask};
 
 /// Blocks that may hold something.
 pub(super) fn data_blocks(disk: &dyn Disk) -> Result<u64, Stopped> {
@@ -31,8 +31,8 @@ impl Copier {
         let limit = self.memory.layout().frame_limit();
         let ask = |first, count| Ask::Pages(DigestRequest { first: Gfn(first), count });
         let pages = |digests| match digests {
-            Digests::Pages(digests) => Some(digests),
-            Digests::Blocks(_) => None,
+            Answer::Pages(digests) => Some(digests),
+            _ => None,
         };
         self.by_digests(limit, ask, pages, |this, digests| this.compare_pages(digests, populated))
     }
@@ -42,8 +42,8 @@ impl Copier {
         let limit = disk.bytes() / BLOCK_SIZE as u64;
         let ask = |first, count| Ask::Blocks(DigestRequest { first: Block(first), count });
         let blocks = |digests| match digests {
-            Digests::Blocks(digests) => Some(digests),
-            Digests::Pages(_) => None,
+            Answer::Blocks(digests) => Some(digests),
+            _ => None,
         };
         self.by_digests(limit, ask, blocks, |this, digests| this.compare_blocks(digests, disk))
     }
@@ -53,7 +53,7 @@ impl Copier {
         &mut self,
         limit: u64,
         ask: impl Fn(u64, u64) -> Ask,
-        wanted: impl Fn(Digests) -> Option<RangeDigests<N>>,
+        wanted: impl Fn(Answer) -> Option<RangeDigests<N>>,
         mut compare: impl FnMut(&mut Self, RangeDigests<N>) -> Result<(), Stopped>,
     ) -> Result<(), Stopped> {
         let mut at = 0;
@@ -63,7 +63,7 @@ impl Copier {
             let end = at + window;
             while at < end {
                 let digests = match self.inbox.recv() {
-                    Ok(Order::Digests(digests)) => digests,
+                    Ok(Order::Answer(answer)) => answer,
                     // Nobody was told that this pass has ended: what it would send is taken out of the open set, and lost.
                     Ok(Order::Round(_)) => return Err(Stopped("a round came before its time".to_owned())),
                     Err(_) => return Err(Stopped("the seed was given up".to_owned())),
