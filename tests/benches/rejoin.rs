@@ -3,7 +3,6 @@
 
 use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, Epoch, Gfn};
-use colo_tests::measure::median;
 use colo_tests::seed::Seed;
 use colo_vmm::disk::intent::{CLEAN_EVERY, Cleaner, IntentLog, LoggedDisk};
 use colo_vmm::disk::{Disk, FileDisk};
@@ -150,6 +149,11 @@ fn in_sequence(image: &Arc<FileDisk>, place: &Path) -> anyhow::Result<()> {
         with / without
     );
     Ok(())
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn intent(_: &mut Criterion) {

@@ -8,6 +8,7 @@ mod world;
 use super::{EXTENT_BYTES, Extents, IntentError, IntentLog};
 use colo_common::history::point;
 use colo_common::{Block, Epoch};
+use std::ops::Range;
 use world::{Lie, World};
 
 const WORLDS: u64 = 6000;
@@ -87,25 +88,24 @@ fn what_is_in_use_stays_and_a_steady_load_writes_no_log() {
     let disk = world::logged(&image, &medium, point(1, 0));
     let mut epoch = 1;
     // Everything is acked at once.
-    let mut round = |extents: &mut dyn Iterator<Item = u64>| {
-        extents.for_each(|extent| image.tag(&disk, extent * 256, 1));
-        epoch += 1;
-        disk.log().set_open_epoch(Epoch(epoch));
-        disk.log().acked(point(1, epoch - 1));
-        disk.clean().unwrap();
+    let mut rounds = |count: u64, used: Range<u64>| {
+        for _ in 0..count {
+            used.clone().for_each(|extent| image.tag(&disk, extent * 256, 1));
+            epoch += 1;
+            disk.log().set_open_epoch(Epoch(epoch));
+            disk.log().acked(point(1, epoch - 1));
+            disk.clean().unwrap();
+        }
         disk.log().status()
     };
-    let before = round(&mut (0..600));
+    let before = rounds(1, 0..600);
     assert_eq!((before.extents, before.writes), (604, 1 + 67));
-    (0..200).for_each(|_| drop(round(&mut (0..600))));
     // But for those that were named ahead and never used.
-    let steady = round(&mut (0..600));
+    let steady = rounds(200, 0..600);
     assert_eq!((steady.extents, steady.writes), (600, before.writes + 1));
     // 88 too many, and those that go were not used for long.
-    (0..20).for_each(|_| drop(round(&mut (100..600))));
-    assert_eq!(round(&mut (100..600)).extents, 512);
-    (0..100).for_each(|_| drop(round(&mut (599..600))));
-    let after = round(&mut (599..600));
+    assert_eq!(rounds(20, 100..600).extents, 512);
+    let after = rounds(100, 599..600);
     assert!(after.extents == 1 && after.writes < before.writes + 8, "{after:?}");
     assert_eq!(disk.clean_all().unwrap(), 1);
 }

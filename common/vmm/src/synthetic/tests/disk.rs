@@ -3,10 +3,12 @@
 use super::super::{Program, SyntheticGuest, Tracking};
 use super::{copy_all, dirty_for, guest, ring_spec};
 use crate::devices::DiskTracking;
+use crate::disk::intent::{EXTENT_BYTES, IntentLog, LoggedDisk};
 use crate::disk::{Disk, DiskContent, DiskDelta, DiskWrite, FileDisk};
 use crate::guest::ProtectedGuest;
+use colo_common::history::point;
 use colo_common::limits::MAX_EPOCH_DISK;
-use colo_common::{BLOCK_SIZE, Block};
+use colo_common::{BLOCK_SIZE, Block, Epoch};
 use proptest::prelude::{ProptestConfig, any, proptest};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -108,6 +110,59 @@ proptest! {
         }
         assert!(guest.state.failed.is_none() && twin.state.failed.is_none());
     }
+}
+
+/// Content of a disk, block by block.
+fn pages(disk: &dyn Disk) -> Vec<[u8; BLOCK_SIZE]> {
+    let mut pages = vec![[0; BLOCK_SIZE]; (disk.bytes() / BLOCK_SIZE as u64) as usize];
+    disk.read(0, pages.as_flattened_mut()).unwrap();
+    pages
+}
+
+/// The guest's requests end long after their bytes are on the disk, and acks come late: whenever its process is killed, what
+/// its intent log does not name is as the copy has it.
+#[test]
+fn its_image_is_what_the_intent_log_claims() {
+    const EXTENTS: u64 = 4;
+    let (dir, bytes) = (tempfile::tempdir().unwrap(), EXTENTS * EXTENT_BYTES);
+    let [image, copy] = ["image", "copy"].map(|name| Place {
+        disk: Arc::new(FileDisk::open_sized(&dir.path().join(name), bytes, true).unwrap()),
+        _dir: tempfile::tempdir().unwrap(),
+    });
+    let path = dir.path().join("intent");
+    let log = IntentLog::create(&path, bytes, &"web".parse().unwrap(), point(1, 0)).unwrap();
+    let disk = Arc::new(LoggedDisk::new(Arc::clone(&image.disk) as _, log));
+    let (program, tracking) =
+        (program(5, (bytes / BLOCK_SIZE as u64) as u32, 70), Tracking { seed: 9, ..Tracking::default() });
+    let mut guest =
+        started(guest(ring_spec(2), &program, &tracking).with_disk(Arc::clone(&disk) as _).unwrap());
+    guest.track_disk(BYTES);
+    let (mut copies, mut ahead, mut hidden) = (vec![pages(&*copy.disk)], 0, 0);
+    for epoch in 1..=60_u64 {
+        // Most of the time it is idle, so that extents come to rest.
+        guest.advance(if epoch % 6 == 0 { 40 } else { 3 });
+        disk.log().set_open_epoch(Epoch(epoch + 1));
+        let cut = guest.cut(&mut dirty_for(&guest)).unwrap();
+        copy.take(&cut.disk, &image);
+        copies.push(pages(&*copy.disk));
+        disk.log().acked(point(1, epoch.saturating_sub(2)));
+        disk.clean_all().unwrap();
+        guest.resume().unwrap();
+        guest.advance(epoch % 4);
+        let (claim, image) = (IntentLog::read(&path).unwrap().unwrap(), pages(&*image.disk));
+        for at in claim.point.epoch.0..=epoch {
+            let differ = (0..).map(Block).zip(image.iter().zip(&copies[at as usize]));
+            for (block, _) in differ.filter(|(_, (here, there))| here != there) {
+                assert!(
+                    claim.extents.contains(block),
+                    "{block} after epoch {epoch} is not as in {at}: {claim:?}"
+                );
+                ahead += 1;
+            }
+        }
+        hidden += EXTENTS - claim.extents.len();
+    }
+    assert!(ahead > 100 && hidden > 20 && guest.state.failed.is_none(), "{ahead} {hidden}");
 }
 
 #[test]

@@ -161,6 +161,33 @@ fn a_request_that_has_not_ended_is_in_the_state_and_done_again() {
 }
 
 #[test]
+fn a_change_is_open_until_the_epoch_has_it() {
+    let rig = Rig::new();
+    rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });
+    rig.start(DISK_SLOT, VERSION_1, 1);
+    assert_eq!(ask(&rig, 0, READ, 0, 4096), 0);
+    rig.put(DATA + 0x10000, &[0x44; 4096]);
+    rig.virtio.pause();
+    request(&rig, 1, OUT, 8, 4096);
+    let on_disk = || {
+        let mut found = [0; 4096];
+        rig.disk.read(4096, &mut found).unwrap();
+        found == [0x44; 4096]
+    };
+    rig.wait(on_disk);
+    // However long that takes: cuts may come and go.
+    assert!(rig.virtio.log.clone().take().0.is_empty());
+    assert_eq!(*rig.faults.open.lock().unwrap(), [Block(1)..Block(2)]);
+    rig.virtio.resume();
+    rig.wait_used(DISK_SLOT, 0, 2);
+    assert_eq!(blocks(&rig), [(1, vec![0x44; 4096])]);
+    // One that fails has an end too.
+    rig.faults.fails.store(true, Relaxed);
+    assert_eq!(ask(&rig, 2, OUT, 9, 1024), 1);
+    assert!(rig.faults.open.lock().unwrap().is_empty());
+}
+
+#[test]
 fn a_write_that_outlives_its_driver_is_in_the_epoch_all_the_same() {
     let rig = Rig::new();
     rig.virtio.track_disk(DiskTracking::Bytes { most: MAX_EPOCH_DISK });

@@ -50,6 +50,20 @@ pub(super) struct Faults {
     pub(super) fails: AtomicBool,
     /// Whoever holds it keeps changes from being done.
     pub(super) gate: Mutex<()>,
+    /// Changes that have begun and are not recorded.
+    pub(super) open: Mutex<Vec<Range<Block>>>,
+}
+
+impl Faults {
+    fn check_open(&self, offset: u64, len: u64) {
+        let open = self.open.lock().unwrap();
+        let holds =
+            |blocks: &Range<Block>| blocks.start.offset() <= offset && offset + len <= blocks.end.offset();
+        assert!(
+            open.iter().any(holds),
+            "{len} bytes at {offset:#x} are changed by no request that has begun"
+        );
+    }
 }
 
 impl Disk for Faults {
@@ -63,6 +77,7 @@ impl Disk for Faults {
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         drop(self.gate.lock().unwrap());
+        self.check_open(offset, bytes.len() as u64);
         if self.fails.load(Relaxed) {
             self.disk.write(offset, &bytes[..bytes.len() / 2])?;
             return Err(io::Error::other("the medium fails"));
@@ -72,6 +87,7 @@ impl Disk for Faults {
 
     fn zero(&self, blocks: Range<Block>, unmap: bool) -> io::Result<()> {
         drop(self.gate.lock().unwrap());
+        self.check_open(blocks.start.offset(), blocks.end.offset() - blocks.start.offset());
         self.disk.zero(blocks, unmap)?;
         if self.fails.load(Relaxed) { Err(io::Error::other("the medium fails")) } else { Ok(()) }
     }
@@ -82,6 +98,16 @@ impl Disk for Faults {
 
     fn next_data(&self, from: Block) -> io::Result<Option<Range<Block>>> {
         self.disk.next_data(from)
+    }
+
+    fn change_begins(&self, blocks: Range<Block>) {
+        self.open.lock().unwrap().push(blocks);
+    }
+
+    fn change_recorded(&self, blocks: Range<Block>) {
+        let mut open = self.open.lock().unwrap();
+        let at = open.iter().position(|begun| *begun == blocks);
+        open.swap_remove(at.expect("it had begun"));
     }
 }
 
@@ -114,8 +140,8 @@ impl Rig {
     pub(super) fn new() -> Self {
         let place = tempfile::tempdir().unwrap();
         let disk = Arc::new(FileDisk::open_sized(&place.path().join("disk"), DISK, true).unwrap());
-        let faults =
-            Arc::new(Faults { disk: disk.clone(), fails: AtomicBool::new(false), gate: Mutex::new(()) });
+        let (fails, gate, open) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        let faults = Arc::new(Faults { disk: disk.clone(), fails, gate, open });
         let (near, wire) = UnixDatagram::pair().unwrap();
         wire.set_nonblocking(true).unwrap();
         let tap = Arc::new(Tap::from_socket(near.into()).unwrap());
