@@ -48,6 +48,8 @@ use status::Board;
 const TICK: Duration = Duration::from_millis(5);
 /// How often the register is read while nothing is proposed: another may have changed it.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// Between the first two offers to hand a guest back. Later ones come less often, as the register is read.
+const FIRST_OFFER: Duration = Duration::from_millis(25);
 /// How long a lost secondary may take to come back before this node asks to run alone.
 /// A live runner has to be quicker than `promote_delay_ms` of its secondary (250 by default).
 const RELINK_LIMIT: Duration = Duration::from_millis(100);
@@ -239,6 +241,8 @@ pub struct Node {
     kept_since: Option<Instant>,
     arbiter: ArbiterWorker,
     next_read: Instant,
+    /// When the guest is offered back to whoever has the register, and how long after that again.
+    next_offer: (Instant, Duration),
     connector: Arc<dyn Connector>,
     inbox: Receiver<Event>,
     outbox: Sender<Event>,
@@ -321,6 +325,7 @@ impl Node {
             last_changed,
             arbiter,
             next_read: now + READ_INTERVAL,
+            next_offer: (now, READ_INTERVAL),
             connector,
             inbox,
             outbox,
@@ -404,9 +409,9 @@ impl Node {
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;
             self.arbiter.read();
-            self.offer_hand_back();
             self.forget_if_late(now)?;
         }
+        self.offer_hand_back(now);
         self.track_disk();
         if self.promotions > 0 && self.failure.is_none() && now.duration_since(self.began) > STEADY {
             self.promotions = 0;
@@ -420,7 +425,12 @@ impl Node {
     }
 
     /// The register went to another: unless that one has run, its guest may be handed back.
-    fn offer_hand_back(&self) {
+    fn offer_hand_back(&mut self, now: Instant) {
+        if now < self.next_offer.0 {
+            return;
+        }
+        let (_, wait) = self.next_offer;
+        self.next_offer = (now + wait, (wait * 2).min(READ_INTERVAL));
         // A pause that came too late has only put it aside.
         let known = self.secondary.as_ref().or(self.paused_secondary.as_ref());
         if let (Phase::Lost { to }, Some(address)) = (self.replicator.phase(), known) {
@@ -525,6 +535,7 @@ impl Node {
                 Action::ResetGuest => self.reset_guest()?,
                 Action::Park => {
                     self.parked = true;
+                    self.next_offer = (Instant::now(), FIRST_OFFER);
                     self.outlet.unplug();
                     self.park()?;
                 }

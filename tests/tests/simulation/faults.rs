@@ -3,7 +3,7 @@
 use colo_common::register::{StopReason, Value};
 use colo_common::{Gfn, PAGE_SIZE};
 use colo_primary::link::Purpose;
-use colo_primary::replicator::{End, Phase};
+use colo_primary::replicator::Phase;
 use colo_secondary::replica::{AckPolicy, Copy};
 use colo_vmm::ProtectedGuest;
 
@@ -171,19 +171,21 @@ impl World {
             let actions = runner.replicator.stop(StopReason::Operator);
             runner.act(actions, common);
         }
-        self.leave_if_superseded(x, 60);
+        self.leave_if_superseded(x, 20);
     }
 
-    /// A runner that lost its vm to one who runs it is told to go: what `superseded` is for.
+    /// A runner that lost its vm to one who runs it is told so by that one's answer: `Node::offer_hand_back`.
     fn leave_if_superseded(&mut self, x: usize, one_in: u64) {
         let Some(runner) = self.runner(x) else { return };
         let Phase::Lost { to } = runner.replicator.phase() else { return };
         let runs = self.runner(index(to.value.runner())).is_some();
+        let Self { nodes, common, .. } = self;
         if runs
-            && self.common.seed.below(one_in) == 0
-            && let Role::Runner(runner) = &mut self.nodes[x].role
+            && common.seed.below(one_in) == 0
+            && let Role::Runner(runner) = &mut nodes[x].role
         {
-            runner.end = Some(End::Superseded(None));
+            let actions = runner.replicator.give_up();
+            runner.act(actions, common);
         }
     }
 

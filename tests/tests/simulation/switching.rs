@@ -106,8 +106,9 @@ impl Runner {
         }
     }
 
-    /// `Node::remains`.
-    pub(crate) fn remains(self) -> Left {
+    /// `Node::remains`. A new process image tracks nothing.
+    pub(crate) fn remains(mut self) -> Left {
+        self.guest.unprotect().expect("a guest that nobody follows");
         let parted = self.replicator.parted().filter(|_| !self.unknown);
         let known = parted.and_then(|base| Some((base, self.last_changed.pages_since(base.epoch)?)));
         let mut changed = self.dirty.pages;
