@@ -151,6 +151,11 @@ impl VmDirectory {
         self.path.join("store")
     }
 
+    /// Where the intent log of the guest's disk is, of a node that runs the guest or did.
+    pub fn intent(&self) -> PathBuf {
+        self.path.join("disk.intent")
+    }
+
     /// Where boot files are kept as the runner sent them.
     pub fn boot(&self) -> PathBuf {
         self.path.join("boot")

@@ -4,9 +4,10 @@
 //!
 //! Memory and description are files without a name; the new process image is told the number of the description.
 
-use colo_common::{Gfn, History, Point, VmId};
+use colo_common::limits::MAX_DISK_BYTES;
+use colo_common::{BLOCK_SIZE, Block, Gfn, History, Point, VmId};
 use colo_vmm::memory::MemoryError;
-use colo_vmm::{DirtySet, GuestMemory, inherit};
+use colo_vmm::{BlockSet, DirtySet, GuestMemory, inherit};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -33,7 +34,9 @@ pub struct Handover {
     pub base: Option<Point>,
     /// Frames that may hold something else.
     pub changed: DirtySet,
-    /// The history that the base lies on.
+    /// The point that the image of the disk holds, and blocks where it may hold something else. Nothing without a disk.
+    pub disk: Option<(Point, BlockSet)>,
+    /// The history that the points lie on.
     pub history: History,
 }
 
@@ -60,6 +63,7 @@ struct Description {
     memory_bytes: u64,
     base: Option<Point>,
     changed: Vec<(u64, u64)>,
+    disk: Option<(Point, u64, Vec<(u64, u64)>)>,
     history: Vec<Point>,
 }
 
@@ -79,11 +83,15 @@ impl Handover {
             memory_bytes: self.memory.layout().bytes(),
             base: self.base,
             changed: runs,
+            disk: self.disk.as_ref().map(|(point, blocks)| {
+                let runs = blocks.runs().map(|(first, count)| (first.0, count)).collect();
+                (*point, blocks.blocks(), runs)
+            }),
             history: self.history.points().to_vec(),
         };
         let mut bytes = encode(&description)?;
         if bytes.len() as u64 > MAX_BYTES {
-            (description.base, description.changed) = (None, Vec::new());
+            (description.base, description.changed, description.disk) = (None, Vec::new(), None);
             bytes = encode(&description)?;
         }
         let mut file = inherit::nameless(c"colo-handover")?;
@@ -109,10 +117,28 @@ impl Handover {
             }
             changed.insert_range(Gfn(first), count);
         }
+        let disk = match description.disk {
+            Some((point, blocks, runs)) => Some((point, block_set(blocks, runs)?)),
+            None => None,
+        };
         let history = History::from_points(description.history);
         let history = history.map_err(|e| HandoverError::Damaged(e.to_string()))?;
-        Ok(Self { vm, spec_digest, memory: Arc::new(memory), base, changed, history })
+        Ok(Self { vm, spec_digest, memory: Arc::new(memory), base, changed, disk, history })
     }
+}
+
+fn block_set(blocks: u64, runs: Vec<(u64, u64)>) -> Result<BlockSet, HandoverError> {
+    if blocks > MAX_DISK_BYTES / BLOCK_SIZE as u64 {
+        return Err(HandoverError::Damaged(format!("no disk has {blocks} blocks")));
+    }
+    let mut set = BlockSet::new(blocks);
+    for (first, count) in runs {
+        if first.checked_add(count).is_none_or(|end| end > blocks) {
+            return Err(HandoverError::Damaged(format!("blocks from {first} are not the disk's")));
+        }
+        set.insert_range(Block(first), count);
+    }
+    Ok(set)
 }
 
 fn encode(description: &Description) -> Result<Vec<u8>, HandoverError> {
@@ -141,9 +167,9 @@ fn read(mut file: File) -> Result<Description, HandoverError> {
 #[cfg(test)]
 mod tests {
     use super::Handover;
-    use colo_common::Gfn;
     use colo_common::history::{History, point};
-    use colo_vmm::{DirtySet, GuestMemory};
+    use colo_common::{Block, Gfn};
+    use colo_vmm::{BlockSet, DirtySet, GuestMemory};
     use std::sync::Arc;
 
     #[test]
@@ -155,7 +181,10 @@ mod tests {
         let mut history = History::default();
         history.extend(point(2, 40));
         let (base, vm) = (Some(point(2, 38)), "web".parse().unwrap());
-        let left = Handover { vm, spec_digest: 9, memory, base, changed, history };
+        let mut blocks = BlockSet::new(64);
+        blocks.insert_range(Block(60), 4);
+        let disk = Some((point(2, 37), blocks));
+        let left = Handover { vm, spec_digest: 9, memory, base, changed, disk, history };
         let taken = {
             let fd = left.leave().unwrap();
             // As after an exec: nobody but the next one owns the memory's descriptor.
@@ -165,6 +194,8 @@ mod tests {
         };
         assert_eq!((taken.vm.as_str(), taken.spec_digest, taken.base), ("web", 9, Some(point(2, 38))));
         assert_eq!(taken.changed.runs().collect::<Vec<_>>(), [(Gfn(5), 3)]);
+        let (at, blocks) = taken.disk.unwrap();
+        assert_eq!((at, blocks.runs().collect::<Vec<_>>()), (point(2, 37), vec![(Block(60), 4)]));
         assert_eq!(taken.history.tip(), Some(point(2, 40)));
         let mut page = [0; 4096];
         taken.memory.read_page(Gfn(5), &mut page).unwrap();

@@ -27,6 +27,7 @@ pub mod quic;
 pub mod rejoin;
 pub mod release;
 pub mod replicator;
+pub mod runner_disk;
 pub mod serve;
 pub mod standby;
 pub mod start;

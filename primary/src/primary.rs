@@ -5,9 +5,9 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Term, VmId};
+use colo_common::{BLOCK_SIZE, Epoch, History, Incarnation, NodeId, Point, Term, VmId};
 use colo_vmm::egress::OutputPosition;
-use colo_vmm::{GuestMemory, WireSpec, admission};
+use colo_vmm::{Disk, GuestMemory, WireSpec, admission};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,6 +24,7 @@ use crate::node::status::Board;
 use crate::outlet::{Network, Outlet};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
+use crate::runner_disk::RunnerDisk;
 use crate::serve::{self, Runner, Security};
 use crate::standby::Standby;
 use crate::start::{Allowed, NotStarted, decide};
@@ -57,7 +58,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     }
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
     let arbiter = serve::arbiter(&config.arbiter)?;
-    let opened = backends::open(&config.vm, config.network.as_ref(), config.disk.as_ref())?;
+    let mut opened = backends::open(&config.vm, config.network.as_ref(), config.disk.as_ref())?;
+    let disk = opened.backends.disk.take().map(|image| Arc::new(RunnerDisk::new(image, directory.intent())));
+    let writes = opened.disk.as_ref().is_some_and(|disk| !disk.read_only);
+    opened.backends.disk = disk.clone().map(|disk| disk as Arc<dyn Disk>);
     let network = opened.net.zip(opened.backends.tap.clone());
     let (spec, kind) = describe(config.vm.as_str(), &config.guest, (opened.net, opened.disk))?;
     admission::check(&spec)?;
@@ -88,7 +92,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
             _ => return Err(why),
         },
     };
-    let blocks = opened.backends.disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+    if let Some(disk) = disk.as_ref().filter(|_| writes) {
+        disk.begin(&config.vm, Point { term: entry.term, epoch: Epoch(0) })?;
+    }
+    let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
     let last_changed = LastChanged::none(guest.memory().layout().frame_limit(), blocks);
     let begins = OutputPosition::at_start(entry.term);
     guest.count_from(begins)?;
@@ -105,7 +112,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         spec: wire,
         replicator,
         release: Release::new(begins),
-        disk: opened.backends.disk,
+        disk,
         outlet: Outlet::new(console, network.map(|(net, tap)| Network::new(tap, net.mac, []))),
         moved: false,
         promotions: 0,

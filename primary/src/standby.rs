@@ -29,7 +29,7 @@ pub struct Standby {
 impl Standby {
     /// Goes on with what is left of a guest that ran here. Comes back only if that cannot be done.
     pub fn follow(&self, vm: &VmId, remains: &Remains) -> anyhow::Error {
-        let Remains { memory, spec, spec_digest, boot_files, base, changed, history } = remains;
+        let Remains { memory, spec, spec_digest, boot_files, base, changed, disk, history } = remains;
         if let Err(e) = keep_guest(&self.boot_directory, spec, boot_files) {
             // It will be sent again.
             tracing::warn!(%vm, "{e}");
@@ -40,6 +40,7 @@ impl Standby {
             memory: Arc::clone(memory),
             base: *base,
             changed: changed.clone(),
+            disk: disk.clone(),
             history: history.clone(),
         };
         self.become_secondary(Some(&left))

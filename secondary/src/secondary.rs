@@ -193,7 +193,7 @@ impl Secondary {
         };
         let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
-        let settings = settings(config, quic_port, self.directory.boot());
+        let settings = settings(config, quic_port, &self.directory);
         let left = left.and_then(|left| keep_left(&mut store, left));
         let mut loaded = crate::node::load(&mut store, &settings, left).map_err(|why| {
             let path = self.directory.path().display();
@@ -320,7 +320,7 @@ fn keep_left(store: &mut Store, left: Handover) -> Option<Handover> {
     }
 }
 
-fn settings(config: &SecondaryConfig, quic_port: u16, boot_directory: std::path::PathBuf) -> Settings {
+fn settings(config: &SecondaryConfig, quic_port: u16, directory: &VmDirectory) -> Settings {
     let follow = &config.replication;
     Settings {
         auto_failover: follow.failover == Failover::Auto,
@@ -329,7 +329,8 @@ fn settings(config: &SecondaryConfig, quic_port: u16, boot_directory: std::path:
         max_epoch_bytes: (u64::from(follow.memory_budget_mib) << 20) / EPOCH_SHARE,
         window: WINDOW,
         quic_port: follow.advertise_port.map_or(quic_port, std::num::NonZeroU16::get),
-        boot_directory,
+        boot_directory: directory.boot(),
+        intent: directory.intent(),
         disk: config.disk.as_ref().map(|disk| disk.path.clone()),
     }
 }

@@ -2,7 +2,7 @@
 
 use colo_common::limits::MAX_HISTORY;
 use colo_vmm::guest::Lifecycle;
-use colo_vmm::{Cut, DiskDelta};
+use colo_vmm::{Cut, Disk, DiskDelta};
 use std::time::Instant;
 
 use super::telling::SentEpoch;
@@ -51,6 +51,9 @@ impl Node {
 
     /// Cuts the guest. What it said and wrote is of the epoch that this cut ends, whenever that is sent.
     fn stop_guest(&mut self) -> Result<Cut, NodeError> {
+        if let Some(disk) = &self.disk {
+            disk.open(self.replicator.next_point().epoch.next());
+        }
         let mut cut = self.guest.cut(&mut self.dirty.pages)?;
         self.check_tracked(cut.tracked);
         let output = std::mem::take(&mut cut.output);
@@ -104,7 +107,7 @@ impl Node {
 
     /// Sends the epoch. The guest goes on before anything is on the wire.
     pub(super) fn ship(&mut self, join: bool) -> Result<(), NodeError> {
-        let blocks = match self.dirty.disk_part(self.disk.as_deref()) {
+        let blocks = match self.dirty.disk_part(self.disk.as_deref().map(|disk| disk as &dyn Disk)) {
             Ok(blocks) => blocks,
             Err(e) => return self.disk_failed(&e),
         };

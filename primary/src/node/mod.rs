@@ -22,8 +22,8 @@ use colo_common::register::{Answer, StopReason};
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
 use colo_vmm::{
-    BootFile, DirtySet, Disk, DiskTracking, GuestError, GuestMemory, PagePool, ProtectedGuest, Tracked,
-    WireSpec,
+    BlockSet, BootFile, DirtySet, Disk, DiskTracking, GuestError, GuestMemory, PagePool, ProtectedGuest,
+    Tracked, WireSpec,
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
@@ -39,6 +39,7 @@ use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::outlet::Outlet;
 use crate::release::Release;
 use crate::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
+use crate::runner_disk::RunnerDisk;
 pub use operator::{Command, CommandError};
 pub use seeding::SeedEvent;
 use seeding::SeedJob;
@@ -108,8 +109,8 @@ pub struct Beginning {
     pub replicator: Replicator<Changes>,
     /// Output that is held.
     pub release: Release,
-    /// The disk behind it.
-    pub disk: Option<Arc<dyn Disk>>,
+    /// The disk behind it, begun to be run on.
+    pub disk: Option<Arc<RunnerDisk>>,
     /// Where output goes.
     pub outlet: Outlet,
     /// Whether it ran elsewhere before: the network is told where it is now.
@@ -136,6 +137,8 @@ pub struct Remains {
     pub base: Option<Point>,
     /// Frames that may hold something else.
     pub changed: DirtySet,
+    /// The point that the image of the disk holds, and blocks where it may hold something else.
+    pub disk: Option<(Point, BlockSet)>,
     /// The points that were cut here or before.
     pub history: History,
 }
@@ -194,7 +197,7 @@ pub struct Node {
     release: Release,
     outlet: Outlet,
     moved: bool,
-    disk: Option<Arc<dyn Disk>>,
+    disk: Option<Arc<RunnerDisk>>,
     /// How the guest's writes to it are kept.
     tracking: DiskTracking,
     /// Bytes of an epoch that the last secondary takes.
@@ -373,6 +376,7 @@ impl Node {
             boot_files: spec.boot_files(),
             base: known.map(|(base, _)| base),
             changed,
+            disk: self.disk.and_then(|disk| disk.remains()),
             history: self.replicator.history().clone(),
             spec: self.spec,
         }

@@ -8,6 +8,7 @@
 
 use colo_common::Epoch;
 use colo_proto::message::SeedPart;
+use colo_vmm::Disk;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -74,8 +75,8 @@ impl Node {
             Transfer::SeedBegin { mode: first.mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
         let memory = Arc::clone(self.guest.memory());
-        let copier =
-            Copier::new(number, (memory, self.disk.clone()), link.clone(), inbox, self.outbox.clone());
+        let disk = self.disk.clone().map(|disk| disk as Arc<dyn Disk>);
+        let copier = Copier::new(number, (memory, disk), link.clone(), inbox, self.outbox.clone());
         let thread = std::thread::Builder::new().name(format!("seed-{}", self.vm));
         thread.spawn(move || copier.run(begin, first)).map_err(NodeError::Thread)?;
         self.seed = Some(SeedJob { number, orders, busy: true, rounds: 0, waits_for_rest: false });

@@ -48,6 +48,9 @@ impl Node {
                 return self.lose_link();
             }
         };
+        if let (Some(disk), Some(acked)) = (&self.disk, self.replicator.acked()) {
+            disk.acked(acked);
+        }
         // Not before: a link that comes and goes with nothing new acked is as good as none.
         if self.replicator.covered() > before {
             self.lost_since = None;

@@ -3,6 +3,7 @@
 use colo_common::{ReplicaId, Term};
 use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
+use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::{
     Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Welcome,
 };
@@ -171,6 +172,13 @@ impl Follower {
         self.suspect();
     }
 
+    /// What the intent log of a life before says is of no more use.
+    fn forget_intent(&self) {
+        if let Err(e) = RunnerDisk::forget(&self.settings.intent) {
+            tracing::warn!(vm = %self.vm, "{e}");
+        }
+    }
+
     fn break_off_seed(&mut self) {
         self.warm.iter_mut().for_each(|warm| warm.rejoin.break_off());
     }
@@ -204,6 +212,9 @@ impl Follower {
         if let Err(e) = self.forget_running() {
             self.refuse(WireRefusal::Failed, &e);
             return false;
+        }
+        if !matches!(mode.disk, SeedPart::Since(_)) {
+            self.forget_intent();
         }
         let keep = mode.memory != SeedPart::All;
         self.note_seed(mode);
@@ -308,6 +319,8 @@ impl Follower {
         applier.order(apply::Job::Epoch(Arc::clone(&epoch)));
         let to_store = ToStore { epoch, held: Arc::new(self.held.all_held()), replica };
         if completes {
+            // Before the store says that the copy is whole: what this node wrote when it ran the guest is gone.
+            self.forget_intent();
             if let Some(link) = &mut self.link {
                 link.seeding = false;
             }

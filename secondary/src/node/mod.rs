@@ -27,6 +27,7 @@ use colo_primary::console::Console;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Board, Marks, Policy};
 use colo_primary::release::Release;
+use colo_primary::runner_disk::RunnerDisk;
 use colo_vmm::tap::Tap;
 use colo_vmm::tap::learn::Learner;
 use colo_vmm::{GuestMemory, ProtectedGuest, WireSpec};
@@ -98,6 +99,8 @@ pub struct Settings {
     pub quic_port: u16,
     /// Where boot files and the guest's description are kept.
     pub boot_directory: PathBuf,
+    /// Where the intent log of the disk is, of a node that runs the guest or did.
+    pub intent: PathBuf,
     /// Image file of the guest's disk; needed if it has one.
     pub disk: Option<PathBuf>,
 }
@@ -122,6 +125,8 @@ struct Warm {
     memory: Arc<GuestMemory>,
     /// What is behind its disk, if it has one.
     disk: Option<Arc<DiskImage>>,
+    /// The same, for a guest that runs here.
+    runner_disk: Option<Arc<RunnerDisk>>,
     /// What is known of its addresses, if it has a network card.
     learner: Option<Learner>,
     /// What is known of where this copy differs from points of the vm.

@@ -7,13 +7,15 @@ use colo_primary::guest_config::account;
 use colo_primary::guest_files::{KeepError, boot_file, keep_spec, spec_path};
 use colo_primary::handover::Handover;
 use colo_primary::node::status::Devices;
+use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::Hello;
 use colo_vmm::arch::x86_64::processor::{CpuMisfit, GuestCpu};
+use colo_vmm::disk::intent::Claim;
 use colo_vmm::spec::NetSpec;
 use colo_vmm::tap::Tap;
 use colo_vmm::tap::learn::Learner;
 use colo_vmm::wire_spec::FileDigest;
-use colo_vmm::{Backends, DirtySet, Disk, GuestKind, GuestMemory, WireSpec, admission};
+use colo_vmm::{Backends, BlockSet, DirtySet, Disk, GuestKind, GuestMemory, WireSpec, admission};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -251,13 +253,26 @@ impl Follower {
             (_, disk) => disk,
         };
         let tap = full.virtio.net.map(|net| self.fitting_tap(net)).transpose()?;
-        let backends = Backends { tap, disk: disk.clone().map(|disk| disk as Arc<dyn Disk>) };
+        let intent = self.settings.intent.clone();
+        let image = disk.clone().map(|disk| disk as Arc<dyn Disk>);
+        let runner_disk = image.map(|image| Arc::new(RunnerDisk::new(image, intent)));
+        let backends = Backends { tap, disk: runner_disk.clone().map(|disk| disk as Arc<dyn Disk>) };
         let guest = spec.kind.build(full, Arc::clone(&memory), &backends).map_err(|e| build(&e))?;
         let image = Image::new(Arc::clone(&memory), point);
         let learner = spec.virtio().net.map(|net| Learner::new(net.mac));
         let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
-        let rejoin = Rejoin::new(memory.layout().frame_limit(), blocks);
-        Ok((Warm { guest, spec, digest, memory, disk, learner, rejoin }, image))
+        let mut rejoin = Rejoin::new(memory.layout().frame_limit(), blocks);
+        if let Some(claim) = self.claimed(blocks) {
+            rejoin.leave_disk(claim.point, claim.extents.blocks());
+        }
+        Ok((Warm { guest, spec, digest, memory, disk, runner_disk, learner, rejoin }, image))
+    }
+
+    /// What the intent log says of the disk, if this node ran the guest on it.
+    fn claimed(&self, blocks: u64) -> Option<Claim> {
+        let claimed = RunnerDisk::claimed(&self.settings.intent);
+        let told = claimed.inspect_err(|e| tracing::warn!(vm = %self.vm, "{e}")).ok().flatten();
+        told.filter(|claim| claim.vm == self.vm && claim.extents.disk_bytes() == blocks * BLOCK_SIZE as u64)
     }
 
     /// This node's TAP, if it can do what the guest was promised.
@@ -303,9 +318,10 @@ impl Follower {
         }
         let mut warm = self.build(spec, digest, image, disk)?;
         stored.into_iter().for_each(|point| warm.0.rejoin.hold(point));
-        if let Some(Left { point, changed, history }) = left {
-            warm.0.rejoin.leave_memory(point, changed);
-            self.history = history;
+        if let Some(left) = left {
+            left.memory.into_iter().for_each(|(point, changed)| warm.0.rejoin.leave_memory(point, changed));
+            left.disk.into_iter().for_each(|(point, changed)| warm.0.rejoin.leave_disk(point, changed));
+            self.history = left.history;
         }
         self.warm_up(warm)
     }
@@ -355,11 +371,11 @@ pub struct Loaded {
     left: Option<Left>,
 }
 
-/// Memory that holds a point, but for some of it.
+/// A memory and a disk that hold a point each, but for some of it.
 struct Left {
-    point: Point,
-    changed: DirtySet,
-    /// That the point lies on.
+    memory: Option<(Point, DirtySet)>,
+    disk: Option<(Point, BlockSet)>,
+    /// That the points lie on.
     history: History,
 }
 
@@ -433,9 +449,9 @@ pub fn load(
         }
     };
     let disk_bytes = full.virtio.disk.as_ref().map(|disk| disk.bytes);
-    let left = left.and_then(|left| {
-        let Handover { base, changed, history, .. } = left;
-        base.map(|point| Left { point, changed, history })
+    let left = left.map(|left| {
+        let Handover { base, changed, disk, history, .. } = left;
+        Left { memory: base.map(|point| (point, changed)), disk, history }
     });
     Ok(Some(Loaded { spec, digest, image, restored, disk_bytes, disk: None, left }))
 }
@@ -481,6 +497,7 @@ mod tests {
             window: 8,
             quic_port: 1,
             boot_directory: boot_directory.to_owned(),
+            intent: boot_directory.join("disk.intent"),
             disk: None,
         }
     }

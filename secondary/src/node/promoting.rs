@@ -5,17 +5,16 @@
 //! 3. Granted: finish what is being applied, restore the machine, write `active` to the store (synced), run.
 
 use colo_common::register::{Answer, Entry, Value};
-use colo_common::{Incarnation, NodeId, Point, Term};
+use colo_common::{Epoch, Incarnation, NodeId, Point, Term};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Promoted, Role};
 use colo_primary::outlet::{Network, Outlet};
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
+use colo_vmm::MachineState;
 use colo_vmm::egress::OutputPosition;
 use colo_vmm::tap::learn::Learner;
-use colo_vmm::{Disk, MachineState};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Follower, Outcome, READ_INTERVAL};
@@ -199,6 +198,7 @@ impl Follower {
         }
         let state = self.staged_state()?;
         let restoring = Instant::now();
+        self.begin_disk(point)?;
         let warm = self.warm.as_mut().ok_or("there is no guest")?;
         // Before: setting the state writes guest memory too.
         warm.guest.protect().map_err(|e| e.to_string())?;
@@ -213,6 +213,7 @@ impl Follower {
     /// A power cut's worth of loss, by the operator's choice: the guest starts anew, with offsets of its own.
     fn boot(&mut self, entry: Entry, granted: Instant, mut promotion: Promotion) -> Result<Outcome, String> {
         let begins = OutputPosition::at_start(entry.term);
+        self.begin_disk(Point { term: entry.term, epoch: Epoch(0) })?;
         let warm = self.warm.as_mut().ok_or("the guest's description is not known here")?;
         warm.guest.boot().and_then(|()| warm.guest.count_from(begins)).map_err(|e| e.to_string())?;
         warm.rejoin.forget();
@@ -222,6 +223,14 @@ impl Follower {
         self.end_start()?;
         promotion.total = granted.elapsed();
         self.begin(entry, promotion)
+    }
+
+    /// From here on an intent log says where the disk is ahead of what others have.
+    fn begin_disk(&self, point: Point) -> Result<(), String> {
+        let disk = self.warm.as_ref().and_then(|warm| Some((warm.runner_disk.as_ref()?, &warm.spec)));
+        let written =
+            disk.filter(|(_, spec)| spec.virtio().disk.as_ref().is_some_and(|disk| !disk.read_only));
+        written.map_or(Ok(()), |(disk, _)| disk.begin(&self.vm, point).map_err(|e| e.to_string()))
     }
 
     fn staged_state(&mut self) -> Result<MachineState, String> {
@@ -261,7 +270,7 @@ impl Follower {
             spec: warm.spec,
             replicator,
             release: std::mem::take(&mut self.held),
-            disk: warm.disk.map(|disk| disk as Arc<dyn Disk>),
+            disk: warm.runner_disk,
             outlet: Outlet::new(self.console.clone(), network),
             moved: true,
             promotions: self.promotions + self.yielded,

@@ -64,6 +64,7 @@ fn follower(place: &Path) -> Follower {
         window: 8,
         quic_port: 1,
         boot_directory: place.to_owned(),
+        intent: place.join("disk.intent"),
         disk: Some(place.join("disk.img")),
     };
     Follower::new(parts, settings, (outbox, inbox))

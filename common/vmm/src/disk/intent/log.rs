@@ -250,6 +250,15 @@ impl IntentLog {
         Ok(left)
     }
 
+    /// The newest acked point, and the extents that may hold something else than the disk does there: of a disk that
+    /// nobody writes any more. Unlike a [claim](Self::read), this is not safe from a loss of power.
+    pub fn remains(&self) -> (Point, Extents) {
+        let acked = self.begin_cleaning(true);
+        let mut extents = self.writer().claim.extents.clone();
+        acked.extents.iter().for_each(|extent| extents.remove(*extent));
+        (acked.point, extents)
+    }
+
     /// What there is to tell.
     pub fn status(&self) -> IntentStatus {
         let writer = self.writer();
