@@ -213,9 +213,8 @@ impl Follower {
             self.refuse(WireRefusal::Failed, &e);
             return false;
         }
-        if !matches!(mode.disk, SeedPart::Since(_)) {
-            self.forget_intent();
-        }
+        // What it says is over once a block is taken; this process knows it until the copy is whole.
+        self.forget_intent();
         let keep = mode.memory != SeedPart::All;
         self.note_seed(mode);
         let (Some(applier), Some(persister)) = (&self.applier, &self.persister) else { return false };
@@ -319,8 +318,6 @@ impl Follower {
         applier.order(apply::Job::Epoch(Arc::clone(&epoch)));
         let to_store = ToStore { epoch, held: Arc::new(self.held.all_held()), replica };
         if completes {
-            // Before the store says that the copy is whole: what this node wrote when it ran the guest is gone.
-            self.forget_intent();
             if let Some(link) = &mut self.link {
                 link.seeding = false;
             }

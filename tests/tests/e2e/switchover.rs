@@ -20,6 +20,9 @@ fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
         cluster.status(from).map(|status| status.role()) == Some(Role::Following),
         "{from} does not follow"
     );
+    let counters = cluster.status(to).and_then(|status| status.counters).context("no counters")?;
+    let copies = (counters.full_resyncs, counters.resyncs, counters.rejoins);
+    ensure!(copies == (0, 0, 1), "copies in full, by digests, of what was changed: {copies:?}");
     check_goes_on(cluster)
 }
 
