@@ -11,8 +11,11 @@ use super::world::logged;
 use crate::disk::Disk;
 use crate::disk::intent::EXTENT_BYTES;
 
-const EXTENTS: u64 = 3;
-const FOR: Duration = Duration::from_secs(3);
+/// So many that most are at rest at any time.
+const EXTENTS: u64 = 16;
+/// Extents that leave the log before the end, and how long that may take on a slow machine.
+const LEAVE: u64 = 5000;
+const AT_MOST: Duration = Duration::from_secs(60);
 
 #[test]
 fn nothing_is_written_that_the_safe_log_does_not_name() {
@@ -42,7 +45,7 @@ fn nothing_is_written_that_the_safe_log_does_not_name() {
         }
         let mut epoch = 1;
         let begun = Instant::now();
-        while begun.elapsed() < FOR {
+        while left.load(Ordering::Relaxed) < LEAVE && begun.elapsed() < AT_MOST {
             epoch += 1;
             disk.log().set_open_epoch(Epoch(epoch));
             disk.log().acked(point(1, epoch - 1));
@@ -52,5 +55,5 @@ fn nothing_is_written_that_the_safe_log_does_not_name() {
     });
     let (left, written) = (left.into_inner(), written.into_inner());
     println!("{written} writes, {left} extents cleaned, {:?}", disk.log().status());
-    assert!(left > 100 && written > 1000, "{left} {written}");
+    assert!(left > LEAVE / 100 && written > left, "{left} {written}");
 }

@@ -11,8 +11,8 @@ use crate::disk::intent::LoggedDisk;
 use crate::disk::intent::claim::Claim;
 use crate::disk::intent::file::{self, newest};
 
-/// Bytes that a device writes as a whole.
-const SECTOR: usize = 512;
+/// Bytes that are written as a whole: fewer than devices do, so that a slot of a small disk may tear.
+const SECTOR: usize = 64;
 
 /// By block, the number in its first bytes; none for zeroes.
 pub(super) type Content = BTreeMap<u64, u64>;
@@ -176,8 +176,8 @@ impl Medium {
         newest(&lock(&self.0).synced).unwrap().0
     }
 
-    /// What a crash leaves: the claim, with its sequence and slot.
-    pub(super) fn crash(&self, below: Below<'_>) -> (Claim, u64, u64) {
+    /// What a crash leaves: the claim, with its sequence and slot; nothing if no slot is whole.
+    pub(super) fn crash(&self, below: Below<'_>) -> Option<(Claim, u64, u64)> {
         let mut sectors = lock(&self.0);
         let keep = below(4);
         for (at, sector) in std::mem::take(&mut sectors.written) {
@@ -186,7 +186,7 @@ impl Medium {
             }
         }
         sectors.fail_in = None;
-        newest(&sectors.synced).unwrap()
+        newest(&sectors.synced).ok()
     }
 }
 

@@ -229,7 +229,8 @@ impl World {
 
     fn clean(&mut self) {
         if self.below(3) == 0 {
-            self.left += self.disk.clean().unwrap_or(0);
+            let left = if self.below(2) == 0 { self.disk.clean_all() } else { self.disk.clean() };
+            self.left += left.unwrap_or(0);
             return;
         }
         if self.lie == Some(Lie::AckedAfterSync) {
@@ -265,7 +266,10 @@ impl World {
             (rng >> 33) % end
         };
         self.image.crash(&mut below);
-        let (claim, sequence, slot) = self.medium.crash(&mut below);
+        let Some((claim, sequence, slot)) = self.medium.crash(&mut below) else {
+            self.broken = Some("there is no claim".to_owned());
+            return;
+        };
         self.rng ^= rng | 1;
         let image = self.image.content();
         self.broken = self.check(&claim, &image);
