@@ -5,7 +5,7 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{History, Incarnation, NodeId, Term, VmId};
+use colo_common::{History, Incarnation, NodeId, Term, VmId, telemetry};
 use colo_vmm::egress::OutputPosition;
 use colo_vmm::{GuestMemory, WireSpec, admission};
 use std::path::Path;
@@ -37,6 +37,8 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Nothing may be started here, or the guest cannot go on.
 pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = PrimaryConfig::load(path)?;
+    telemetry::init(&config.log);
+    let _node = telemetry::enter_node(&config.vm, &config.node);
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     if directory.store().exists() {

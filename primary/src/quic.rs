@@ -2,6 +2,7 @@
 //! the way of a page.
 
 use colo_common::Point;
+use colo_common::telemetry::node_span;
 use colo_proto::frame::{Frame, VmTag};
 use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, TermChanged, Yield};
 use colo_proto::version::Versions;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 use crate::encode::{Encoder, PageCount};
 use crate::heartbeat::{Pulse, Rhythm, beat};
@@ -51,7 +53,7 @@ impl QuicConnector {
 impl Connector for QuicConnector {
     fn connect(&self, request: Request, outbox: Sender<Event>) {
         let this = self.clone();
-        self.runtime.spawn(async move {
+        let linking = async move {
             let number = request.number;
             let event = match this.link(request, &outbox).await {
                 Ok(why) => LinkEvent::Down(why),
@@ -59,18 +61,20 @@ impl Connector for QuicConnector {
                 Err(Failed::Refused(why)) => LinkEvent::Refused(why),
             };
             tell(&outbox, number, event);
-        });
+        };
+        self.runtime.spawn(linking.instrument(node_span()));
     }
 
     fn offer_hand_back(&self, address: String, offer: HandBack, outbox: Sender<Event>) {
         let pairing = self.pairing.clone();
-        self.runtime.spawn(async move {
+        let offering = async move {
             match pairing.offer_hand_back(&address, &offer).await {
                 Ok(()) => {}
                 Err(PairingError::Runs(why)) => drop(outbox.send(Event::Superseded(why))),
                 Err(e) => tracing::debug!("the guest cannot be offered back: {e}"),
             }
-        });
+        };
+        self.runtime.spawn(offering.instrument(node_span()));
     }
 }
 

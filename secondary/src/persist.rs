@@ -1,6 +1,7 @@
 //! The persist thread: owns the store and takes staged epochs into it. What waits together is folded into one mark;
 //! of each page and block of the disk the newest version goes in.
 
+use colo_common::telemetry::in_node;
 use colo_common::{Gfn, Point, ReplicaId, Term};
 use colo_proto::message::{BlockDigestRequest, BlockDigests};
 use colo_vmm::MachineState;
@@ -166,7 +167,7 @@ impl Persister {
         let ending = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&ending);
         let worker = Worker { store, failed: None, ending: ended, skipped: Vec::new(), tell };
-        let thread = builder.spawn(move || worker.run(&inbox))?;
+        let thread = builder.spawn(in_node(move || worker.run(&inbox)))?;
         Ok(Self { jobs, ending, thread })
     }
 

@@ -5,7 +5,7 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
 use colo_common::tls;
 use colo_common::vmdir::VmDirectory;
-use colo_common::{History, Incarnation};
+use colo_common::{History, Incarnation, telemetry};
 use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
@@ -25,6 +25,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tonic::service::Routes;
+use tracing::Instrument;
 
 use crate::node::{Event, Follower, Outcome, Parts, Settings, Tray};
 use crate::pairing_service::PairingService;
@@ -51,6 +52,8 @@ const FAREWELL: Duration = Duration::from_millis(300);
 /// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
 pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = SecondaryConfig::load(path)?;
+    telemetry::init(&config.log);
+    let _node = telemetry::enter_node(&config.vm, &config.node);
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
@@ -83,7 +86,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     };
     let endpoint = secondary.open_network(&runtime)?;
     let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
-    runtime.spawn(secondary.receiver().serve(endpoint.clone()));
+    runtime.spawn(secondary.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
     let outbox = secondary.outbox.clone();
     let signals = runtime.spawn(async move {
         if serve::ended().await.is_ok() {

@@ -8,7 +8,7 @@ use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
     AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, GuestKind,
-    NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
+    LogConfig, MetricsConfig, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.
@@ -49,6 +49,12 @@ pub struct PrimaryConfig {
     /// Where console bytes go.
     #[serde(default)]
     pub console: ConsoleConfig,
+    /// Its metrics.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// Its log.
+    #[serde(default)]
+    pub log: LogConfig,
 }
 
 fn default_admin() -> AdminConfig {
@@ -93,6 +99,8 @@ impl PrimaryConfig {
         check_serial(self.disk.as_ref().and_then(|disk| disk.serial.as_deref()))?;
         self.replication.check("replication")?;
         self.console.check()?;
+        self.metrics.check(self.admin.listen)?;
+        self.log.check()?;
         check_listen("admin.listen", self.admin.listen, tls)?;
         check_peer("replication.secondary", peer, tls)?;
         check_not_self("replication.secondary", peer, self.admin.listen)

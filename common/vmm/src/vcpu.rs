@@ -24,6 +24,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
+use colo_common::telemetry::in_node;
 use crate::devices::Devices;
 use crate::egress::Egress;
 use crate::events::Events;
@@ -263,7 +264,7 @@ impl Vcpu {
         let worker = Worker { id, fd: Arc::clone(&fd), shared: Arc::clone(shared), half_done };
         let (started, start) = mpsc::sync_channel(1);
         let builder = std::thread::Builder::new().name(format!("vcpu{id}-{name}"));
-        let thread = builder.spawn(move || worker.main(&started)).map_err(StartError::Thread)?;
+        let thread = builder.spawn(in_node(move || worker.main(&started))).map_err(StartError::Thread)?;
         let ended = || Err(StartError::Thread(io::Error::other("it ended before it began")));
         match start.recv() {
             Ok(made) => made.map_err(StartError::Timer)?,

@@ -18,6 +18,7 @@ pub mod status;
 mod telling;
 
 use colo_common::register::{Answer, StopReason};
+use colo_common::telemetry::TermSpan;
 use colo_common::{BLOCK_SIZE, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
 use colo_vmm::{Disk, DiskTracking, GuestError, GuestSpec, PagePool, ProtectedGuest, Tracked, WireSpec};
@@ -301,6 +302,8 @@ impl Node {
     /// # Errors
     /// The guest cannot go on here; the other node will take over.
     pub fn run(mut self) -> Result<End, NodeError> {
+        let mut span = TermSpan::default();
+        span.follow(self.replicator.register().term);
         self.outlet.plug_in(self.moved, Instant::now());
         self.guest.resume()?;
         self.board.ran();
@@ -311,6 +314,7 @@ impl Node {
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
             }
             self.settle(Instant::now())?;
+            span.follow(self.replicator.register().term);
             if let Some(end) = self.end.take() {
                 return Ok(end);
             }

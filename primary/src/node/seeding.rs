@@ -7,6 +7,7 @@
 //! is sent only those; else everything is compared by digests, or sent.
 
 use colo_common::Point;
+use colo_common::telemetry::in_node;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -78,7 +79,7 @@ impl Node {
         let copier =
             Copier::new(number, (memory, self.disk.clone()), link.clone(), inbox, self.outbox.clone());
         let thread = std::thread::Builder::new().name(format!("seed-{}", self.vm));
-        thread.spawn(move || copier.run(begin, first)).map_err(NodeError::Thread)?;
+        thread.spawn(in_node(move || copier.run(begin, first))).map_err(NodeError::Thread)?;
         self.seed = Some(SeedJob { number, orders, busy: true, rounds: 0, waits_for_rest: false });
         Ok(())
     }
