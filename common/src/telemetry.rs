@@ -44,7 +44,9 @@ pub fn init(config: &LogConfig) {
             all.with(fmt::layer().with_ansi(colours).with_writer(std::io::stderr)).try_init()
         }
         // A standard error that is closed has nobody to complain to.
-        LogFormat::Json => all.with(Lines::new(|line| drop(std::io::stderr().lock().write_all(line)))).try_init(),
+        LogFormat::Json => {
+            all.with(Lines::new(|line| drop(std::io::stderr().lock().write_all(line)))).try_init()
+        }
     };
     if started.is_err() {
         tracing::debug!("logging was started before");
@@ -68,7 +70,8 @@ fn filter(config: &LogConfig, complaints: &mut Vec<String>) -> EnvFilter {
         let Some(value) = variable(name) else { continue };
         match EnvFilter::try_new(&value) {
             Ok(filter) => return filter,
-            Err(e) => complaints.push(format!("{name} is no filter and does not count: {e}; write for instance info")),
+            Err(e) => complaints
+                .push(format!("{name} is no filter and does not count: {e}; write for instance info")),
         }
     }
     EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"))

@@ -3,9 +3,9 @@
 //! A register is never removed. So one that was there and is gone is not an answer but an arbiter that has lost its
 //! memory, or another one: nobody moves until it has it again.
 
-use colo_common::telemetry::in_node;
 use colo_common::arbiter::Arbiter;
 use colo_common::register::{Answer, Entry, Proposal};
+use colo_common::telemetry::in_node;
 use colo_common::{ProposalId, VmId};
 use crossbeam_channel::{Receiver, Sender, select};
 use std::sync::Arc;

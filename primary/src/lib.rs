@@ -15,6 +15,7 @@ pub mod epoch;
 pub mod guest_config;
 pub mod heartbeat;
 pub mod link;
+pub mod metrics;
 pub mod node;
 pub mod outlet;
 pub mod pairing;

@@ -96,6 +96,8 @@ pub enum LinkEvent {
     Progress(Marks),
     /// Digests that were asked for.
     Digests(Digests),
+    /// So many bytes of a copy's pages and blocks are written.
+    Copied(u64),
     /// An epoch's frames are written.
     Sent {
         /// The epoch.

@@ -18,6 +18,7 @@ use crate::admin::Plane;
 use crate::backends;
 use crate::console::Console;
 use crate::guest_config::{account, describe};
+use crate::metrics::Endpoint;
 use crate::node::Beginning;
 use crate::node::status::Board;
 use crate::outlet::{Network, Outlet};
@@ -39,6 +40,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = PrimaryConfig::load(path)?;
     telemetry::init(&config.log);
     let _node = telemetry::enter_node(&config.vm, &config.node);
+    let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     if directory.store().exists() {
@@ -67,6 +69,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     // The sockets first: a port in use must not cost a term.
     runtime.block_on(async {
         serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;
+        metrics.map_or(Ok(()), |metrics| metrics.serve(&plane))?;
         serve::console_sinks(&console, &config.console).await
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };

@@ -3,7 +3,7 @@
 
 use colo_common::Point;
 use colo_common::telemetry::node_span;
-use colo_proto::frame::{Frame, VmTag};
+use colo_proto::frame::{Frame, Kind, VmTag};
 use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, TermChanged, Yield};
 use colo_proto::version::Versions;
 use colo_vmm::PagePool;
@@ -31,6 +31,8 @@ use crate::wire::{WireError, read_control, write_control, write_frame};
 
 /// How long a secondary may take to answer while a link is made.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of a copy after which the node is told of them: often enough to see them grow, and seldom for its inbox.
+const COPIED_STEP: u64 = 16 << 20;
 /// Name that every node's certificate has.
 pub const NODE_NAME: &str = "node.colo.internal";
 
@@ -252,10 +254,13 @@ impl Link {
             Err(e) => return format!("the connection is lost: {e}"),
         };
         let mut encoder = Encoder::new(self.vm, tip);
+        // Of a copy, and not told yet.
+        let mut copied = 0;
         while let Some(next) = outgoing.recv().await {
             let transfer = match next {
                 Outgoing::Transfer(transfer) => transfer,
                 Outgoing::Barrier(done) => {
+                    self.tell(LinkEvent::Copied(std::mem::take(&mut copied)));
                     // Whoever waits has left only if the seed was given up.
                     let _ = done.send(());
                     continue;
@@ -281,11 +286,22 @@ impl Link {
             if let Some(point) = point {
                 encoder = Encoder::new(self.vm, point);
                 self.tell(LinkEvent::Sent { point, bytes, pages });
+            } else {
+                copied += content(&encoded);
+            }
+            if copied > COPIED_STEP {
+                self.tell(LinkEvent::Copied(std::mem::take(&mut copied)));
             }
         }
         // Whoever drops the link says so on the control stream; the transfers end with the connection.
         std::future::pending().await
     }
+}
+
+/// Bytes of pages and blocks in these frames.
+fn content(frames: &[Frame]) -> u64 {
+    let carries = |frame: &&Frame| matches!(frame.header().kind, Kind::Pages | Kind::Blocks);
+    frames.iter().filter(carries).map(|frame| frame.body().len() as u64).sum()
 }
 
 /// The frames of a transfer, and the pages in it if it is an epoch.

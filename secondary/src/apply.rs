@@ -88,8 +88,13 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
             Job::BeginSeed { keep } => image.begin_seed(keep).map_err(ApplyError::from),
             Job::Seed(part) => image.write_seed(&part).map_err(ApplyError::from),
             Job::Epoch(epoch) => {
-                let began = Instant::now();
-                image.apply(&epoch).map(|()| tell(Applied::Point(epoch.point, began.elapsed())))
+                let (Point { term, epoch: number }, began) = (epoch.point, Instant::now());
+                let _span = tracing::debug_span!("apply", term = term.0, epoch = number.0).entered();
+                image.apply(&epoch).map(|()| {
+                    let took = began.elapsed();
+                    tracing::debug!(?took, "applied");
+                    tell(Applied::Point(epoch.point, took));
+                })
             }
             Job::Digests(link, request) => {
                 digests(image.memory(), request, &mut |digests| tell(Applied::Digests(link, digests)));

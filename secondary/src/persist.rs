@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::disk::{DiskImage, block_digests};
@@ -135,8 +135,8 @@ pub enum Job {
 /// What the thread tells.
 #[derive(Debug)]
 pub enum Persisted {
-    /// The copy is stored up to this point, synced.
-    Point(ReplicaId, Point),
+    /// The copy is stored up to this point, synced, which took so long.
+    Point(ReplicaId, Point, Duration),
     /// The id is stored, synced.
     IdStored(ReplicaId),
     /// The id is forgotten, synced.
@@ -278,13 +278,14 @@ impl<T: Fn(Persisted)> Worker<T> {
     }
 
     fn complete(&mut self, first: &ToStore) -> Result<(), StoreError> {
+        let began = Instant::now();
         let ToStore { epoch, held, replica } = first;
         for part in &epoch.parts {
             self.store.write_pages(contents(part))?;
         }
         let (state, blocks) = (StoredState::new(epoch, held).encode(), newest(std::slice::from_ref(first)));
         self.store.complete(mark(epoch, &state, &blocks), None)?;
-        (self.tell)(Persisted::Point(*replica, epoch.point));
+        (self.tell)(Persisted::Point(*replica, epoch.point, began.elapsed()));
         Ok(())
     }
 
@@ -295,13 +296,17 @@ impl<T: Fn(Persisted)> Worker<T> {
             return Ok(());
         }
         let Some(last) = epochs.last() else { return Ok(()) };
+        let (Point { term, epoch }, began) = (last.epoch.point, Instant::now());
+        let _span = tracing::debug_span!("persist", term = term.0, epoch = epoch.0).entered();
         let mut newest_pages: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
         for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
             newest_pages.extend(contents(part));
         }
         let (state, blocks) = (StoredState::new(&last.epoch, &last.held).encode(), newest(&epochs));
         self.store.persist(newest_pages, mark(&last.epoch, &state, &blocks))?;
-        (self.tell)(Persisted::Point(last.replica, last.epoch.point));
+        let took = began.elapsed();
+        tracing::debug!(epochs = epochs.len(), ?took, "persisted");
+        (self.tell)(Persisted::Point(last.replica, last.epoch.point, took));
         Ok(())
     }
 

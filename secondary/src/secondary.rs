@@ -10,6 +10,7 @@ use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
 use colo_primary::heartbeat::Rhythm;
+use colo_primary::metrics::Endpoint;
 use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
@@ -54,6 +55,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = SecondaryConfig::load(path)?;
     telemetry::init(&config.log);
     let _node = telemetry::enter_node(&config.vm, &config.node);
+    let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
@@ -84,7 +86,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         budget,
         runs: Arc::default(),
     };
-    let endpoint = secondary.open_network(&runtime)?;
+    let endpoint = secondary.open_network(&runtime, metrics)?;
     let follower = secondary.follower(store, inbox, endpoint.local_addr()?.port())?;
     runtime.spawn(secondary.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
     let outbox = secondary.outbox.clone();
@@ -123,7 +125,7 @@ struct Secondary {
 
 impl Secondary {
     /// The sockets, the control plane and the console's sinks.
-    fn open_network(&self, runtime: &Runtime) -> anyhow::Result<quinn::Endpoint> {
+    fn open_network(&self, runtime: &Runtime, metrics: Option<Endpoint>) -> anyhow::Result<quinn::Endpoint> {
         let config = &self.config;
         let boot_directory = self.directory.boot();
         std::fs::create_dir_all(&boot_directory)
@@ -146,6 +148,7 @@ impl Secondary {
         runtime.block_on(async {
             let (listen, routes) = (config.admin.listen, Routes::new(PairingServer::new(pairing)));
             serve::control_plane(listen, &self.security, Arc::clone(&self.plane), routes).await?;
+            metrics.map_or(Ok(()), |metrics| metrics.serve(&self.plane))?;
             serve::console_sinks(&self.plane.console, &config.console).await
         })?;
         Ok(endpoint)

@@ -8,7 +8,8 @@ use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
     AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, GuestConfig, GuestKind,
-    LogConfig, MetricsConfig, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
+    LogConfig, MetricsConfig, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig,
+    count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.

@@ -1,8 +1,9 @@
 //! Every key, every default and every refusal.
 
 use super::{
-    Ack, AdminConfig, ConfigError, CpuModel, Endpoint, Failover, GuestKind, LogConfig, LogFormat, MetricsConfig, OnCrash,
-    OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig, SecondaryConfig, Tracker,
+    Ack, AdminConfig, ConfigError, CpuModel, Endpoint, Failover, GuestKind, LogConfig, LogFormat,
+    MetricsConfig, OnCrash, OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig, SecondaryConfig,
+    Tracker,
 };
 use proptest::prelude::{any, proptest};
 use std::fs;
@@ -241,8 +242,16 @@ fn what_does_not_fit_together_is_refused() {
         "listen = \"0.0.0.0:9100\"",
         &["p.toml:9: metrics.listen", "not on loopback", "metrics.public = true"],
     );
-    check("metrics", "listen = \"127.0.0.1:7700\"", &["metrics.listen", "admin.listen as well", "another port"]);
-    check("log", "level = \"loud=very\"", &["p.toml:9: log.level", "is no filter", "info,colo_secondary=debug"]);
+    check(
+        "metrics",
+        "listen = \"127.0.0.1:7700\"",
+        &["metrics.listen", "admin.listen as well", "another port"],
+    );
+    check(
+        "log",
+        "level = \"loud=very\"",
+        &["p.toml:9: log.level", "is no filter", "info,colo_secondary=debug"],
+    );
     let error = primary(&PRIMARY.replace("kernel = \"/k\"\n", "")).unwrap_err();
     assert!(error.contains("guest.kernel: a kvm guest needs a kernel"), "{error}");
     let synthetic = PRIMARY.replace("kernel = \"/k\"", "kind = \"synthetic\"\ninitrd = [\"/i\"]");

@@ -159,7 +159,11 @@ mod tests {
         assert!(time.len() >= 20 && time.ends_with('Z') && time.as_bytes()[10] == b'T', "{time}");
         assert_eq!(told[1]["message"], "");
         assert_eq!(told[1]["fields"], json!({"lag": -2}));
-        assert_eq!(told[1]["span"], json!({"vm": "web", "node": "a", "term": 5, "epoch": 9}), "the inner term");
+        assert_eq!(
+            told[1]["span"],
+            json!({"vm": "web", "node": "a", "term": 5, "epoch": 9}),
+            "the inner term"
+        );
     }
 
     #[test]

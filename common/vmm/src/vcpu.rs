@@ -24,7 +24,6 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
-use colo_common::telemetry::in_node;
 use crate::devices::Devices;
 use crate::egress::Egress;
 use crate::events::Events;
@@ -33,6 +32,7 @@ use crate::kick::{self, Registration, Ticker};
 use crate::memory::GuestMemory;
 use crate::tracker::{Cadence, Tracker};
 use crate::vcpu_exit::{self, Exit};
+use colo_common::telemetry::in_node;
 
 /// How often a vCPU that has not stopped is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(100);

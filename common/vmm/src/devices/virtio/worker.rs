@@ -11,9 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Windows;
 use super::net::RECEIVE;
-use colo_common::telemetry::in_node;
 use crate::spec::virtio::NET_SLOT;
 use crate::tap::Tap;
+use colo_common::telemetry::in_node;
 
 /// What woke the thread.
 const BELL: u64 = 0;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::request::{Done, Request};
-use colo_common::telemetry::in_node;
 use crate::disk::Disk;
+use colo_common::telemetry::in_node;
 
 /// Requests at a time: one may wait for the medium while another one is served from the host's memory.
 const THREADS: usize = 2;
