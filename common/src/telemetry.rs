@@ -3,9 +3,8 @@
 //! What is told: `RUST_LOG`, else `COLO_LOG`, else `[log] level`, else `info`. How: `COLO_LOG_FORMAT` (`text`, `json`),
 //! else `[log] format`, else text. One process has one vm: [`enter_node`] makes the span with both names, which its
 //! threads and tasks are started in ([`in_node`], [`node_span`]), and [`TermSpan`] the one inside it that changes with the
-//! term. What belongs to an epoch has a
-//! span or an event of its own at debug level, with `term` and `epoch`, so at the default level an epoch costs a look at
-//! a flag for each.
+//! term. What belongs to an epoch has a span or an event of its own at debug level, with `term` and `epoch`, so at the
+//! default level an epoch costs a look at a flag for each.
 
 mod json;
 mod span;
@@ -23,6 +22,8 @@ use json::Lines;
 
 /// Where a filter is looked for, the first one that is set wins.
 const FILTERS: [&str; 2] = ["RUST_LOG", "COLO_LOG"];
+/// Whatever is filtered, lines have the names of their node and its term.
+const SPANS: &str = "colo_common::telemetry::span=error";
 /// Where the format is looked for.
 const FORMAT: &str = "COLO_LOG_FORMAT";
 
@@ -37,7 +38,11 @@ pub fn init(config: &LogConfig) {
     }
     let mut complaints = Vec::new();
     let format = format(config, &mut complaints);
-    let all = registry().with(filter(config, &mut complaints));
+    let mut filter = filter(config, &mut complaints);
+    if let Ok(spans) = SPANS.parse() {
+        filter = filter.add_directive(spans);
+    }
+    let all = registry().with(filter);
     let started = match format {
         LogFormat::Text => {
             let colours = std::io::stderr().is_terminal();

@@ -241,7 +241,8 @@ impl Secondary {
             }
             Outcome::Run(beginning, promotion) => {
                 let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-                tracing::warn!(%vm, node = %self.config.node, register_ms = ms(promotion.register),
+                let term = beginning.replicator.register().term;
+                tracing::warn!(%vm, node = %self.config.node, term = term.0, register_ms = ms(promotion.register),
                     apply_ms = ms(promotion.apply), store_ms = ms(promotion.store),
                     restore_ms = ms(promotion.restore), total_ms = ms(promotion.total), "this node runs the guest now");
                 self.runs.store(true, Ordering::SeqCst);

@@ -28,6 +28,8 @@ mod rejoins;
 mod service;
 #[path = "e2e/starts.rs"]
 mod starts;
+#[path = "e2e/telling.rs"]
+mod telling;
 
 use anyhow::{Context, bail, ensure};
 use colo_common::register::{StopReason, Value};
