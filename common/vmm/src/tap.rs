@@ -204,9 +204,9 @@ impl Tap {
         let written = self.try_to_write(frame);
         let taken = matches!(written, Ok(Written::Taken));
         if taken {
-            self.counts.sent(frame.len().saturating_sub(HEADER))
+            self.counts.sent(frame.len().saturating_sub(HEADER));
         } else {
-            self.counts.lost()
+            self.counts.lost();
         }
         written
     }
