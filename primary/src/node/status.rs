@@ -486,3 +486,26 @@ impl Board {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Role, Status};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn time_without_protection_adds_up() {
+        let (mut status, began) = (Status::default(), Instant::now());
+        let mut at = |role, second| {
+            status.role = role;
+            status.judge_protection(began + Duration::from_secs(second));
+            (status.unprotected_since.is_some(), status.unprotected_before.as_secs())
+        };
+        assert_eq!(at(Role::Following, 0), (false, 0), "it does not run here");
+        assert_eq!(at(Role::Alone, 1), (true, 0));
+        assert_eq!(at(Role::Seeding, 2), (true, 0));
+        assert_eq!(at(Role::Paired, 4), (false, 3));
+        assert_eq!(at(Role::Paired, 9), (false, 3));
+        assert_eq!(at(Role::Alone, 10), (true, 3));
+        assert_eq!(at(Role::Lost, 12), (false, 5), "it stands still");
+    }
+}
