@@ -3,7 +3,7 @@
 
 mod console;
 mod convert;
-mod health;
+pub(crate) mod health;
 mod plane;
 
 use colo_proto::v1::admin_server::Admin;

@@ -5,6 +5,7 @@
 
 use colo_common::arbiter::Arbiter;
 use colo_common::register::{Answer, Entry, Proposal};
+use colo_common::telemetry::in_node;
 use colo_common::{ProposalId, VmId};
 use crossbeam_channel::{Receiver, Sender, select};
 use std::sync::Arc;
@@ -49,7 +50,7 @@ impl ArbiterWorker {
         let (reads, to_read) = crossbeam_channel::bounded(1);
         let name = format!("arbiter-{vm}");
         let run = move || work(&*arbiter, &vm, &to_propose, &to_read, &tell);
-        std::thread::Builder::new().name(name).spawn(run)?;
+        std::thread::Builder::new().name(name).spawn(in_node(run))?;
         Ok(Self { proposals, reads })
     }
 

@@ -18,6 +18,7 @@ pub mod handover;
 pub mod heartbeat;
 pub mod last_changed;
 pub mod link;
+pub mod metrics;
 pub mod node;
 pub mod outlet;
 pub mod pairing;

@@ -96,6 +96,8 @@ pub enum LinkEvent {
     Progress(Marks),
     /// What a seed has asked for.
     Answer(Answer),
+    /// So many bytes of a copy's pages and blocks are written.
+    Copied(u64),
     /// An epoch's frames are written.
     Sent {
         /// The epoch.

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use colo_common::config::{DiskConfig, NetworkConfig};
-use colo_common::{Mac, VmId};
+use colo_common::config::{DiskConfig, LogConfig, NetworkConfig};
+use colo_common::{Mac, VmId, telemetry};
 use colo_primary::backends;
 use colo_primary::outlet::Network;
 use colo_primary::terminal::{self, End};
@@ -119,15 +119,22 @@ enum Tracker {
 }
 
 fn main() -> ExitCode {
-    colo_common::telemetry::init();
-    colo_common::telemetry::end_on_panic();
+    telemetry::end_on_panic();
     let done = match Args::parse().command {
-        Command::Run(run) => run.run(),
+        Command::Run(run) => {
+            telemetry::init(&LogConfig::default());
+            run.run()
+        }
         Command::Start(start) => colo_primary::primary::start(&start.config, start.again),
-        Command::Host => host(),
+        Command::Host => {
+            telemetry::init(&LogConfig::default());
+            host()
+        }
     };
     done.unwrap_or_else(|e| {
-        tracing::error!("{}", colo_common::telemetry::one_line(&*e));
+        // One that was refused with its configuration has not begun to log.
+        telemetry::init(&LogConfig::default());
+        tracing::error!("{}", telemetry::one_line(&*e));
         ExitCode::FAILURE
     })
 }

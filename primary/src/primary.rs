@@ -5,7 +5,7 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
-use colo_common::{BLOCK_SIZE, Epoch, History, Incarnation, NodeId, Point, Term, VmId};
+use colo_common::{BLOCK_SIZE, Epoch, History, Incarnation, NodeId, Point, Term, VmId, telemetry};
 use colo_vmm::egress::OutputPosition;
 use colo_vmm::{Disk, GuestMemory, WireSpec, admission};
 use std::path::Path;
@@ -19,6 +19,7 @@ use crate::backends;
 use crate::console::Console;
 use crate::guest_config::{account, describe};
 use crate::last_changed::LastChanged;
+use crate::metrics::Endpoint;
 use crate::node::Beginning;
 use crate::node::status::Board;
 use crate::outlet::{Network, Outlet};
@@ -40,6 +41,9 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Nothing may be started here, or the guest cannot go on.
 pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let config = PrimaryConfig::load(path)?;
+    telemetry::init(&config.log);
+    let _node = telemetry::enter_node(&config.vm, &config.node);
+    let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let standby = config.standby.as_ref().map(|_| Standby {
@@ -79,6 +83,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     // The sockets first: a port in use must not cost a term.
     runtime.block_on(async {
         serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;
+        metrics.map_or(Ok(()), |metrics| metrics.serve(&plane))?;
         serve::console_sinks(&console, &config.console).await
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };

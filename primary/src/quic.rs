@@ -2,7 +2,8 @@
 //! the way of a page.
 
 use colo_common::Point;
-use colo_proto::frame::{Frame, VmTag};
+use colo_common::telemetry::node_span;
+use colo_proto::frame::{Frame, Kind, VmTag};
 use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, TermChanged, Yield};
 use colo_proto::version::Versions;
 use colo_vmm::PagePool;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 use crate::encode::{Encoder, PageCount};
 use crate::heartbeat::{Pulse, Rhythm, beat};
@@ -29,6 +31,8 @@ use crate::wire::{WireError, read_control, write_control, write_frame};
 
 /// How long a secondary may take to answer while a link is made.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of a copy after which the node is told of them: often enough to see them grow, and seldom for its inbox.
+const COPIED_STEP: u64 = 16 << 20;
 /// Name that every node's certificate has.
 pub const NODE_NAME: &str = "node.colo.internal";
 
@@ -51,7 +55,7 @@ impl QuicConnector {
 impl Connector for QuicConnector {
     fn connect(&self, request: Request, outbox: Sender<Event>) {
         let this = self.clone();
-        self.runtime.spawn(async move {
+        let linking = async move {
             let number = request.number;
             let event = match this.link(request, &outbox).await {
                 Ok(why) => LinkEvent::Down(why),
@@ -59,18 +63,20 @@ impl Connector for QuicConnector {
                 Err(Failed::Refused(why)) => LinkEvent::Refused(why),
             };
             tell(&outbox, number, event);
-        });
+        };
+        self.runtime.spawn(linking.instrument(node_span()));
     }
 
     fn offer_hand_back(&self, address: String, offer: HandBack, outbox: Sender<Event>) {
         let pairing = self.pairing.clone();
-        self.runtime.spawn(async move {
+        let offering = async move {
             match pairing.offer_hand_back(&address, &offer).await {
                 Ok(()) => {}
                 Err(PairingError::Runs(why)) => drop(outbox.send(Event::Superseded(why))),
                 Err(e) => tracing::debug!("the guest cannot be offered back: {e}"),
             }
-        });
+        };
+        self.runtime.spawn(offering.instrument(node_span()));
     }
 }
 
@@ -254,10 +260,13 @@ impl Link {
             Err(e) => return format!("the connection is lost: {e}"),
         };
         let mut encoder = Encoder::new(self.vm, tip);
+        // Of a copy, and not told yet.
+        let mut copied = 0;
         while let Some(next) = outgoing.recv().await {
             let transfer = match next {
                 Outgoing::Transfer(transfer) => transfer,
                 Outgoing::Barrier(done) => {
+                    self.tell(LinkEvent::Copied(std::mem::take(&mut copied)));
                     // Whoever waits has left only if the seed was given up.
                     let _ = done.send(());
                     continue;
@@ -283,11 +292,22 @@ impl Link {
             if let Some(point) = point {
                 encoder = Encoder::new(self.vm, point);
                 self.tell(LinkEvent::Sent { point, bytes, pages });
+            } else {
+                copied += content(&encoded);
+            }
+            if copied > COPIED_STEP {
+                self.tell(LinkEvent::Copied(std::mem::take(&mut copied)));
             }
         }
         // Whoever drops the link says so on the control stream; the transfers end with the connection.
         std::future::pending().await
     }
+}
+
+/// Bytes of pages and blocks in these frames.
+fn content(frames: &[Frame]) -> u64 {
+    let carries = |frame: &&Frame| matches!(frame.header().kind, Kind::Pages | Kind::Blocks);
+    frames.iter().filter(carries).map(|frame| frame.body().len() as u64).sum()
 }
 
 /// The frames of a transfer, and the pages in it if it is an epoch.

@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Certificate, ClientTlsConfig, Server, ServerTlsConfig};
 use tonic::{Request, Status};
+use tracing::Instrument;
 
 use crate::admin::{AdminService, Part, Plane};
 use crate::arbiter_worker::ArbiterWorker;
@@ -101,11 +102,12 @@ pub async fn control_plane(
     let check = move |request: Request<()>| if secured { operators_only(request) } else { Ok(request) };
     let routes = more.add_service(AdminServer::with_interceptor(AdminService(plane), check));
     let served = server.add_routes(routes).serve_with_incoming(TcpListenerStream::new(listener));
-    tokio::spawn(async move {
+    let serving = async move {
         if let Err(e) = served.await {
             tracing::error!("the control plane has ended: {e}");
         }
-    });
+    };
+    tokio::spawn(serving.in_current_span());
     Ok(())
 }
 
@@ -131,16 +133,14 @@ pub async fn console_sinks(console: &Console, config: &ConsoleConfig) -> anyhow:
     if let Some(path) = &config.file {
         let file = tokio::fs::OpenOptions::new().create(true).append(true).open(path).await;
         let file = file.with_context(|| format!("cannot open the console's file {}", path.display()))?;
-        tokio::spawn(write_console(console.clone(), file, path.display().to_string()));
+        let writing = write_console(console.clone(), file, path.display().to_string());
+        tokio::spawn(writing.in_current_span());
     }
     if let Some(link) = &config.pty {
         let master = crate::pty::open(link)
             .with_context(|| format!("cannot make the console's pty {}", link.display()))?;
-        tokio::spawn(write_console(
-            console.clone(),
-            tokio::fs::File::from_std(master),
-            link.display().to_string(),
-        ));
+        let (file, name) = (tokio::fs::File::from_std(master), link.display().to_string());
+        tokio::spawn(write_console(console.clone(), file, name).in_current_span());
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The apply thread: owns the image and takes staged epochs into it, one after the other, after their ack.
 
 use colo_common::limits::MAX_GUEST_MEMORY;
+use colo_common::telemetry::in_node;
 use colo_common::{Gfn, PAGE_SIZE, Point};
 use colo_proto::message::{DigestRequest, PageDigest, RangeDigests};
 use colo_vmm::GuestMemory;
@@ -60,7 +61,7 @@ impl Applier {
     pub fn start(image: Image, tell: impl Fn(Applied) + Send + 'static) -> std::io::Result<Self> {
         let (jobs, inbox) = crossbeam_channel::bounded(MAX_WAITING);
         let builder = std::thread::Builder::new().name("apply".to_owned());
-        let thread = builder.spawn(move || work(image, &inbox, &tell))?;
+        let thread = builder.spawn(in_node(move || work(image, &inbox, &tell)))?;
         Ok(Self { jobs, thread })
     }
 
@@ -87,8 +88,13 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
             Job::BeginSeed { keep } => image.begin_seed(keep).map_err(ApplyError::from),
             Job::Seed(part) => image.write_seed(&part).map_err(ApplyError::from),
             Job::Epoch(epoch) => {
-                let began = Instant::now();
-                image.apply(&epoch).map(|()| tell(Applied::Point(epoch.point, began.elapsed())))
+                let (Point { term, epoch: number }, began) = (epoch.point, Instant::now());
+                let _span = tracing::debug_span!("apply", term = term.0, epoch = number.0).entered();
+                image.apply(&epoch).map(|()| {
+                    let took = began.elapsed();
+                    tracing::debug!(?took, "applied");
+                    tell(Applied::Point(epoch.point, took));
+                })
             }
             Job::Digests(link, request) => {
                 digests(image.memory(), request, &mut |digests| tell(Applied::Digests(link, digests)));

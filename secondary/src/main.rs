@@ -1,6 +1,8 @@
 //! `colo-secondary`: follows a primary, and carries its guest on when it dies.
 
 use clap::{Parser, Subcommand};
+use colo_common::config::LogConfig;
+use colo_common::telemetry;
 use colo_secondary::secondary::Options;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -63,8 +65,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    colo_common::telemetry::init();
-    colo_common::telemetry::end_on_panic();
+    telemetry::end_on_panic();
     let done = match Args::parse().command {
         Command::Start { config, again, standby, handover } => {
             let options = Options { again, of_primary: standby, handover };
@@ -74,11 +75,14 @@ fn main() -> ExitCode {
         Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
         Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),
         Command::DiskDigest { image, .. } => {
+            telemetry::init(&LogConfig::default());
             colo_secondary::offline::image_digest(&image.unwrap_or_default())
         }
     };
     done.unwrap_or_else(|e| {
-        tracing::error!("{}", colo_common::telemetry::one_line(&*e));
+        // One that was refused with its configuration has not begun to log.
+        telemetry::init(&LogConfig::default());
+        tracing::error!("{}", telemetry::one_line(&*e));
         ExitCode::FAILURE
     })
 }

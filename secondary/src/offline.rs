@@ -3,6 +3,7 @@
 
 use anyhow::{Context, bail};
 use colo_common::config::SecondaryConfig;
+use colo_common::telemetry;
 use colo_common::vmdir::VmDirectory;
 use colo_vmm::disk::{Disk, FileDisk};
 use std::io::Write;
@@ -78,6 +79,7 @@ fn print_digest(at: &str, disk: &dyn Disk) -> anyhow::Result<ExitCode> {
 /// The configuration, and the store with nobody else at it.
 fn open(path: &Path) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
     let config = SecondaryConfig::load(path)?;
+    telemetry::init(&config.log);
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let store = Store::open(&directory.store(), &config.vm)?;
     Ok((config, directory, store))

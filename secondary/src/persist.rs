@@ -1,6 +1,7 @@
 //! The persist thread: owns the store and takes staged epochs into it. What waits together is folded into one mark;
 //! of each page and block of the disk the newest version goes in.
 
+use colo_common::telemetry::in_node;
 use colo_common::{Gfn, Point, ReplicaId, Term};
 use colo_proto::message::{BlockDigestRequest, BlockDigests};
 use colo_vmm::MachineState;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::disk::{DiskImage, block_digests};
@@ -134,8 +135,8 @@ pub enum Job {
 /// What the thread tells.
 #[derive(Debug)]
 pub enum Persisted {
-    /// The copy is stored up to this point, synced.
-    Point(ReplicaId, Point),
+    /// The copy is stored up to this point, synced, which took so long.
+    Point(ReplicaId, Point, Duration),
     /// The id is stored, synced.
     IdStored(ReplicaId),
     /// The id is forgotten, synced.
@@ -166,7 +167,7 @@ impl Persister {
         let ending = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&ending);
         let worker = Worker { store, failed: None, ending: ended, skipped: Vec::new(), tell };
-        let thread = builder.spawn(move || worker.run(&inbox))?;
+        let thread = builder.spawn(in_node(move || worker.run(&inbox)))?;
         Ok(Self { jobs, ending, thread })
     }
 
@@ -277,13 +278,14 @@ impl<T: Fn(Persisted)> Worker<T> {
     }
 
     fn complete(&mut self, first: &ToStore) -> Result<(), StoreError> {
+        let began = Instant::now();
         let ToStore { epoch, held, replica } = first;
         for part in &epoch.parts {
             self.store.write_pages(contents(part))?;
         }
         let (state, blocks) = (StoredState::new(epoch, held).encode(), newest(std::slice::from_ref(first)));
         self.store.complete(mark(epoch, &state, &blocks), None)?;
-        (self.tell)(Persisted::Point(*replica, epoch.point));
+        (self.tell)(Persisted::Point(*replica, epoch.point, began.elapsed()));
         Ok(())
     }
 
@@ -294,13 +296,17 @@ impl<T: Fn(Persisted)> Worker<T> {
             return Ok(());
         }
         let Some(last) = epochs.last() else { return Ok(()) };
+        let (Point { term, epoch }, began) = (last.epoch.point, Instant::now());
+        let _span = tracing::debug_span!("persist", term = term.0, epoch = epoch.0).entered();
         let mut newest_pages: BTreeMap<Gfn, PageContent<'_>> = BTreeMap::new();
         for part in epochs.iter().flat_map(|epoch| &epoch.epoch.parts) {
             newest_pages.extend(contents(part));
         }
         let (state, blocks) = (StoredState::new(&last.epoch, &last.held).encode(), newest(&epochs));
         self.store.persist(newest_pages, mark(&last.epoch, &state, &blocks))?;
-        (self.tell)(Persisted::Point(last.replica, last.epoch.point));
+        let took = began.elapsed();
+        tracing::debug!(epochs = epochs.len(), ?took, "persisted");
+        (self.tell)(Persisted::Point(last.replica, last.epoch.point, took));
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::Instrument;
 
 use crate::node::Event;
 use crate::staging::{StagedBlocks, StagedEpoch, StagedPart, Staging, Step};
@@ -151,7 +152,7 @@ impl Receiver {
         while let Some(incoming) = endpoint.accept().await {
             number += 1;
             let this = self.clone();
-            tokio::spawn(async move {
+            let serving = async move {
                 match incoming.await {
                     Ok(connection) => {
                         let why = this.connection(number, &connection).await;
@@ -160,7 +161,8 @@ impl Receiver {
                     }
                     Err(e) => tracing::warn!(vm = %this.vm, "a connection was not made: {e}"),
                 }
-            });
+            };
+            tokio::spawn(serving.in_current_span());
         }
     }
 

@@ -5,12 +5,13 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
 use colo_common::tls;
 use colo_common::vmdir::VmDirectory;
-use colo_common::{Gfn, History, Incarnation, VmId};
+use colo_common::{Gfn, History, Incarnation, VmId, telemetry};
 use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
 use colo_primary::handover::Handover;
 use colo_primary::heartbeat::Rhythm;
+use colo_primary::metrics::Endpoint;
 use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
@@ -29,6 +30,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tonic::service::Routes;
+use tracing::Instrument;
 
 use crate::node::{Event, Follower, Outcome, Parts, Settings, Tray};
 use crate::pairing_service::PairingService;
@@ -69,7 +71,10 @@ pub struct Options {
 pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let Options { again, of_primary, .. } = options;
     let config = if of_primary { SecondaryConfig::load_standby(path) } else { SecondaryConfig::load(path) }?;
+    telemetry::init(&config.log);
+    let _node = telemetry::enter_node(&config.vm, &config.node);
     let left = options.handover.and_then(|fd| take_over(fd, &config.vm));
+    let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
@@ -102,9 +107,9 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
         runs: Arc::default(),
         standby,
     };
-    let endpoint = secondary.open_network(&runtime)?;
+    let endpoint = secondary.open_network(&runtime, metrics)?;
     let follower = secondary.follower((store, left), inbox, endpoint.local_addr()?.port())?;
-    runtime.spawn(secondary.receiver().serve(endpoint.clone()));
+    runtime.spawn(secondary.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
     let outbox = secondary.outbox.clone();
     let signals = runtime.spawn(async move {
         if serve::ended().await.is_ok() {
@@ -143,7 +148,7 @@ struct Secondary {
 
 impl Secondary {
     /// The sockets, the control plane and the console's sinks.
-    fn open_network(&self, runtime: &Runtime) -> anyhow::Result<quinn::Endpoint> {
+    fn open_network(&self, runtime: &Runtime, metrics: Option<Endpoint>) -> anyhow::Result<quinn::Endpoint> {
         let config = &self.config;
         let boot_directory = self.directory.boot();
         std::fs::create_dir_all(&boot_directory)
@@ -166,6 +171,7 @@ impl Secondary {
         runtime.block_on(async {
             let (listen, routes) = (config.admin.listen, Routes::new(PairingServer::new(pairing)));
             serve::control_plane(listen, &self.security, Arc::clone(&self.plane), routes).await?;
+            metrics.map_or(Ok(()), |metrics| metrics.serve(&self.plane))?;
             serve::console_sinks(&self.plane.console, &config.console).await
         })?;
         Ok(endpoint)
@@ -259,7 +265,8 @@ impl Secondary {
             }
             Outcome::Run(beginning, promotion) => {
                 let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-                tracing::warn!(%vm, node = %self.config.node, register_ms = ms(promotion.register),
+                let term = beginning.replicator.register().term;
+                tracing::warn!(%vm, node = %self.config.node, term = term.0, register_ms = ms(promotion.register),
                     apply_ms = ms(promotion.apply), store_ms = ms(promotion.store),
                     restore_ms = ms(promotion.restore), total_ms = ms(promotion.total), "this node runs the guest now");
                 self.runs.store(true, Ordering::SeqCst);

@@ -169,7 +169,7 @@ fn the_node_is_told_and_no_point_is_claimed_after_it() {
     persister.order(Job::Complete(staged(&state, 1, vec![data(1, 1)], 1)));
     persister.order(Job::Epoch(staged(&state, 2, vec![data(2, 1)], 2)));
     for epoch in 1..=2 {
-        assert!(matches!(next(&told), Persisted::Point(_, at) if at == point(1, epoch)));
+        assert!(matches!(next(&told), Persisted::Point(_, at, _) if at == point(1, epoch)));
     }
     fail_sync(&file, &disk);
     persister.order(Job::Epoch(staged(&state, 3, vec![], 3)));

@@ -8,6 +8,7 @@ pub mod lab;
 pub mod load;
 pub mod measure;
 pub mod rig;
+pub mod scrape;
 pub mod seed;
 pub mod service;
 pub mod session;

@@ -30,6 +30,8 @@ mod service;
 mod starts;
 #[path = "e2e/switchover.rs"]
 mod switchover;
+#[path = "e2e/telling.rs"]
+mod telling;
 
 use anyhow::{Context, bail, ensure};
 use colo_common::register::{StopReason, Value};

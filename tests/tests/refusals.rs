@@ -47,7 +47,12 @@ impl Drop for Scratch {
 /// Runs to its end what must end by itself.
 fn finish(command: &mut Command) -> Output {
     // Colours and backtraces are the environment's; nothing here may wait for a guest that runs after all.
-    command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "0").env_remove("COLO_LOG").stdin(Stdio::null());
+    command
+        .env("NO_COLOR", "1")
+        .env("RUST_BACKTRACE", "0")
+        .env_remove("COLO_LOG")
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {

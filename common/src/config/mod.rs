@@ -10,6 +10,7 @@ mod locate;
 mod primary;
 mod secondary;
 mod shared;
+mod telling;
 
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -24,6 +25,7 @@ pub use shared::{
     AdminConfig, ArbiterConfig, ArbiterKind, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop,
     ReplicationConfig, Reprotect, TlsConfig,
 };
+pub use telling::{LogConfig, LogFormat, MetricsConfig};
 
 use crate::durable;
 

@@ -8,7 +8,8 @@ use super::devices::{check_serial, check_tap};
 use super::shared::{check_listen, check_not_self, check_peer, check_promotions, default_promotions};
 use super::{
     AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, DiskConfig, FollowConfig, GuestConfig,
-    GuestKind, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig, TlsConfig, count_from,
+    GuestKind, LogConfig, MetricsConfig, NetworkConfig, OnCrash, OnStop, Problem, ReplicationConfig,
+    TlsConfig, count_from,
 };
 
 /// Everything that a primary is told. Keys without a default must be given.
@@ -52,6 +53,12 @@ pub struct PrimaryConfig {
     /// Where console bytes go.
     #[serde(default)]
     pub console: ConsoleConfig,
+    /// Its metrics.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// Its log.
+    #[serde(default)]
+    pub log: LogConfig,
 }
 
 fn default_admin() -> AdminConfig {
@@ -100,6 +107,8 @@ impl PrimaryConfig {
             check_listen("standby.listen", standby.listen, tls)?;
         }
         self.console.check()?;
+        self.metrics.check(self.admin.listen)?;
+        self.log.check()?;
         check_listen("admin.listen", self.admin.listen, tls)?;
         check_peer("replication.secondary", peer, tls)?;
         check_not_self("replication.secondary", peer, self.admin.listen)

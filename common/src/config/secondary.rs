@@ -12,7 +12,8 @@ use super::shared::{
 };
 use super::{
     AdminConfig, ArbiterConfig, Config, ConfigError, ConsoleConfig, FollowDiskConfig, FollowNetworkConfig,
-    OnCrash, OnStop, PrimaryConfig, Problem, ReplicationConfig, TlsConfig, count_from, in_range,
+    LogConfig, MetricsConfig, OnCrash, OnStop, PrimaryConfig, Problem, ReplicationConfig, TlsConfig,
+    count_from, in_range,
 };
 
 /// Everything that a secondary is told. Keys without a default must be given. What the guest is, it learns from the
@@ -55,6 +56,12 @@ pub struct SecondaryConfig {
     /// Where console bytes go once it runs the guest.
     #[serde(default)]
     pub console: ConsoleConfig,
+    /// Its metrics.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// Its log.
+    #[serde(default)]
+    pub log: LogConfig,
 }
 
 fn default_admin() -> AdminConfig {
@@ -175,6 +182,8 @@ impl SecondaryConfig {
             tls: config.tls,
             arbiter: config.arbiter,
             console: config.console,
+            metrics: config.metrics,
+            log: config.log,
         })
     }
 
@@ -197,6 +206,8 @@ impl SecondaryConfig {
         self.replication.check("replication")?;
         self.promoted.check("promoted")?;
         self.console.check()?;
+        self.metrics.check(self.admin.listen)?;
+        self.log.check()?;
         self.network.as_ref().map_or(Ok(()), |network| check_tap(&network.tap))?;
         check_listen("admin.listen", self.admin.listen, tls)?;
         check_listen("replication.listen", self.replication.listen, tls)?;

@@ -1,8 +1,9 @@
 //! Every key, every default and every refusal.
 
 use super::{
-    Ack, AdminConfig, ConfigError, CpuModel, Endpoint, Failover, GuestKind, OnCrash, OnSecondaryLoss, OnStop,
-    PrimaryConfig, ReplicationConfig, SecondaryConfig, Tracker,
+    Ack, AdminConfig, ConfigError, CpuModel, Endpoint, Failover, GuestKind, LogConfig, LogFormat,
+    MetricsConfig, OnCrash, OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig, SecondaryConfig,
+    Tracker,
 };
 use proptest::prelude::{any, proptest};
 use std::fs;
@@ -40,6 +41,7 @@ fn little_is_needed_and_the_rest_has_defaults() {
     assert_eq!((config.on_crash, config.on_stop, config.max_promotions), (OnCrash::None, OnStop::Stop, 3));
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:7700");
     assert_eq!(config.replication, ReplicationConfig::default());
+    assert_eq!((config.metrics, config.log), (MetricsConfig::default(), LogConfig::default()));
     assert_eq!((config.guest.kind, config.guest.tracker), (GuestKind::Kvm, Tracker::Ring));
 
     let config = secondary(SECONDARY).unwrap();
@@ -89,6 +91,12 @@ fn every_key_of_a_primary_is_taken() {
         [console]
         file = "console.log"
         pty = "console"
+        [metrics]
+        listen = "10.0.0.1:9100"
+        public = true
+        [log]
+        format = "json"
+        level = "warn,colo_primary=debug"
     "#;
     let config = primary(text).unwrap();
     assert_eq!(config.guest.kernel, Some("/etc/boot/vmlinux".into()));
@@ -99,6 +107,8 @@ fn every_key_of_a_primary_is_taken() {
     assert_eq!(config.replication.on_secondary_loss, OnSecondaryLoss::Hold);
     assert_eq!(config.tls.unwrap().directory, PathBuf::from("/etc/tls"));
     assert_eq!(config.console.pty, Some("/etc/console".into()));
+    assert_eq!(config.metrics.listen, Some("10.0.0.1:9100".parse().unwrap()));
+    assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Json, "warn,colo_primary=debug"));
     let synthetic = PRIMARY.replace("kernel = \"/k\"", "kind = \"synthetic\"");
     assert_eq!(primary(&synthetic).unwrap().guest.kind, GuestKind::Synthetic);
 }
@@ -132,6 +142,10 @@ fn every_key_of_a_secondary_is_taken() {
         directory = "/arbiter"
         [console]
         file = "/console"
+        [metrics]
+        listen = "127.0.0.1:0"
+        [log]
+        format = "text"
     "#;
     let config = secondary(text).unwrap();
     assert_eq!((config.replication.ack, config.replication.failover), (Ack::Disk, Failover::Manual));
@@ -223,6 +237,21 @@ fn what_does_not_fit_together_is_refused() {
     check("guest", "cmdline = \"a\\u0000b\"", &["guest.cmdline", "NUL"]);
     check("guest", &format!("initrd = [{}]", "\"m\",".repeat(17)), &["guest.initrd", "more than 16 files"]);
     check("console", "file = \"/x\"\npty = \"/x\"", &["console.pty", "same path", "choose another"]);
+    check(
+        "metrics",
+        "listen = \"0.0.0.0:9100\"",
+        &["p.toml:9: metrics.listen", "not on loopback", "metrics.public = true"],
+    );
+    check(
+        "metrics",
+        "listen = \"127.0.0.1:7700\"",
+        &["metrics.listen", "admin.listen as well", "another port"],
+    );
+    check(
+        "log",
+        "level = \"loud=very\"",
+        &["p.toml:9: log.level", "is no filter", "info,colo_secondary=debug"],
+    );
     let error = primary(&PRIMARY.replace("kernel = \"/k\"\n", "")).unwrap_err();
     assert!(error.contains("guest.kernel: a kvm guest needs a kernel"), "{error}");
     let synthetic = PRIMARY.replace("kernel = \"/k\"", "kind = \"synthetic\"\ninitrd = [\"/i\"]");

@@ -20,7 +20,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use traffic::{Counts, count};
+use traffic::Counts;
 
 /// Bytes of the virtio-net header in front of every frame: the one with the number of buffers, as of virtio 1.
 pub const HEADER: usize = 12;
@@ -189,7 +189,7 @@ impl Tap {
                 // No interface gives these, but whoever has the other socket may.
                 Ok(len) if len < HEADER => {}
                 done => {
-                    done.iter().for_each(|_| count(&self.counts.received));
+                    done.iter().for_each(|len| self.counts.received(len - HEADER));
                     return done.map(Some);
                 }
             }
@@ -203,7 +203,11 @@ impl Tap {
     pub fn write_frame(&self, frame: &[u8]) -> io::Result<Written> {
         let written = self.try_to_write(frame);
         let taken = matches!(written, Ok(Written::Taken));
-        count(if taken { &self.counts.sent } else { &self.counts.lost });
+        if taken {
+            self.counts.sent(frame.len().saturating_sub(HEADER));
+        } else {
+            self.counts.lost();
+        }
         written
     }
 
@@ -277,7 +281,8 @@ mod tests {
         assert_eq!(tap.read_frame(&mut frame).unwrap(), None);
         assert_eq!(tap.write_frame(&[9; 72]).unwrap(), Written::Taken);
         assert_eq!((far.recv(&mut frame).unwrap(), frame[71]), (72, 9));
-        assert_eq!(tap.traffic(), Traffic { sent: 1, received: 1, lost: 0 });
+        let (sent_bytes, received_bytes) = (72 - HEADER as u64, 60 - HEADER as u64);
+        assert_eq!(tap.traffic(), Traffic { sent: 1, received: 1, lost: 0, sent_bytes, received_bytes });
     }
 
     #[test]

@@ -32,6 +32,7 @@ use crate::kick::{self, Registration, Ticker};
 use crate::memory::GuestMemory;
 use crate::tracker::{Cadence, Tracker};
 use crate::vcpu_exit::{self, Exit};
+use colo_common::telemetry::in_node;
 
 /// How often a vCPU that has not stopped is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(100);
@@ -263,7 +264,7 @@ impl Vcpu {
         let worker = Worker { id, fd: Arc::clone(&fd), shared: Arc::clone(shared), half_done };
         let (started, start) = mpsc::sync_channel(1);
         let builder = std::thread::Builder::new().name(format!("vcpu{id}-{name}"));
-        let thread = builder.spawn(move || worker.main(&started)).map_err(StartError::Thread)?;
+        let thread = builder.spawn(in_node(move || worker.main(&started))).map_err(StartError::Thread)?;
         let ended = || Err(StartError::Thread(io::Error::other("it ended before it began")));
         match start.recv() {
             Ok(made) => made.map_err(StartError::Timer)?,

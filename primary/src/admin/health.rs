@@ -13,7 +13,7 @@ const ARBITER_PATIENCE: Duration = Duration::from_secs(5);
 const RECENT: Duration = Duration::from_secs(60);
 
 /// The judgement on `node`, at `now`.
-pub(super) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
+pub(crate) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
     let mut problems = standing(status, node, now);
     let healthy = problems.is_empty();
     let protects = match status.role {

@@ -76,7 +76,7 @@ impl Plane {
     }
 
     /// How long the process has run.
-    pub(super) fn uptime(&self) -> Duration {
+    pub(crate) fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
 

@@ -1,5 +1,6 @@
 //! Cuts: when, what becomes of them, and what follows for the guest.
 
+use colo_common::Point;
 use colo_common::limits::MAX_HISTORY;
 use colo_vmm::guest::Lifecycle;
 use colo_vmm::{Cut, Disk, DiskDelta};
@@ -41,6 +42,8 @@ impl Node {
     }
 
     fn cut(&mut self, now: Instant) -> Result<(), NodeError> {
+        let Point { term, epoch } = self.replicator.next_point();
+        let _span = tracing::debug_span!("cut", term = term.0, epoch = epoch.0).entered();
         self.cut_now = false;
         let cut = self.stop_guest()?;
         self.pacer.cut(now);
@@ -118,6 +121,8 @@ impl Node {
         let (point, shipped, actions) = self.replicator.cut(carried, request(&cut), join);
         assert!(shipped, "{point} was to be sent in {:?}", self.replicator.phase());
         let timing = Timing { cut: cut.timing, copy, pause: since.elapsed() };
+        let _span = tracing::debug_span!("ship", term = point.term.0, epoch = point.epoch.0).entered();
+        tracing::debug!(pages = pages.len(), pause = ?timing.pause, "the epoch is on its way");
         self.pacer.paused(timing.cut.stop + timing.cut.save + timing.cut.harvest + copy);
         let state = cut.state.clone();
         self.track_disk();

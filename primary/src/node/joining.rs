@@ -93,6 +93,10 @@ impl Node {
                 self.board.change(|status| status.marks = marks);
                 Ok(())
             }
+            LinkEvent::Copied(bytes) => {
+                self.board.copied(bytes);
+                Ok(())
+            }
             LinkEvent::Sent { point, bytes, pages } => {
                 self.on_sent(point, bytes, pages);
                 Ok(())

@@ -19,6 +19,7 @@ mod switching;
 mod telling;
 
 use colo_common::register::{Answer, StopReason};
+use colo_common::telemetry::TermSpan;
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
 use colo_vmm::{
@@ -346,6 +347,8 @@ impl Node {
     /// # Errors
     /// The guest cannot go on here; the other node will take over.
     pub fn run(mut self) -> Result<(End, Remains), NodeError> {
+        let mut span = TermSpan::default();
+        span.follow(self.replicator.register().term);
         self.outlet.plug_in(self.moved, Instant::now());
         self.track_disk();
         self.guest.resume()?;
@@ -357,6 +360,7 @@ impl Node {
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
             }
             self.settle(Instant::now())?;
+            span.follow(self.replicator.register().term);
             if let Some(end) = self.end.take() {
                 return Ok((end, self.remains()));
             }

@@ -7,6 +7,7 @@
 //! guest's writes are still tracked, so that a copy is sent only those; else everything is compared by digests, or sent.
 
 use colo_common::Epoch;
+use colo_common::telemetry::in_node;
 use colo_proto::message::SeedPart;
 use colo_vmm::Disk;
 use crossbeam_channel::Sender;
@@ -78,7 +79,7 @@ impl Node {
         let disk = self.disk.clone().map(|disk| disk as Arc<dyn Disk>);
         let copier = Copier::new(number, (memory, disk), link.clone(), inbox, self.outbox.clone());
         let thread = std::thread::Builder::new().name(format!("seed-{}", self.vm));
-        thread.spawn(move || copier.run(begin, first)).map_err(NodeError::Thread)?;
+        thread.spawn(in_node(move || copier.run(begin, first))).map_err(NodeError::Thread)?;
         self.seed = Some(SeedJob { number, orders, busy: true, rounds: 0, waits_for_rest: false });
         Ok(())
     }

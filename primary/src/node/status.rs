@@ -17,6 +17,7 @@ use tokio::sync::broadcast;
 
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
+use crate::metrics::{self, Meters};
 use crate::release::Size;
 
 /// Reports that a slow watcher may be behind before it misses some.
@@ -87,8 +88,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// A copy begins.
-    pub fn copy_begins(&mut self, mode: SeedMode) {
+    fn copy_begins(&mut self, mode: SeedMode) {
         *match mode.memory {
             SeedPart::All => &mut self.full_copies,
             SeedPart::Differing => &mut self.resyncs,
@@ -233,8 +233,12 @@ pub struct Status {
     pub seed: Option<Seed>,
     /// Counters.
     pub counters: Counters,
-    /// When the guest began to run without protection; nothing while it is protected.
+    /// When the guest began to run without protection; nothing while it is protected, or does not run here.
     pub unprotected_since: Option<Instant>,
+    /// How long it ran without protection before that.
+    pub unprotected_before: Duration,
+    /// What is sent or received in the copy that was begun last.
+    pub copying: Option<SeedMode>,
     /// Console bytes let out.
     pub released: u64,
     /// Console input that the guest has taken.
@@ -253,6 +257,19 @@ impl Status {
         }
         self.arbiter_answered = Some(Instant::now());
         self.arbiter_silent = None;
+    }
+
+    /// The role says whether the guest is protected from now on.
+    pub(super) fn judge_protection(&mut self, now: Instant) {
+        let bare = self.role.runs() && self.role != Role::Paired;
+        match self.unprotected_since {
+            None if bare => self.unprotected_since = Some(now),
+            Some(since) if !bare => {
+                self.unprotected_before += now.saturating_duration_since(since);
+                self.unprotected_since = None;
+            }
+            _ => {}
+        }
     }
 
     /// The link stands, or does not.
@@ -302,11 +319,12 @@ pub struct Report {
 pub struct Board {
     status: Arc<Mutex<Status>>,
     reports: broadcast::Sender<Report>,
+    meters: Meters,
 }
 
 impl Default for Board {
     fn default() -> Self {
-        Self { status: Arc::default(), reports: broadcast::Sender::new(REPORTS) }
+        Self { status: Arc::default(), reports: broadcast::Sender::new(REPORTS), meters: Meters::default() }
     }
 }
 
@@ -314,6 +332,11 @@ impl Board {
     /// The account as of now.
     pub fn status(&self) -> Status {
         self.lock().clone()
+    }
+
+    /// Where what happens is told, if it is in the [table](crate::metrics) as such.
+    pub fn meters(&self) -> &Meters {
+        &self.meters
     }
 
     /// A report of every epoch from now on.
@@ -333,9 +356,21 @@ impl Board {
 
     /// A vCPU runs.
     pub(super) fn ran(&self) {
-        if let Some(promotion) = &mut self.lock().promotion {
-            promotion.ran.get_or_insert_with(Instant::now);
-        }
+        let mut status = self.lock();
+        let Some(promotion) = status.promotion.as_mut().filter(|promotion| promotion.ran.is_none()) else {
+            return;
+        };
+        let ran = *promotion.ran.insert(Instant::now());
+        let Promoted { register, apply, store, restore, granted, .. } = *promotion;
+        let total = register + ran.saturating_duration_since(granted);
+        let parts = [
+            ("register", register),
+            ("apply", apply),
+            ("store", store),
+            ("restore", restore),
+            ("total", total),
+        ];
+        parts.into_iter().for_each(|(part, took)| self.meters.observe_for(metrics::PROMOTION, part, took));
     }
 
     /// Something went wrong.
@@ -348,6 +383,7 @@ impl Board {
         let mut status = self.lock();
         status.error = Some((why.clone(), Instant::now()));
         status.arbiter_silent = Some(why);
+        self.meters.add(metrics::ARBITER_ERRORS, 1.0);
     }
 
     /// The guest is this one.
@@ -373,14 +409,51 @@ impl Board {
             counters.zero_pages += report.zero_pages;
             counters.wire_bytes += report.wire_bytes;
         });
+        self.measure(&report);
         // Nobody watching is no error.
         drop(self.reports.send(report));
     }
 
-    /// A copy begins to be sent.
-    pub(super) fn seed_begins(&self, mode: SeedMode) {
+    fn measure(&self, report: &Report) {
+        let observe = |metric, took: Option<Duration>| {
+            if let Some(took) = took {
+                self.meters.observe(metric, took);
+            }
+        };
+        observe(metrics::EPOCH_PAUSE, report.timing.map(|timing| timing.pause));
+        observe(metrics::EPOCH_ACK, report.ack);
+        observe(metrics::EPOCH_STAGE, report.stage);
+        observe(metrics::EPOCH_APPLY, report.apply);
+        if let Some(Timing { cut, copy, .. }) = report.timing {
+            let parts = [("stop", cut.stop), ("save", cut.save), ("harvest", cut.harvest), ("copy", copy)];
+            parts
+                .into_iter()
+                .for_each(|(part, took)| self.meters.observe_for(metrics::EPOCH_PAUSE_PART, part, took));
+        }
+    }
+
+    /// A copy begins, sent or received.
+    pub fn copy_begins(&self, mode: SeedMode) {
         let mut status = self.lock();
         status.counters.copy_begins(mode);
+        status.copying = Some(mode);
+    }
+
+    /// So many bytes of its pages and blocks were sent or received.
+    pub fn copied(&self, bytes: u64) {
+        let mode = match self.lock().copying.map(|mode| mode.memory) {
+            Some(SeedPart::All) => "full",
+            Some(SeedPart::Differing) => "resync",
+            Some(SeedPart::Since(_)) => "rejoin",
+            None => return,
+        };
+        self.meters.add_for(metrics::COPY_BYTES, mode, bytes as f64);
+    }
+
+    /// A copy begins to be sent.
+    pub(super) fn seed_begins(&self, mode: SeedMode) {
+        self.copy_begins(mode);
+        let mut status = self.lock();
         let compares = mode.memory == SeedPart::Differing;
         status.seed = Some(Seed { done: 0, total: 0, compares, since: Instant::now() });
         // Of another copy.
@@ -411,5 +484,28 @@ impl Board {
 
     fn lock(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Role, Status};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn time_without_protection_adds_up() {
+        let (mut status, began) = (Status::default(), Instant::now());
+        let mut at = |role, second| {
+            status.role = role;
+            status.judge_protection(began + Duration::from_secs(second));
+            (status.unprotected_since.is_some(), status.unprotected_before.as_secs())
+        };
+        assert_eq!(at(Role::Following, 0), (false, 0), "it does not run here");
+        assert_eq!(at(Role::Alone, 1), (true, 0));
+        assert_eq!(at(Role::Seeding, 2), (true, 0));
+        assert_eq!(at(Role::Paired, 4), (false, 3));
+        assert_eq!(at(Role::Paired, 9), (false, 3));
+        assert_eq!(at(Role::Alone, 10), (true, 3));
+        assert_eq!(at(Role::Lost, 12), (false, 5), "it stands still");
     }
 }

@@ -68,6 +68,9 @@ impl Node {
             status.epoch_at = Some(sent.cut_at);
             backlog_bytes = status.marks.backlog_bytes;
         });
+        let ack = sent.cut_at.elapsed().saturating_sub(sent.timing.pause);
+        let Point { term, epoch } = sent.point;
+        tracing::debug!(term = term.0, epoch = epoch.0, wire_bytes = sent.wire_bytes, ?ack, "acked");
         self.board.report(Report {
             point: sent.point,
             role: role_in(self.replicator.phase()),
@@ -75,7 +78,7 @@ impl Node {
             zero_pages: sent.pages.zero,
             wire_bytes: sent.wire_bytes,
             timing: Some(sent.timing),
-            ack: Some(sent.cut_at.elapsed().saturating_sub(sent.timing.pause)),
+            ack: Some(ack),
             stage: None,
             apply: None,
             in_flight: self.replicator.in_flight(),
@@ -105,11 +108,7 @@ impl Node {
             if &status.history != self.replicator.history() {
                 status.history = self.replicator.history().clone();
             }
-            if role == Role::Paired {
-                status.unprotected_since = None;
-            } else {
-                status.unprotected_since.get_or_insert_with(Instant::now);
-            }
+            status.judge_protection(Instant::now());
             if !matches!(role, Role::Seeding | Role::Joining | Role::Pairing) {
                 status.seed = None;
             }

@@ -2,6 +2,7 @@
 //! half of a device's time, and a block that is written again and again is folded once a second. While a copy is made, its
 //! rounds sync what came.
 
+use colo_common::telemetry::in_node;
 use crossbeam_channel::{RecvTimeoutError, Sender};
 use std::io;
 use std::thread::JoinHandle;
@@ -27,7 +28,7 @@ impl Folding {
     pub(super) fn start(round: impl Fn(usize) -> io::Result<u64> + Send + 'static) -> io::Result<Self> {
         let (wake, woken) = crossbeam_channel::bounded::<()>(1);
         let builder = std::thread::Builder::new().name("fold".to_owned());
-        let thread = builder.spawn(move || {
+        let thread = builder.spawn(in_node(move || {
             let (mut pause, mut failed) = (IDLE, false);
             while woken.recv_timeout(pause) != Err(RecvTimeoutError::Disconnected) {
                 let began = Instant::now();
@@ -45,7 +46,7 @@ impl Folding {
                 };
                 failed = pause == AFTER_FAILURE;
             }
-        })?;
+        }))?;
         Ok(Self { wake: Some(wake), thread: Some(thread) })
     }
 

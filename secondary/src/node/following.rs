@@ -1,6 +1,7 @@
 //! Following a runner: links, seeds, epochs, and what becomes of them.
 
 use colo_common::{ReplicaId, Term};
+use colo_primary::metrics;
 use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_primary::runner_disk::RunnerDisk;
@@ -19,7 +20,7 @@ use crate::apply::{self, Applied};
 use crate::persist::{self, Persisted, ToStore};
 use crate::receiver::{Agreed, Caller, LinkEvent, Say, refused};
 use crate::replica::{Action, Copy, Refusal};
-use crate::staging::StagedEpoch;
+use crate::staging::{StagedEpoch, StagedPages};
 use crate::store::Base;
 
 impl Follower {
@@ -115,6 +116,7 @@ impl Follower {
                     && let (Some(applier), Some(persister)) = (&self.applier, &self.persister)
                 {
                     self.warm.iter_mut().for_each(|warm| warm.rejoin.take_pages(&part));
+                    self.board.copied(part.pages.iter().map(StagedPages::bytes).sum());
                     applier.order(apply::Job::Seed(part.clone()));
                     persister.order(persist::Job::Seed(part, Some(room)));
                 }
@@ -124,6 +126,7 @@ impl Follower {
                     && let Some(persister) = &self.persister
                 {
                     self.warm.iter_mut().for_each(|warm| warm.rejoin.take_blocks(&part));
+                    self.board.copied(part.bytes());
                     persister.order(persist::Job::SeedBlocks(part, Some(room)));
                 }
             }
@@ -251,6 +254,7 @@ impl Follower {
     /// An epoch is here as a whole. Nothing of this node changes before all that can be wrong with it was looked at.
     fn on_epoch(&mut self, epoch: StagedEpoch, room: OwnedSemaphorePermit) {
         let point = epoch.point;
+        let _span = tracing::debug_span!("stage", term = point.term.0, epoch = point.epoch.0).entered();
         let Some(term) = self.link.as_ref().map(|link| link.term) else { return };
         let fresh = match judge_epoch(self.replica.copy(), term, self.held.end(), &epoch) {
             Ok(fresh) => fresh,
@@ -348,7 +352,8 @@ impl Follower {
 
     pub(super) fn on_persisted(&mut self, persisted: Persisted) {
         match persisted {
-            Persisted::Point(replica, point) => {
+            Persisted::Point(replica, point, took) => {
+                self.board.meters().observe(metrics::EPOCH_PERSIST, took);
                 if self.replica_id() == Some(replica) {
                     self.marks.persisted = Some(point);
                 }
@@ -388,6 +393,7 @@ impl Follower {
         }
         tracing::error!(vm = %self.vm, "the store has failed: {why}");
         self.board.error(format!("the store has failed: {why}"));
+        self.board.meters().add(metrics::STORE_FAILURES, 1.0);
         self.store_failed = Some(why.to_owned());
         // Under `memory` the copy is as good as before, but it is not what the operator was promised.
         self.refuse(WireRefusal::Failed, &format!("the store has failed: {why}"));

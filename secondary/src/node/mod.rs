@@ -20,6 +20,7 @@ mod tray;
 
 use colo_common::config::Endpoint;
 use colo_common::register::Entry;
+use colo_common::telemetry::TermSpan;
 use colo_common::vmdir::{Runner, VmDirectory};
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
 use colo_primary::arbiter_worker::{ArbiterWorker, Found};
@@ -317,6 +318,8 @@ impl Follower {
 
     /// Follows until the register names this process or the operator ends it.
     pub fn run(mut self) -> Outcome {
+        let mut span = TermSpan::default();
+        span.follow(self.replica.fence());
         if matches!(self.replica.copy(), Copy::Whole { .. }) {
             let now = Instant::now();
             self.detector.silent(now, now + self.settings.startup_grace);
@@ -328,6 +331,7 @@ impl Follower {
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
             }
             self.settle(Instant::now());
+            span.follow(self.replica.fence());
             if let Some(end) = self.end.take() {
                 if !matches!(end, Outcome::Run(..))
                     && let Some(Err(why)) = self.persister.take().map(Persister::finish)

@@ -106,13 +106,14 @@ impl Follower {
     /// A copy begins; what was staged of the one before is not told any more.
     pub(super) fn note_seed(&mut self, mode: SeedMode) {
         self.staged.clear();
-        self.board.count(|counters| counters.copy_begins(mode));
+        self.board.copy_begins(mode);
     }
 
     /// An epoch is staged.
     pub(super) fn note_staged(&mut self, epoch: &StagedEpoch) {
         let stage = epoch.measures.arrived.map_or(Duration::ZERO, |at| at.elapsed());
         let (point, measures, console) = (epoch.point, epoch.measures, epoch.state.output.console);
+        tracing::debug!(pages = measures.pages, wire_bytes = measures.wire_bytes, took = ?stage, "staged");
         self.staged.push_back(Noted { point, measures, stage, console });
         self.board.change(|status| status.epoch_at = Some(Instant::now()));
     }

@@ -14,6 +14,7 @@ mod watch;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
+use colo_common::config::LogConfig;
 use colo_tests::cluster::config::Guest;
 use colo_tests::images::{Images, Kernel};
 use colo_tests::lab;
@@ -43,7 +44,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    colo_common::telemetry::init();
+    colo_common::telemetry::init(&LogConfig::default());
     match demo(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -13,6 +13,7 @@ use super::Windows;
 use super::net::RECEIVE;
 use crate::spec::virtio::NET_SLOT;
 use crate::tap::Tap;
+use colo_common::telemetry::in_node;
 
 /// What woke the thread.
 const BELL: u64 = 0;
@@ -90,11 +91,11 @@ impl Worker {
         let gate = Arc::new(Gate::default());
         let (work_bell, work_gate) = (Arc::clone(&bell), Arc::clone(&gate));
         let builder = std::thread::Builder::new().name(format!("virtio-{name}"));
-        let thread = builder.spawn(move || {
+        let thread = builder.spawn(in_node(move || {
             // Kept for as long as it is polled.
             let _tap = tap;
             work(&epoll, &work_bell, &work_gate, &windows);
-        })?;
+        }))?;
         Ok(Self { bell, gate, thread: Some(thread) })
     }
 

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use super::request::{Done, Request};
 use crate::disk::Disk;
+use colo_common::telemetry::in_node;
 
 /// Requests at a time: one may wait for the medium while another one is served from the host's memory.
 const THREADS: usize = 2;
@@ -55,7 +56,7 @@ impl IoThreads {
         for number in 0..THREADS {
             let shared = Arc::clone(&all.shared);
             let builder = std::thread::Builder::new().name(format!("disk{number}-{name}"));
-            all.threads.push(builder.spawn(move || shared.work())?);
+            all.threads.push(builder.spawn(in_node(move || shared.work()))?);
         }
         Ok(all)
     }
