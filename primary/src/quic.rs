@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::encode::{Encoder, PageCount};
-use crate::heartbeat::{Pulse, Rhythm, beat};
+use crate::heartbeat::{Pulse, Rhythm, Watch};
 use crate::link::{
     Ask, Connector, Digests, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent,
     Welcomed,
@@ -38,13 +38,13 @@ pub struct QuicConnector {
     runtime: Handle,
     endpoint: quinn::Endpoint,
     pairing: PairingClient,
-    rhythm: Rhythm,
+    watch: Watch,
 }
 
 impl QuicConnector {
     /// Links go out from `endpoint`, which has this node's certificate.
     pub fn new(runtime: Handle, endpoint: quinn::Endpoint, pairing: PairingClient, rhythm: Rhythm) -> Self {
-        Self { runtime, endpoint, pairing, rhythm }
+        Self { runtime, endpoint, pairing, watch: Watch::new(rhythm) }
     }
 }
 
@@ -119,8 +119,8 @@ impl QuicConnector {
         let (digests_out, digests_in) = mpsc::channel(4);
         let tip = request.tip;
         let why = tokio::select! {
-            why = beat(&connection, vm, request.term, self.rhythm, &pulse) => why,
-            why = link.hear(hear, &pulse) => why,
+            why = self.watch.beat(&connection, vm, request.term, &pulse) => why,
+            why = link.hear(hear) => why,
             why = link.say(say, urgent, digests_in) => why,
             why = link.send(&connection, outgoing, digests_out, tip) => why,
             _ = closed.wait_for(|closed| *closed) => "this node dropped it".to_owned(),
@@ -178,13 +178,12 @@ impl Link {
         tell(&self.outbox, self.number, event);
     }
 
-    async fn hear(&self, mut stream: RecvStream, pulse: &Pulse) -> String {
+    async fn hear(&self, mut stream: RecvStream) -> String {
         loop {
             let message = match read_control(&mut stream, self.vm, &self.pool).await {
                 Ok(message) => message,
                 Err(e) => return e.to_string(),
             };
-            pulse.hear();
             match message {
                 Control::Ack(ack) => {
                     let (point, replica, term) = (ack.point, ack.replica, ack.term);

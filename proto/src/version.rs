@@ -4,6 +4,7 @@
 //! - 1: the first. Frames, run tables, messages, heartbeats and the gRPC package `colo.v1`.
 //! - 2: disks. `Blocks`, `BlockDigestRequest` and `BlockDigests`; `EpochEnd` counts blocks. A request for digests has a
 //!   bound (`MAX_DIGESTS_ASKED`), which version 1 kept to.
+//! - 3: a heartbeat says how late its sender runs, in what was reserved.
 //!
 //! Every change of the wire adds a line here and a test against the version before. What never changes, so that
 //! nodes of any two versions understand why they part: the length of a frame's header, its magic, the places of
@@ -13,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The newest version that this build speaks.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
-/// The oldest version that this build speaks: the end of an epoch is another than in the one before.
-pub const OLDEST_VERSION: u16 = 2;
+/// The oldest version that this build speaks: a node of the one before takes these heartbeats for no sign of life.
+pub const OLDEST_VERSION: u16 = 3;
 
 /// The version of the frames that never change.
 pub const FIRST_VERSION: u16 = 1;

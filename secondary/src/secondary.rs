@@ -9,7 +9,7 @@ use colo_common::{History, Incarnation};
 use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
-use colo_primary::heartbeat::Rhythm;
+use colo_primary::heartbeat::{Rhythm, Watch};
 use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
@@ -214,10 +214,10 @@ impl Secondary {
             vm: self.config.vm.clone(),
             node: self.config.node.clone(),
             incarnation: self.plane.incarnation,
-            rhythm: Rhythm {
+            watch: Watch::new(Rhythm {
                 interval: Duration::from_millis(follow.heartbeat_ms.into()),
                 suspect_after: Duration::from_millis(follow.suspect_after_ms.into()),
-            },
+            }),
             budget: self.budget.clone(),
             outbox: self.outbox.clone(),
         }

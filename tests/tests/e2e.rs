@@ -8,6 +8,8 @@
 mod both;
 #[path = "e2e/control.rs"]
 mod control;
+#[path = "e2e/detector.rs"]
+mod detector;
 #[path = "e2e/disks.rs"]
 mod disks;
 #[path = "e2e/faults.rs"]

@@ -31,8 +31,8 @@ Exit status:
 
 /// The program's version and the protocol's: what an operator compares between hosts.
 fn version() -> &'static str {
-    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 2);
-    concat!(env!("CARGO_PKG_VERSION"), " (protocol 2)")
+    const _: () = assert!(colo_proto::PROTOCOL_VERSION == 3);
+    concat!(env!("CARGO_PKG_VERSION"), " (protocol 3)")
 }
 
 #[derive(Parser)]

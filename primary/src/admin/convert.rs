@@ -156,6 +156,7 @@ fn link(status: &Status) -> Option<v1::Link> {
         connected: link.up,
         rtt_us: us(link.pulse.rtt()),
         silent_ms: ms(link.pulse.unheard()),
+        suspect_after_ms: ms(link.pulse.patience()),
         since_ms: ms(link.since.elapsed()),
         in_flight: u32::try_from(status.in_flight).unwrap_or(u32::MAX),
         backlog_bytes: status.marks.backlog_bytes,

@@ -320,7 +320,7 @@ mod tests {
 
     fn welcome() -> Welcome {
         Welcome {
-            version: 2,
+            version: 3,
             node: "b".parse().unwrap(),
             incarnation: Incarnation(1),
             replica: None,
@@ -339,7 +339,7 @@ mod tests {
     fn a_welcome_that_nobody_can_follow_is_refused() {
         assert_eq!(Welcome::decode(&welcome().encode()), Ok(welcome()));
         let error = refused(&Welcome { version: 1, ..welcome() });
-        assert!(error.contains("the peer speaks protocol version 1, this build speaks version 2"), "{error}");
+        assert!(error.contains("the peer speaks protocol version 1, this build speaks version 3"), "{error}");
         for window in [0, 257] {
             let error = refused(&Welcome { window, ..welcome() });
             assert_eq!(

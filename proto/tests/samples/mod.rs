@@ -75,7 +75,7 @@ pub(crate) fn hellos() -> [Hello; 2] {
 
 pub(crate) fn welcome() -> Welcome {
     Welcome {
-        version: 2,
+        version: 3,
         node: "b".parse().unwrap(),
         incarnation: Incarnation(ID),
         replica: Some(ReplicaId(7)),
