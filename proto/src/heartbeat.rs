@@ -124,7 +124,10 @@ mod tests {
         assert_eq!(Heartbeat::decode(&sealed(|b| b[3] = b'F')), Err(HeartbeatError::Magic(*b"COLF")));
         for version in [1, 2] {
             let found = u16::from(version);
-            assert_eq!(Heartbeat::decode(&sealed(|b| b[4] = version)), Err(HeartbeatError::Version { found }));
+            assert_eq!(
+                Heartbeat::decode(&sealed(|b| b[4] = version)),
+                Err(HeartbeatError::Version { found })
+            );
         }
         for bit in 0..HEARTBEAT_LEN * 8 {
             let mut bytes = good;

@@ -126,7 +126,13 @@ fn a_hello_of_version_1_is_understood() {
 
 #[test]
 fn a_heartbeat() {
-    let beat = Heartbeat { vm: VmTag(0x1122), term: colo_common::Term(5), sequence: 9, sent_us: 1_000_000, late_ms: 0x0304 };
+    let beat = Heartbeat {
+        vm: VmTag(0x1122),
+        term: colo_common::Term(5),
+        sequence: 9,
+        sent_us: 1_000_000,
+        late_ms: 0x0304,
+    };
     is(
         "the heartbeat",
         &beat.encode(),
@@ -137,7 +143,8 @@ fn a_heartbeat() {
 /// Of two builds, the older would drop the newer one's: they part by their hellos before that.
 #[test]
 fn a_heartbeat_of_version_2_is_none() {
-    let hex = "434f4c480200000022110000000000000500000000000000090000000000000040420f00000000002853a511b012737d";
+    let hex =
+        "434f4c480200000022110000000000000500000000000000090000000000000040420f00000000002853a511b012737d";
     let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
     let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
     assert_eq!(Heartbeat::decode(&bytes), Err(HeartbeatError::Version { found: 2 }));
