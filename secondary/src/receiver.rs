@@ -246,13 +246,7 @@ impl Receiver {
     }
 
     /// The stream of transfers.
-    async fn receive(
-        &self,
-        number: u64,
-        connection: &Connection,
-        vm: VmTag,
-        agreed: &Agreed,
-    ) -> String {
+    async fn receive(&self, number: u64, connection: &Connection, vm: VmTag, agreed: &Agreed) -> String {
         let mut stream = match connection.accept_uni().await {
             Ok(stream) => stream,
             Err(e) => return format!("the connection is lost: {e}"),

@@ -68,6 +68,11 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let incarnation = starting.unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
+    let failover = format!(
+        "failover = {:?}, promote_delay_ms = {}",
+        config.replication.failover, config.replication.promote_delay_ms
+    );
+    let _audit = serve::keep_audit(&plane, &directory, failover);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
     let secondary = Secondary {

@@ -18,7 +18,8 @@ fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn role(role: Role) -> v1::Role {
+/// A role, as the API has it.
+pub(crate) fn role(role: Role) -> v1::Role {
     match role {
         Role::Starting => v1::Role::Unspecified,
         Role::Alone => v1::Role::Alone,

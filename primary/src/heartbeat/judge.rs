@@ -248,8 +248,7 @@ impl Judge {
             self.learned.delay = 0.0;
         }
         let (came, heard) = (self.now, self.listened);
-        self.newest =
-            Some(Newest { sequence: beat.sequence, sent_us: beat.sent_us, came, heard, delay });
+        self.newest = Some(Newest { sequence: beat.sequence, sent_us: beat.sent_us, came, heard, delay });
     }
 
     /// Time goes on. What is more than two intervals since the last look was not listened: this process was stopped, or

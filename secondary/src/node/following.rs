@@ -4,6 +4,7 @@ use colo_common::{ReplicaId, Term};
 use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_proto::message::{Ack as WireAck, Progress, Purpose, Refusal as WireRefusal, SeedMode, Welcome};
+use colo_proto::v1::EventKind;
 use colo_proto::version::Versions;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::sync::Arc;
@@ -164,6 +165,11 @@ impl Follower {
         let now = Instant::now();
         self.detector.silent(now, now + self.settings.promote_delay);
         self.next_read = now;
+        let wait = self.settings.promote_delay.as_millis();
+        self.board.happens(
+            EventKind::Suspicion,
+            format!("the runner may be dead: it has {wait} ms to show that it is not"),
+        );
     }
 
     /// The copy is inconsistent from here on: synced in the store before the first page is taken.
