@@ -16,6 +16,8 @@ mod disks;
 mod faults;
 #[path = "e2e/flood.rs"]
 mod flood;
+#[path = "e2e/history.rs"]
+mod history;
 #[path = "e2e/kills.rs"]
 mod kills;
 #[path = "e2e/linux.rs"]

@@ -79,7 +79,9 @@ fn a_bad_path_is_no_death() {
             pair(cluster)?;
             cluster.link("b")?.weather(loss, jitter);
             let patience = stays_paired(cluster, loaded() / 2)?;
-            println!("{loss} of 1000 lost, up to {jitter:?} late: nobody suspected; patience up to {patience:?}");
+            println!(
+                "{loss} of 1000 lost, up to {jitter:?} late: nobody suspected; patience up to {patience:?}"
+            );
             Ok(())
         })
         .unwrap();
@@ -118,7 +120,11 @@ fn a_death_is_seen_soon() {
                 cluster.until_solo("b")?;
                 let mut running = cluster.status("b").context("b does not answer")?;
                 let promotion = running.promotion.take().context("no promotion")?;
-                println!("{what}: seen after {:?}, then {} us to the first vCPU", times.last(), promotion.total_us);
+                println!(
+                    "{what}: seen after {:?}, then {} us to the first vCPU",
+                    times.last(),
+                    promotion.total_us
+                );
                 check_goes_on(cluster)
             })
             .unwrap();
