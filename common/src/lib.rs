@@ -11,6 +11,7 @@ pub mod life;
 pub mod limits;
 pub mod mac;
 pub mod register;
+pub mod stamp;
 pub mod telemetry;
 pub mod tls;
 pub mod vmdir;

@@ -161,6 +161,11 @@ impl VmDirectory {
         self.path.join("boot")
     }
 
+    /// Where the audit trail is.
+    pub fn audit(&self) -> PathBuf {
+        self.path.join("audit")
+    }
+
     /// What tells this directory from a copy of it: the lock file's number and birth. Nothing where the filesystem does
     /// not say: then no start is noted, and one that is cut off between its grant and its first vCPU needs the operator.
     fn place(&self) -> Option<String> {
@@ -282,6 +287,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(directory.store(), path.join("store"));
         assert_eq!(directory.boot(), path.join("boot"));
+        assert_eq!(directory.audit(), path.join("audit"));
         assert_eq!((directory.path(), directory.vm()), (path.as_path(), &vm()));
     }
 

@@ -4,14 +4,16 @@
 mod console;
 mod convert;
 pub(crate) mod health;
+mod listing;
 mod plane;
 
 use colo_proto::v1::admin_server::Admin;
 use colo_proto::v1::{
-    self, ConsoleInput, EpochReport, HealthReply, HealthRequest, PauseReplicationReply,
-    PauseReplicationRequest, PromoteReply, PromoteRequest, ProtectProgress, ProtectRequest,
-    ResumeReplicationReply, ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, StatusReply,
-    StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, WatchRequest,
+    self, AuditEntry, ConsoleInput, EpochReport, Event as Happening, EventsRequest, HealthReply,
+    HealthRequest, ListAuditRequest, PauseReplicationReply, PauseReplicationRequest, PromoteReply,
+    PromoteRequest, ProtectProgress, ProtectRequest, ResumeReplicationReply, ResumeReplicationRequest,
+    SetAckPolicyReply, SetAckPolicyRequest, StatusReply, StatusRequest, StopReply, StopRequest,
+    SwitchoverReply, SwitchoverRequest, WatchRequest,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -23,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::node::status::Role;
 use crate::node::{Command, Event};
+pub(crate) use convert::role;
 pub use plane::{FollowerControl, Part, Plane};
 use plane::{PATIENCE, POLL};
 
@@ -42,6 +45,8 @@ impl Admin for AdminService {
     type WatchStream = Answers<EpochReport>;
     type ConsoleStream = Answers<v1::ConsoleOutput>;
     type ProtectStream = Answers<ProtectProgress>;
+    type ListAuditStream = Answers<AuditEntry>;
+    type EventsStream = Answers<Happening>;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         Ok(Response::new(convert::status(&self.0)))
@@ -80,9 +85,11 @@ impl Admin for AdminService {
         &self,
         request: Request<ProtectRequest>,
     ) -> Result<Response<Self::ProtectStream>, Status> {
-        let ProtectRequest { address, full } = request.into_inner();
         // Refused at once where no secondary is wanted; what the secondary says comes later.
         self.0.runner()?;
+        let how = if request.get_ref().full { ", in full" } else { "" };
+        self.0.asked(&request, format!("protect by {}{how}", request.get_ref().address), "");
+        let ProtectRequest { address, full } = request.into_inner();
         let plane = Arc::clone(&self.0);
         let (out, answers) = mpsc::channel(16);
         tokio::spawn(async move {
@@ -96,8 +103,9 @@ impl Admin for AdminService {
 
     async fn pause_replication(
         &self,
-        _: Request<PauseReplicationRequest>,
+        request: Request<PauseReplicationRequest>,
     ) -> Result<Response<PauseReplicationReply>, Status> {
+        self.0.asked(&request, "pause replication".to_owned(), "");
         self.0.command(|reply| Command::Pause { reply }).await?;
         self.0.until(Role::Alone).await?;
         Ok(Response::new(PauseReplicationReply { register: self.0.register() }))
@@ -105,13 +113,18 @@ impl Admin for AdminService {
 
     async fn resume_replication(
         &self,
-        _: Request<ResumeReplicationRequest>,
+        request: Request<ResumeReplicationRequest>,
     ) -> Result<Response<ResumeReplicationReply>, Status> {
+        self.0.asked(&request, "resume replication".to_owned(), "");
         self.0.command(|reply| Command::Resume { reply }).await?;
         Ok(Response::new(ResumeReplicationReply {}))
     }
 
-    async fn switchover(&self, _: Request<SwitchoverRequest>) -> Result<Response<SwitchoverReply>, Status> {
+    async fn switchover(
+        &self,
+        request: Request<SwitchoverRequest>,
+    ) -> Result<Response<SwitchoverReply>, Status> {
+        self.0.asked(&request, "switchover".to_owned(), "");
         let started = Instant::now();
         self.0.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
         let elapsed_ms = convert::ms(started.elapsed());
@@ -119,6 +132,7 @@ impl Admin for AdminService {
     }
 
     async fn promote(&self, request: Request<PromoteRequest>) -> Result<Response<PromoteReply>, Status> {
+        self.0.asked(&request, "promote".to_owned(), "");
         if request.into_inner().force {
             return Err(Status::unimplemented("a forced promotion is not offered by this version"));
         }
@@ -156,6 +170,9 @@ impl Admin for AdminService {
     }
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
+        let what =
+            if request.get_ref().scope() == v1::stop_request::Scope::Vm { "the vm" } else { "this node" };
+        self.0.asked(&request, format!("stop {what}"), "");
         let request = request.into_inner();
         match v1::stop_request::Scope::try_from(request.scope) {
             Ok(v1::stop_request::Scope::Vm) => {
@@ -190,12 +207,13 @@ impl Admin for AdminService {
         request: Request<SetAckPolicyRequest>,
     ) -> Result<Response<SetAckPolicyReply>, Status> {
         let Part::Follower(control) = self.0.part() else { return Err(self.0.not_here("follows")) };
-        let wanted = v1::AckPolicy::try_from(request.into_inner().policy);
+        let wanted = v1::AckPolicy::try_from(request.get_ref().policy);
         let disk = match wanted {
             Ok(v1::AckPolicy::Disk) => true,
             Ok(v1::AckPolicy::Memory) => false,
             _ => return Err(Status::invalid_argument("say what an ack shall mean: memory or disk")),
         };
+        self.0.asked(&request, format!("acks shall mean {}", if disk { "disk" } else { "memory" }), "");
         let (reply, answer) = oneshot::channel();
         control.set_disk_policy(disk, reply);
         let gone = |_| Status::unavailable("the node is ending; look at the other node");
@@ -206,6 +224,18 @@ impl Admin for AdminService {
             now = self.0.board.status().policy.unwrap_or(now);
         }
         Ok(Response::new(SetAckPolicyReply { policy: convert::policy(now).into(), pending: now.pending }))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<ListAuditRequest>,
+    ) -> Result<Response<Self::ListAuditStream>, Status> {
+        let entries = self.0.list_audit(request.into_inner())?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(entries))))
+    }
+
+    async fn events(&self, _: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+        Ok(Response::new(Box::pin(ReceiverStream::new(self.0.events()))))
     }
 }
 

@@ -6,12 +6,14 @@
 
 pub mod admin;
 pub mod arbiter_worker;
+pub mod audit;
 pub mod backends;
 pub mod changes;
 pub mod checkpoint;
 pub mod console;
 pub mod encode;
 pub mod epoch;
+pub(crate) mod events;
 pub mod guest_config;
 pub mod guest_files;
 pub mod handover;

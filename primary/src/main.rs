@@ -41,6 +41,15 @@ enum Command {
     Start(Start),
     /// Says what this host's KVM can do for Colo.
     Host,
+    /// Lists the audit trail of a primary that does not run, oldest first; of one that runs, `coloctl audit` does.
+    Audit {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// Only so many entries, the newest.
+        #[arg(long, value_name = "ENTRIES")]
+        last: Option<u64>,
+    },
 }
 
 #[derive(clap::Args)]
@@ -129,6 +138,10 @@ fn main() -> ExitCode {
         Command::Host => {
             telemetry::init(&LogConfig::default());
             host()
+        }
+        Command::Audit { config, last } => {
+            telemetry::init(&LogConfig::default());
+            colo_primary::primary::audit(&config, last)
         }
     };
     done.unwrap_or_else(|e| {

@@ -78,6 +78,11 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let incarnation = known.and_then(|known| known.starting).unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
+    let _audit = serve::keep_audit(
+        &plane,
+        &directory,
+        format!("on_secondary_loss = {:?}", config.replication.on_secondary_loss),
+    );
     plane.board.describe(account(&spec, &kind), memory);
     plane.board.attach(opened.devices);
     // The sockets first: a port in use must not cost a term.
@@ -136,6 +141,16 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     };
     let end = runner.run(beginning, runtime.handle())?;
     Ok(ended(&config.vm, &end))
+}
+
+/// Lists the audit trail of a primary that does not run.
+///
+/// # Errors
+/// It runs, or has kept none.
+pub fn audit(path: &Path, last: Option<u64>) -> anyhow::Result<ExitCode> {
+    let config = PrimaryConfig::load(path)?;
+    telemetry::init(&config.log);
+    crate::audit::print(&VmDirectory::open(&config.directory, &config.vm)?, last)
 }
 
 /// The runtime of a node: the network and the control plane, nothing of the guest.

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use crate::encode::{Encoder, PageCount};
-use crate::heartbeat::{Pulse, Rhythm, beat};
+use crate::heartbeat::{Pulse, Rhythm, Watch};
 use crate::link::{
     Answer, Ask, Connector, HandBack, LinkEnd, LinkEvent, LinkHandle, Outgoing, Purpose, Request, Urgent,
     Welcomed,
@@ -42,13 +42,13 @@ pub struct QuicConnector {
     runtime: Handle,
     endpoint: quinn::Endpoint,
     pairing: PairingClient,
-    rhythm: Rhythm,
+    watch: Watch,
 }
 
 impl QuicConnector {
     /// Links go out from `endpoint`, which has this node's certificate.
     pub fn new(runtime: Handle, endpoint: quinn::Endpoint, pairing: PairingClient, rhythm: Rhythm) -> Self {
-        Self { runtime, endpoint, pairing, rhythm }
+        Self { runtime, endpoint, pairing, watch: Watch::new(rhythm) }
     }
 }
 
@@ -125,8 +125,8 @@ impl QuicConnector {
         let (digests_out, digests_in) = mpsc::channel(4);
         let tip = request.tip;
         let why = tokio::select! {
-            why = beat(&connection, vm, request.term, self.rhythm, &pulse) => why,
-            why = link.hear(hear, &pulse) => why,
+            why = self.watch.beat(&connection, vm, request.term, &pulse) => why,
+            why = link.hear(hear) => why,
             why = link.say(say, urgent, digests_in) => why,
             why = link.send(&connection, outgoing, digests_out, tip) => why,
             _ = closed.wait_for(|closed| *closed) => "this node dropped it".to_owned(),
@@ -189,13 +189,12 @@ impl Link {
         tell(&self.outbox, self.number, event);
     }
 
-    async fn hear(&self, mut stream: RecvStream, pulse: &Pulse) -> String {
+    async fn hear(&self, mut stream: RecvStream) -> String {
         loop {
             let message = match read_control(&mut stream, self.vm, &self.pool).await {
                 Ok(message) => message,
                 Err(e) => return e.to_string(),
             };
-            pulse.hear();
             match message {
                 Control::Ack(ack) => {
                     let (point, replica, term) = (ack.point, ack.replica, ack.term);

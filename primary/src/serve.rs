@@ -6,7 +6,9 @@ use colo_common::arbiter::Arbiter;
 use colo_common::config::{ConsoleConfig, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
 use colo_common::register::Value;
 use colo_common::tls::{self, Identity};
+use colo_common::vmdir::VmDirectory;
 use colo_proto::v1::admin_server::AdminServer;
+use colo_proto::v1::{AuditEntry, AuditKind};
 use crossbeam_channel::{Receiver, Sender};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -22,6 +24,7 @@ use tracing::Instrument;
 
 use crate::admin::{AdminService, Part, Plane};
 use crate::arbiter_worker::ArbiterWorker;
+use crate::audit::Audit;
 use crate::console::Console;
 use crate::heartbeat::Rhythm;
 use crate::node::status::Role;
@@ -78,6 +81,26 @@ impl Security {
                 .identity(tonic::transport::Identity::from_pem(&pem.certificate, &pem.key))
                 .client_ca_root(Certificate::from_pem(&pem.ca))
         })
+    }
+}
+
+/// Begins the audit trail of this process, which ends with the answer, and notes by which `policy` it decides.
+#[must_use]
+pub fn keep_audit(plane: &Plane, directory: &VmDirectory, policy: String) -> AuditEnd {
+    let board = plane.board.clone();
+    let told = move |entry: &AuditEntry| board.noted(entry);
+    let audit = Audit::open(&directory.audit(), plane.node.clone(), plane.incarnation, told);
+    plane.board.keep_audit(audit.clone());
+    plane.board.note(AuditKind::FailoverPolicy, policy.to_lowercase(), String::new(), String::new());
+    AuditEnd(audit)
+}
+
+/// Closes the audit trail when it is dropped, whichever way the process ends.
+pub struct AuditEnd(Audit);
+
+impl Drop for AuditEnd {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 

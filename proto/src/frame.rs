@@ -293,13 +293,13 @@ mod tests {
     #[test]
     fn what_is_wrong_with_a_header_is_named() {
         assert_eq!(refused(|b| b[3] = b'H'), FrameError::Magic { found: *b"COLH" });
-        assert_eq!(refused(|b| b[4] = 3), FrameError::Version { found: 3, expected: 2 });
+        assert_eq!(refused(|b| b[4] = 4), FrameError::Version { found: 4, expected: 3 });
         assert_eq!(refused(|b| b[7] = 1), FrameError::Reserved { flags: 1, reserved: 0 });
         assert_eq!(refused(|b| b[45] = 1), FrameError::Reserved { flags: 0, reserved: 256 });
         assert_eq!(refused(|b| b[6] = 8), FrameError::Kind { found: 8 });
         let error = refused(|b| b[4] = 1).to_string();
         assert!(
-            error.starts_with("a frame has version 1, this build speaks version 2: run the same"),
+            error.starts_with("a frame has version 1, this build speaks version 3: run the same"),
             "{error}"
         );
         let mut damaged = GOOD.encode();
@@ -315,8 +315,8 @@ mod tests {
             let stays = matches!(kind, Kind::Hello | Kind::Refused);
             let header = Header { kind, table_len: 0, body_len: 0, ..GOOD };
             let mut bytes = header.encode();
-            assert_eq!(bytes[4], if stays { 1 } else { 2 }, "{kind}");
-            bytes[4] = 3 - bytes[4];
+            assert_eq!(bytes[4], if stays { 1 } else { 3 }, "{kind}");
+            bytes[4] = 4 - bytes[4];
             let seal = xxh3_64(&bytes[..SEAL_AT]);
             bytes[SEAL_AT..].copy_from_slice(&seal.to_le_bytes());
             assert!(matches!(Header::decode(&bytes), Err(FrameError::Version { .. })), "{kind}");

@@ -1,7 +1,8 @@
 //! The heartbeat: a datagram of its own beside the streams, so that bulk data cannot starve it.
 //!
-//! 48 bytes, little endian: magic `COLH` (4 bytes), version (u16), 0 (u16), vm tag, term, sequence number, time of
-//! sending in microseconds (u64 each), XXH3-64 over the 40 bytes before.
+//! 48 bytes, little endian: magic `COLH` (4 bytes), version (u16), lateness in milliseconds (u16), vm tag, term, sequence
+//! number, time of sending in microseconds (u64 each), XXH3-64 over the 40 bytes before. Up to version 2 the lateness was
+//! reserved and 0.
 
 use colo_common::Term;
 use xxhash_rust::xxh3::xxh3_64;
@@ -26,6 +27,9 @@ pub struct Heartbeat {
     pub sequence: u64,
     /// When it was sent, in microseconds of the sender's monotonic clock. Only differences of it mean anything.
     pub sent_us: u64,
+    /// How late the sender's own ticks ran lately, at worst, in milliseconds: its host is busy, and silence for such a
+    /// time means nothing.
+    pub late_ms: u16,
 }
 
 /// Why a datagram is not a heartbeat. One of them is dropped and counted; it does not end the link.
@@ -54,9 +58,6 @@ pub enum HeartbeatError {
         /// Version in it.
         found: u16,
     },
-    /// Something that has no meaning yet.
-    #[error("a heartbeat has {0:#x} in its reserved field, and version {PROTOCOL_VERSION} has 0")]
-    Reserved(u16),
 }
 
 impl Heartbeat {
@@ -65,6 +66,7 @@ impl Heartbeat {
         let mut bytes = [0; HEARTBEAT_LEN];
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+        bytes[6..8].copy_from_slice(&self.late_ms.to_le_bytes());
         for (at, value) in [(8, self.vm.0), (16, self.term.0), (24, self.sequence), (32, self.sent_us)] {
             bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
@@ -93,10 +95,8 @@ impl Heartbeat {
         if !Versions::OURS.contains(half(4)) {
             return Err(HeartbeatError::Version { found: half(4) });
         }
-        if half(6) != 0 {
-            return Err(HeartbeatError::Reserved(half(6)));
-        }
-        Ok(Self { vm: VmTag(word(8)), term: Term(word(16)), sequence: word(24), sent_us: word(32) })
+        let (vm, term) = (VmTag(word(8)), Term(word(16)));
+        Ok(Self { vm, term, sequence: word(24), sent_us: word(32), late_ms: half(6) })
     }
 }
 
@@ -109,7 +109,8 @@ mod tests {
     use xxhash_rust::xxh3::xxh3_64;
 
     fn sealed(change: impl FnOnce(&mut [u8; HEARTBEAT_LEN])) -> [u8; HEARTBEAT_LEN] {
-        let mut bytes = Heartbeat { vm: VmTag(1), term: Term(2), sequence: 3, sent_us: 4 }.encode();
+        let mut bytes =
+            Heartbeat { vm: VmTag(1), term: Term(2), sequence: 3, sent_us: 4, late_ms: 5 }.encode();
         change(&mut bytes);
         let seal = xxh3_64(&bytes[..SEAL_AT]);
         bytes[SEAL_AT..].copy_from_slice(&seal.to_le_bytes());
@@ -121,8 +122,13 @@ mod tests {
         let good = sealed(|_| {});
         assert_eq!(Heartbeat::decode(&good[..47]), Err(HeartbeatError::Length(47)));
         assert_eq!(Heartbeat::decode(&sealed(|b| b[3] = b'F')), Err(HeartbeatError::Magic(*b"COLF")));
-        assert_eq!(Heartbeat::decode(&sealed(|b| b[4] = 1)), Err(HeartbeatError::Version { found: 1 }));
-        assert_eq!(Heartbeat::decode(&sealed(|b| b[7] = 1)), Err(HeartbeatError::Reserved(256)));
+        for version in [1, 2] {
+            let found = u16::from(version);
+            assert_eq!(
+                Heartbeat::decode(&sealed(|b| b[4] = version)),
+                Err(HeartbeatError::Version { found })
+            );
+        }
         for bit in 0..HEARTBEAT_LEN * 8 {
             let mut bytes = good;
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -132,8 +138,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded(vm: u64, term: u64, sequence: u64, sent_us in any::<u64>()) {
-            let beat = Heartbeat { vm: VmTag(vm), term: Term(term), sequence, sent_us };
+        fn what_is_encoded_is_decoded(vm: u64, term: u64, sequence: u64, sent_us in any::<u64>(), late_ms: u16) {
+            let beat = Heartbeat { vm: VmTag(vm), term: Term(term), sequence, sent_us, late_ms };
             prop_assert_eq!(Heartbeat::decode(&beat.encode()), Ok(beat));
         }
     }

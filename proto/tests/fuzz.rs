@@ -18,6 +18,7 @@ use colo_proto::message::{
 };
 use colo_proto::pages::{MAX_RUNS, RunTable};
 use colo_proto::v1;
+use colo_proto::version::PROTOCOL_VERSION;
 use prost::Message as _;
 use std::fmt::Debug;
 use xxhash_rust::xxh3::xxh3_64;
@@ -151,11 +152,11 @@ fn heartbeat() {
         let _ = Heartbeat::decode(bytes);
         let mut datagram: Vec<u8> =
             bytes.iter().copied().chain(std::iter::repeat(0)).take(HEARTBEAT_LEN).collect();
-        datagram[..5].copy_from_slice(b"COLH\x01");
+        datagram[..4].copy_from_slice(b"COLH");
+        datagram[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         seal(&mut datagram);
-        if let Ok(beat) = Heartbeat::decode(&datagram) {
-            assert_eq!(beat.encode().as_slice(), datagram);
-        }
+        let beat = Heartbeat::decode(&datagram).expect("whatever its numbers are, it is one");
+        assert_eq!(beat.encode().as_slice(), datagram);
     });
 }
 

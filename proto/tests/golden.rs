@@ -1,4 +1,4 @@
-//! The bytes of version 2, as they are on the wire. A test here that fails means that two builds of the same version
+//! The bytes of version 3, as they are on the wire. A test here that fails means that two builds of the same version
 //! would not understand each other: add a version (see `version.rs`), or undo the change.
 
 mod samples;
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use colo_common::history::point;
 use colo_common::{Gfn, PAGE_SIZE};
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag};
-use colo_proto::heartbeat::Heartbeat;
+use colo_proto::heartbeat::{Heartbeat, HeartbeatError};
 use colo_proto::message::{EpochEnd, Message, TransferDigest};
 use colo_proto::pages::RunTable;
 use std::fmt::Debug;
@@ -16,7 +16,7 @@ use std::fmt::Debug;
 fn is(what: &str, found: &[u8], golden: &str) {
     let hex: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
     let golden: String = golden.split_whitespace().collect();
-    assert_eq!(hex, golden, "{what} is not what version 2 has");
+    assert_eq!(hex, golden, "{what} is not what version 3 has");
 }
 
 fn message<M: Message + PartialEq + Debug>(message: &M, golden: &str) {
@@ -67,7 +67,7 @@ fn a_header() {
     is(
         "the header",
         &bytes,
-        "434f4c4602000200306345afb32ff7070300000000000000e80300000000000007000000200000000020000000000000efcdab8967452301c1e8b81313579741",
+        "434f4c4603000200306345afb32ff7070300000000000000e80300000000000007000000200000000020000000000000efcdab89674523013da22d63702b7424",
     );
     assert_eq!(Header::decode(&bytes), Ok(header));
 }
@@ -88,7 +88,7 @@ fn a_frame_of_pages() {
     is(
         "its header",
         &head[..HEADER_LEN],
-        "434f4c460200020001000000000000000300000000000000e803000000000000070000003000000000300000000000008c3d3533d2ca871ed5990e6c5aa51ce9",
+        "434f4c460300020001000000000000000300000000000000e803000000000000070000003000000000300000000000008c3d3533d2ca871e47a0e9e0effbddd0",
     );
     assert_eq!(&head[HEADER_LEN..], frame.table());
     let mut digest = TransferDigest::new();
@@ -108,7 +108,7 @@ fn a_frame_of_blocks() {
     is(
         "its header",
         &frame.head()[..HEADER_LEN],
-        "434f4c460200070001000000000000000300000000000000e80300000000000007000000200000000010000000000000b18373ba2b2e3b66943a9189413249e0",
+        "434f4c460300070001000000000000000300000000000000e80300000000000007000000200000000010000000000000b18373ba2b2e3b66b2f560b159e371b9",
     );
 }
 
@@ -126,12 +126,28 @@ fn a_hello_of_version_1_is_understood() {
 
 #[test]
 fn a_heartbeat() {
-    let beat = Heartbeat { vm: VmTag(0x1122), term: colo_common::Term(5), sequence: 9, sent_us: 1_000_000 };
+    let beat = Heartbeat {
+        vm: VmTag(0x1122),
+        term: colo_common::Term(5),
+        sequence: 9,
+        sent_us: 1_000_000,
+        late_ms: 0x0304,
+    };
     is(
         "the heartbeat",
         &beat.encode(),
-        "434f4c480200000022110000000000000500000000000000090000000000000040420f00000000002853a511b012737d",
+        "434f4c480300040322110000000000000500000000000000090000000000000040420f0000000000a1427797f50f6beb",
     );
+}
+
+/// Of two builds, the older would drop the newer one's: they part by their hellos before that.
+#[test]
+fn a_heartbeat_of_version_2_is_none() {
+    let hex =
+        "434f4c480200000022110000000000000500000000000000090000000000000040420f00000000002853a511b012737d";
+    let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+    assert_eq!(Heartbeat::decode(&bytes), Err(HeartbeatError::Version { found: 2 }));
 }
 
 #[test]
@@ -150,7 +166,7 @@ fn messages_of_the_control_stream() {
         &link,
         "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd191010180a28899c3a895b3f790e6d4ba97f3eeeeff03",
     );
-    message(&samples::welcome(), "020162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
+    message(&samples::welcome(), "030162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
     message(&samples::ack(), "03e8070704");
     message(&samples::progress(), "0103e8070103e70700808040");
     message(&samples::term_changed(), "04");

@@ -44,6 +44,15 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         rate: u64,
     },
+    /// Lists the audit trail of a secondary that does not run, oldest first; of one that runs, `coloctl audit` does.
+    Audit {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// Only so many entries, the newest.
+        #[arg(long, value_name = "ENTRIES")]
+        last: Option<u64>,
+    },
     /// Writes the guest's disk, as a secondary that does not run has it, into a raw image file.
     ExportDisk {
         /// Configuration file (TOML).
@@ -72,6 +81,7 @@ fn main() -> ExitCode {
             colo_secondary::secondary::start(&config, options)
         }
         Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),
+        Command::Audit { config, last } => colo_secondary::offline::audit(&config, last),
         Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
         Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),
         Command::DiskDigest { image, .. } => {

@@ -1,5 +1,5 @@
-//! What can be asked of a secondary that does not run: whether its store is as it was written, and what its guest's disk
-//! holds.
+//! What can be asked of a secondary that does not run: whether its store is as it was written, what its guest's disk
+//! holds, and its audit trail.
 
 use anyhow::{Context, bail};
 use colo_common::config::SecondaryConfig;
@@ -36,6 +36,16 @@ pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
         "the store in {} is damaged: {scrub:?}; remove the directory, and this node will be seeded anew",
         directory.path().display()
     )
+}
+
+/// Lists the audit trail of a secondary that does not run.
+///
+/// # Errors
+/// It runs, or has kept none.
+pub fn audit(path: &Path, last: Option<u64>) -> anyhow::Result<ExitCode> {
+    let config = SecondaryConfig::load(path)?;
+    telemetry::init(&config.log);
+    colo_primary::audit::print(&VmDirectory::open(&config.directory, &config.vm)?, last)
 }
 
 /// Writes the guest's disk into a raw image file.

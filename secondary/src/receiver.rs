@@ -3,7 +3,7 @@
 //! itself.
 
 use colo_common::{Incarnation, NodeId, Term, VmId};
-use colo_primary::heartbeat::{Pulse, Rhythm, beat};
+use colo_primary::heartbeat::{Pulse, Watch};
 use colo_primary::wire::{WireError, read_control, read_frame, write_control};
 use colo_proto::frame::VmTag;
 use colo_proto::message::{
@@ -138,7 +138,7 @@ pub struct Receiver {
     /// This process.
     pub incarnation: Incarnation,
     /// Heartbeats.
-    pub rhythm: Rhythm,
+    pub watch: Watch,
     /// Room for epochs.
     pub budget: Budget,
     /// The node.
@@ -179,10 +179,10 @@ impl Receiver {
         let Opened { say, hear, words, agreed, term } = opened;
         pulse.hear();
         let why = tokio::select! {
-            why = beat(connection, vm, term, self.rhythm, &pulse) => why,
-            why = self.hear(number, hear, vm, &pulse) => why,
+            why = self.watch.beat(connection, vm, term, &pulse) => why,
+            why = self.hear(number, hear, vm) => why,
             why = speak(say, words, vm) => why,
-            why = self.receive(number, connection, vm, &agreed, &pulse) => why,
+            why = self.receive(number, connection, vm, &agreed) => why,
         };
         self.down(number, why).await
     }
@@ -229,14 +229,13 @@ impl Receiver {
         }
     }
 
-    async fn hear(&self, number: u64, mut stream: RecvStream, vm: VmTag, pulse: &Pulse) -> String {
+    async fn hear(&self, number: u64, mut stream: RecvStream, vm: VmTag) -> String {
         let pool = PagePool::default();
         loop {
             let message = match read_control(&mut stream, vm, &pool).await {
                 Ok(message) => message,
                 Err(e) => return e.to_string(),
             };
-            pulse.hear();
             let event = match message {
                 Control::TermChanged(changed) => LinkEvent::Term(changed.term),
                 Control::DigestRequest(request) => LinkEvent::Digests(request),
@@ -251,14 +250,7 @@ impl Receiver {
     }
 
     /// The stream of transfers.
-    async fn receive(
-        &self,
-        number: u64,
-        connection: &Connection,
-        vm: VmTag,
-        agreed: &Agreed,
-        pulse: &Pulse,
-    ) -> String {
+    async fn receive(&self, number: u64, connection: &Connection, vm: VmTag, agreed: &Agreed) -> String {
         let mut stream = match connection.accept_uni().await {
             Ok(stream) => stream,
             Err(e) => return format!("the connection is lost: {e}"),
@@ -274,7 +266,6 @@ impl Receiver {
                 Ok(None) => return WireError::Closed.to_string(),
                 Err(e) => return e.to_string(),
             };
-            pulse.hear();
             let arrived = Instant::now();
             let event = match staging.frame(&frame, memory) {
                 Ok(Step::More) => continue,

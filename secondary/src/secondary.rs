@@ -10,7 +10,7 @@ use colo_primary::admin::{FollowerControl, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
 use colo_primary::handover::Handover;
-use colo_primary::heartbeat::Rhythm;
+use colo_primary::heartbeat::{Rhythm, Watch};
 use colo_primary::metrics::Endpoint;
 use colo_primary::node::status::{Board, Policy};
 use colo_primary::primary::{ended, runtime};
@@ -93,6 +93,11 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let incarnation = starting.unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
+    let failover = format!(
+        "failover = {:?}, promote_delay_ms = {}",
+        config.replication.failover, config.replication.promote_delay_ms
+    );
+    let _audit = serve::keep_audit(&plane, &directory, failover);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
     let secondary = Secondary {
@@ -244,10 +249,10 @@ impl Secondary {
             vm: self.config.vm.clone(),
             node: self.config.node.clone(),
             incarnation: self.plane.incarnation,
-            rhythm: Rhythm {
+            watch: Watch::new(Rhythm {
                 interval: Duration::from_millis(follow.heartbeat_ms.into()),
                 suspect_after: Duration::from_millis(follow.suspect_after_ms.into()),
-            },
+            }),
             budget: self.budget.clone(),
             outbox: self.outbox.clone(),
         }

@@ -8,12 +8,16 @@
 mod both;
 #[path = "e2e/control.rs"]
 mod control;
+#[path = "e2e/detector.rs"]
+mod detector;
 #[path = "e2e/disks.rs"]
 mod disks;
 #[path = "e2e/faults.rs"]
 mod faults;
 #[path = "e2e/flood.rs"]
 mod flood;
+#[path = "e2e/history.rs"]
+mod history;
 #[path = "e2e/kills.rs"]
 mod kills;
 #[path = "e2e/linux.rs"]

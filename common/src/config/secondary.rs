@@ -83,8 +83,9 @@ pub struct FollowConfig {
     pub failover: Failover,
     /// Milliseconds between two heartbeats to the primary, 5 to 10000; default 50.
     pub heartbeat_ms: u32,
-    /// Milliseconds of silence until the primary is taken for dead; more than two heartbeats, up to 600000; default
-    /// 500.
+    /// Milliseconds of silence after which the primary is taken for dead on a calm path, at most; more than two
+    /// heartbeats, up to 600000; default 500. What is waited in fact is 7/10 of it to four times it, as for a primary's
+    /// `suspect_after_ms`.
     pub suspect_after_ms: u32,
     /// Milliseconds from then to the promotion, 0 to 600000; default 250. A primary that is alive wins in that time.
     pub promote_delay_ms: u32,

@@ -26,8 +26,10 @@ pub struct ReplicationConfig {
     pub max_epoch_mib: u32,
     /// Milliseconds between two heartbeats to the secondary, 5 to 10000; default 50.
     pub heartbeat_ms: u32,
-    /// Milliseconds of silence until the secondary is taken for lost; more than two heartbeats, up to 600000;
-    /// default 500.
+    /// Milliseconds of silence after which the secondary is taken for lost on a calm path, at most; more than two
+    /// heartbeats, up to 600000; default 500. Once the path is known to be calm, 7/10 of it are enough; where heartbeats
+    /// come late or get lost, or a host is busy, up to four times as long is waited, as it takes. A process that died on
+    /// a host that lives is known after two heartbeats.
     pub suspect_after_ms: u32,
     /// What to do then; default `solo`.
     pub on_secondary_loss: OnSecondaryLoss,

@@ -247,6 +247,11 @@ pub fn peer_role(certificate: &CertificateDer<'_>) -> Result<Role, TlsError> {
     }
 }
 
+/// Whose a certificate is: its common name. Nothing if it has none that can be shown; nobody is let in or kept out by it.
+pub fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
+    verify::common_name(certificate)
+}
+
 /// The name that a server is verified as.
 pub fn server_name() -> ServerName<'static> {
     ServerName::try_from(NODE_NAME).expect("the name is a DNS name")

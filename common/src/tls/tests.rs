@@ -262,3 +262,22 @@ fn secrets_are_not_shown() {
     assert!(!shown.contains("PRIVATE KEY") && shown.contains("not shown"), "{shown}");
     assert!(identity.pem().key.contains("PRIVATE KEY"));
 }
+
+#[test]
+fn a_certificate_is_called_by_its_common_name() {
+    use rcgen::{DistinguishedName, DnType};
+    use rustls::pki_types::pem::PemObject;
+    let authority = Authority::new();
+    let called = |name: Option<&str>| {
+        let (pem, _) = authority.issue(&[OPERATOR_NAME], |params| {
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::OrganizationName, "Acme");
+            name.into_iter().for_each(|name| params.distinguished_name.push(DnType::CommonName, name));
+        });
+        super::common_name(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap())
+    };
+    assert_eq!(called(Some("eve")).as_deref(), Some("eve"));
+    assert_eq!(called(Some("Eve \u{e4}\n\u{1b}[2J")).as_deref(), Some("Eve \u{e4}[2J"));
+    assert_eq!(called(None), None);
+    assert_eq!(super::common_name(&CertificateDer::from(vec![0x30, 3, 6, 3, 85])), None);
+}

@@ -37,6 +37,23 @@ pub(super) fn carries(certificate: &CertificateDer<'_>, name: &str) -> Result<bo
     }
 }
 
+/// DER of the object identifier 2.5.4.3, with its tag and length.
+const COMMON_NAME: [u8; 5] = [0x06, 0x03, 0x55, 0x04, 0x03];
+/// Tags of the strings that a common name may be: UTF8String, PrintableString, IA5String.
+const STRINGS: [u8; 3] = [0x0c, 0x13, 0x16];
+
+/// The first common name of the subject.
+pub(super) fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
+    let parsed = EndEntityCert::try_from(certificate).ok()?;
+    let subject = parsed.subject();
+    let at = subject.windows(COMMON_NAME.len()).position(|window| window == COMMON_NAME)?;
+    let [tag, length, rest @ ..] = subject.get(at + COMMON_NAME.len()..)? else { return None };
+    // A name is at most 64 characters (X.520), so its length is one byte.
+    let text = rest.get(..usize::from(*length)).filter(|_| STRINGS.contains(tag) && *length < 0x80)?;
+    let text: String = String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).collect();
+    (!text.is_empty()).then_some(text)
+}
+
 /// Takes clients that are nodes.
 #[derive(Debug)]
 pub(super) struct NodesOnly {

@@ -1,6 +1,7 @@
 //! What can be said on the command line.
 
 use clap::{Parser, Subcommand, ValueEnum};
+use colo_common::VmId;
 use colo_common::config::Endpoint;
 use std::path::PathBuf;
 
@@ -78,6 +79,12 @@ pub(crate) enum Command {
     Policy(Policy),
     /// Whether the nodes do their part; for probes.
     Health(Health),
+    /// Lists who changed what: register, roles, policies, and what operators asked for, of all nodes that answer.
+    ///
+    /// Of a node that does not run, `colo-primary audit` and `colo-secondary audit` list it there.
+    Audit(Audit),
+    /// Shows what happens at the nodes from now on: roles, register, links, copies, promotions, errors.
+    Events(Events),
     /// Says how to see Colo at work.
     Demo,
 }
@@ -160,6 +167,33 @@ pub(crate) struct Policy {
 pub(crate) enum Ack {
     Memory,
     Disk,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Audit {
+    /// Only nodes of this vm; needed if the nodes are of several.
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<VmId>,
+    /// Only so many entries of each node, the newest.
+    #[arg(long, value_name = "ENTRIES", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) last: Option<u64>,
+    /// Goes on with what comes, until it is ended.
+    #[arg(long)]
+    pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Events {
+    /// Only nodes of this vm; needed if the nodes are of several.
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<VmId>,
+    /// Ends after so many events.
+    #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
 }
 
 #[derive(clap::Args)]

@@ -2,11 +2,13 @@
 //! they do, and passes on what they shall do.
 
 mod args;
+mod audit;
 mod connect;
 mod console;
 mod demo;
 mod devices;
 mod error;
+mod events;
 mod format;
 mod health;
 mod locate;
@@ -15,6 +17,7 @@ mod output;
 mod protect;
 mod status;
 mod status_json;
+mod streams;
 mod watch;
 mod words;
 
@@ -60,6 +63,8 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Stop(options) => operate::stop(&nodes, &options).await,
         Command::Policy(options) => operate::policy(&nodes, &options).await,
         Command::Health(options) => return health::run(&nodes, &options).await,
+        Command::Audit(options) => audit::run(&nodes, &options).await,
+        Command::Events(options) => events::run(&nodes, &options).await,
         Command::Demo => demo::run(),
     };
     done.map(|()| ExitCode::SUCCESS)

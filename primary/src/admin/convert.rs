@@ -18,7 +18,8 @@ fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn role(role: Role) -> v1::Role {
+/// A role, as the API has it.
+pub(crate) fn role(role: Role) -> v1::Role {
     match role {
         Role::Starting => v1::Role::Unspecified,
         Role::Alone => v1::Role::Alone,
@@ -156,6 +157,7 @@ fn link(status: &Status) -> Option<v1::Link> {
         connected: link.up,
         rtt_us: us(link.pulse.rtt()),
         silent_ms: ms(link.pulse.unheard()),
+        suspect_after_ms: ms(link.pulse.patience()),
         since_ms: ms(link.since.elapsed()),
         in_flight: u32::try_from(status.in_flight).unwrap_or(u32::MAX),
         backlog_bytes: status.marks.backlog_bytes,

@@ -1,8 +1,10 @@
 //! What a node tells about itself: written by the thread that owns the guest or the copy, read by the control plane.
 //! Instants stand here where the control plane tells ages: an age is as of the question.
 
+mod board;
 mod devices;
 
+pub use board::Board;
 pub use devices::{Devices, DiskAccount, NetworkAccount, Overlay};
 
 use colo_common::register::Entry;
@@ -11,17 +13,12 @@ use colo_proto::message::{SeedMode, SeedPart};
 use colo_proto::v1;
 use colo_vmm::GuestMemory;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::broadcast;
 
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
-use crate::metrics::{self, Meters};
 use crate::release::Size;
-
-/// Reports that a slow watcher may be behind before it misses some.
-const REPORTS: usize = 1024;
 
 /// What a node does for its vm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -312,179 +309,6 @@ pub struct Report {
     pub backlog_bytes: u64,
     /// Console bytes up to its end.
     pub console: u64,
-}
-
-/// Where the account is kept.
-#[derive(Clone, Debug)]
-pub struct Board {
-    status: Arc<Mutex<Status>>,
-    reports: broadcast::Sender<Report>,
-    meters: Meters,
-}
-
-impl Default for Board {
-    fn default() -> Self {
-        Self { status: Arc::default(), reports: broadcast::Sender::new(REPORTS), meters: Meters::default() }
-    }
-}
-
-impl Board {
-    /// The account as of now.
-    pub fn status(&self) -> Status {
-        self.lock().clone()
-    }
-
-    /// Where what happens is told, if it is in the [table](crate::metrics) as such.
-    pub fn meters(&self) -> &Meters {
-        &self.meters
-    }
-
-    /// A report of every epoch from now on.
-    pub fn watch(&self) -> broadcast::Receiver<Report> {
-        self.reports.subscribe()
-    }
-
-    /// Changes the account.
-    pub fn change(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut self.lock());
-    }
-
-    /// Changes the counters.
-    pub fn count(&self, change: impl FnOnce(&mut Counters)) {
-        change(&mut self.lock().counters);
-    }
-
-    /// A vCPU runs.
-    pub(super) fn ran(&self) {
-        let mut status = self.lock();
-        let Some(promotion) = status.promotion.as_mut().filter(|promotion| promotion.ran.is_none()) else {
-            return;
-        };
-        let ran = *promotion.ran.insert(Instant::now());
-        let Promoted { register, apply, store, restore, granted, .. } = *promotion;
-        let total = register + ran.saturating_duration_since(granted);
-        let parts = [
-            ("register", register),
-            ("apply", apply),
-            ("store", store),
-            ("restore", restore),
-            ("total", total),
-        ];
-        parts.into_iter().for_each(|(part, took)| self.meters.observe_for(metrics::PROMOTION, part, took));
-    }
-
-    /// Something went wrong.
-    pub fn error(&self, what: String) {
-        self.lock().error = Some((what, Instant::now()));
-    }
-
-    /// The arbiter does not answer.
-    pub fn arbiter_silent(&self, why: String) {
-        let mut status = self.lock();
-        status.error = Some((why.clone(), Instant::now()));
-        status.arbiter_silent = Some(why);
-        self.meters.add(metrics::ARBITER_ERRORS, 1.0);
-    }
-
-    /// The guest is this one.
-    pub fn describe(&self, description: v1::Guest, memory: Arc<GuestMemory>) {
-        self.lock().guest = Some(GuestAccount { description, memory });
-    }
-
-    /// These are behind the guest's devices.
-    pub fn attach(&self, devices: Devices) {
-        self.lock().devices = devices;
-    }
-
-    /// A link has come up.
-    pub fn linked(&self, link: LinkState) {
-        self.lock().link = Some(link);
-    }
-
-    /// Tells watchers of an epoch, and counts it.
-    pub fn report(&self, report: Report) {
-        self.count(|counters| {
-            counters.epochs += 1;
-            counters.pages += report.pages;
-            counters.zero_pages += report.zero_pages;
-            counters.wire_bytes += report.wire_bytes;
-        });
-        self.measure(&report);
-        // Nobody watching is no error.
-        drop(self.reports.send(report));
-    }
-
-    fn measure(&self, report: &Report) {
-        let observe = |metric, took: Option<Duration>| {
-            if let Some(took) = took {
-                self.meters.observe(metric, took);
-            }
-        };
-        observe(metrics::EPOCH_PAUSE, report.timing.map(|timing| timing.pause));
-        observe(metrics::EPOCH_ACK, report.ack);
-        observe(metrics::EPOCH_STAGE, report.stage);
-        observe(metrics::EPOCH_APPLY, report.apply);
-        if let Some(Timing { cut, copy, .. }) = report.timing {
-            let parts = [("stop", cut.stop), ("save", cut.save), ("harvest", cut.harvest), ("copy", copy)];
-            parts
-                .into_iter()
-                .for_each(|(part, took)| self.meters.observe_for(metrics::EPOCH_PAUSE_PART, part, took));
-        }
-    }
-
-    /// A copy begins, sent or received.
-    pub fn copy_begins(&self, mode: SeedMode) {
-        let mut status = self.lock();
-        status.counters.copy_begins(mode);
-        status.copying = Some(mode);
-    }
-
-    /// So many bytes of its pages and blocks were sent or received.
-    pub fn copied(&self, bytes: u64) {
-        let mode = match self.lock().copying.map(|mode| mode.memory) {
-            Some(SeedPart::All) => "full",
-            Some(SeedPart::Differing) => "resync",
-            Some(SeedPart::Since(_)) => "rejoin",
-            None => return,
-        };
-        self.meters.add_for(metrics::COPY_BYTES, mode, bytes as f64);
-    }
-
-    /// A copy begins to be sent.
-    pub(super) fn seed_begins(&self, mode: SeedMode) {
-        self.copy_begins(mode);
-        let mut status = self.lock();
-        let compares = mode.memory == SeedPart::Differing;
-        status.seed = Some(Seed { done: 0, total: 0, compares, since: Instant::now() });
-        // Of another copy.
-        (status.marks, status.epoch_at) = (Marks::default(), None);
-    }
-
-    /// So many pages of it were looked at.
-    pub(super) fn seeding(&self, done: u64, total: u64) {
-        if let Some(seed) = &mut self.lock().seed {
-            (seed.done, seed.total) = (done, total);
-        }
-    }
-
-    /// Its first pass is done: what was written meanwhile follows.
-    pub(super) fn compared(&self) {
-        if let Some(seed) = &mut self.lock().seed {
-            seed.compares = false;
-        }
-    }
-
-    /// This process begins to run the guest; what it was told as a follower is over.
-    pub(super) fn begins_to_run(&self) {
-        let mut status = self.lock();
-        status.marks = Marks::default();
-        (status.acked, status.stale, status.epoch_at) = (None, None, None);
-        (status.link, status.policy, status.failure) = (None, None, None);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Status> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 #[cfg(test)]

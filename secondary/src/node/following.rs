@@ -8,6 +8,7 @@ use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::{
     Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Welcome,
 };
+use colo_proto::v1::EventKind;
 use colo_proto::version::Versions;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::sync::Arc;
@@ -191,6 +192,11 @@ impl Follower {
         let now = Instant::now();
         self.detector.silent(now, now + self.settings.promote_delay);
         self.next_read = now;
+        let wait = self.settings.promote_delay.as_millis();
+        self.board.happens(
+            EventKind::Suspicion,
+            format!("the runner may be dead: it has {wait} ms to show that it is not"),
+        );
     }
 
     /// The copy is inconsistent from here on: synced in the store before the first page is taken.

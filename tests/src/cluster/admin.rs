@@ -71,6 +71,39 @@ impl Admin {
         })
     }
 
+    /// The whole audit trail.
+    ///
+    /// # Errors
+    /// It keeps none, or does not answer.
+    pub fn audit(&self) -> anyhow::Result<Vec<v1::AuditEntry>> {
+        self.call(LOOK_LIMIT, |mut client| async move {
+            let request = v1::ListAuditRequest { start: None, follow: false };
+            let mut entries = client.list_audit(request).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(entry) = entries.message().await? {
+                all.push(entry);
+            }
+            Ok(Response::new(all))
+        })
+    }
+
+    /// Collects everything that happens at the node from now on.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn listen(&self) -> anyhow::Result<Arc<Mutex<Vec<v1::Event>>>> {
+        let mut events =
+            self.call(LOOK_LIMIT, |mut client| async move { client.events(v1::EventsRequest {}).await })?;
+        let heard: Arc<Mutex<Vec<v1::Event>>> = Arc::default();
+        let hears = Arc::clone(&heard);
+        self.runtime.spawn(async move {
+            while let Ok(Some(event)) = events.message().await {
+                hears.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+            }
+        });
+        Ok(heard)
+    }
+
     /// Changes what a follower's acks mean.
     ///
     /// # Errors

@@ -1,16 +1,20 @@
 //! A network between two nodes that can be cut: datagrams of the replication link, one direction at a time, and the
-//! control plane's connections. In user space, so that it needs no privilege.
+//! control plane's connections. It can also lose datagrams and hold them up at random. In user space, so that it needs no
+//! privilege.
 
 use anyhow::Context;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+use crate::seed::Seed;
 
 /// Bytes of a datagram at most.
 const MAX_DATAGRAM: usize = 65_536;
@@ -22,6 +26,30 @@ struct Gates {
     to_runner: AtomicBool,
     /// The control plane; connections end when it turns false.
     control: watch::Sender<bool>,
+    /// Of a thousand datagrams so many are lost.
+    loss: AtomicU64,
+    /// Each of the others is held up by so many microseconds at most, so that they overtake each other.
+    jitter_us: AtomicU64,
+}
+
+impl Gates {
+    /// Sends a datagram on, as the weather is.
+    async fn pass(&self, from: &Arc<UdpSocket>, to: SocketAddr, datagram: &[u8], random: &mut Seed) {
+        if random.below(1000) < self.loss.load(Ordering::Relaxed) {
+            return;
+        }
+        match self.jitter_us.load(Ordering::Relaxed) {
+            // Whatever is wrong, it is lost as on a network.
+            0 => drop(from.send_to(datagram, to).await),
+            jitter => {
+                let (from, datagram, wait) = (Arc::clone(from), datagram.to_vec(), random.below(jitter));
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_micros(wait)).await;
+                    drop(from.send_to(&datagram, to).await);
+                });
+            }
+        }
+    }
 }
 
 /// The way to one secondary.
@@ -45,6 +73,8 @@ impl Link {
             to_secondary: AtomicBool::new(true),
             to_runner: AtomicBool::new(true),
             control: watch::Sender::new(true),
+            loss: AtomicU64::new(0),
+            jitter_us: AtomicU64::new(0),
         });
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let bound = runtime.block_on(async { (TcpListener::bind(any).await, UdpSocket::bind(any).await) });
@@ -70,6 +100,13 @@ impl Link {
     /// Only what the secondary sends gets through.
     pub fn cut_epochs(&self) {
         self.set(false, true);
+    }
+
+    /// From now on so many of a thousand datagrams are lost, each way, and the others held up by up to `jitter`.
+    pub fn weather(&self, loss: u64, jitter: Duration) {
+        self.gates.loss.store(loss, Ordering::Relaxed);
+        let jitter = u64::try_from(jitter.as_micros()).unwrap_or(u64::MAX);
+        self.gates.jitter_us.store(jitter, Ordering::Relaxed);
     }
 
     /// Everything gets through again.
@@ -111,6 +148,7 @@ async fn pass_connections(listener: TcpListener, to: SocketAddr, gates: Arc<Gate
 async fn pass_datagrams(socket: Arc<UdpSocket>, to: SocketAddr, gates: Arc<Gates>) {
     let mut runners: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
     let mut datagram = vec![0; MAX_DATAGRAM];
+    let mut random = Seed::new(to.port().into());
     // A datagram to a process that is gone comes back as an error of the next call.
     loop {
         let Ok((len, runner)) = socket.recv_from(&mut datagram).await else { continue };
@@ -126,18 +164,18 @@ async fn pass_datagrams(socket: Arc<UdpSocket>, to: SocketAddr, gates: Arc<Gates
                 far
             }
         };
-        // Lost, as on a network.
-        let _ = far.send_to(&datagram[..len], to).await;
+        gates.pass(&far, to, &datagram[..len], &mut random).await;
     }
 }
 
 async fn answers(far: Arc<UdpSocket>, near: Arc<UdpSocket>, runner: SocketAddr, gates: Arc<Gates>) {
     let mut datagram = vec![0; MAX_DATAGRAM];
+    let mut random = Seed::new(runner.port().into());
     // It ends with the runtime; a datagram to a process that is gone comes back as an error of the next call.
     loop {
         let Ok((len, _)) = far.recv_from(&mut datagram).await else { continue };
         if gates.to_runner.load(Ordering::SeqCst) {
-            let _ = near.send_to(&datagram[..len], runner).await;
+            gates.pass(&near, runner, &datagram[..len], &mut random).await;
         }
     }
 }
@@ -173,6 +211,10 @@ mod tests {
         link.cut_epochs();
         assert_eq!(arrive(&near, &far, &link), (false, false));
         link.heal();
+        assert_eq!(arrive(&near, &far, &link), (true, true));
+        link.weather(1000, Duration::ZERO);
+        assert_eq!(arrive(&near, &far, &link), (false, false));
+        link.weather(0, Duration::from_millis(20));
         assert_eq!(arrive(&near, &far, &link), (true, true));
     }
 }

@@ -44,6 +44,9 @@ pub struct State {
     pub typed: Vec<(u64, Vec<u8>)>,
     pub attached: Vec<v1::ConsoleAttach>,
     pub asked: Vec<String>,
+    /// The audit trail, and what happens.
+    pub audit: Vec<v1::AuditEntry>,
+    pub events: Vec<v1::Event>,
 }
 
 /// A fake node; dropped, it dies with all its connections.
@@ -137,6 +140,8 @@ impl Admin for Service {
     type WatchStream = Answers<v1::EpochReport>;
     type ConsoleStream = Answers<v1::ConsoleOutput>;
     type ProtectStream = Answers<v1::ProtectProgress>;
+    type ListAuditStream = Answers<v1::AuditEntry>;
+    type EventsStream = Answers<v1::Event>;
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         Ok(Response::new(self.state().status.clone()))
@@ -223,6 +228,22 @@ impl Admin for Service {
         let policy = request.into_inner().policy;
         self.command(format!("policy {policy}"))?;
         Ok(Response::new(v1::SetAckPolicyReply { policy, pending: true }))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<v1::ListAuditRequest>,
+    ) -> Result<Response<Self::ListAuditStream>, Status> {
+        let v1::ListAuditRequest { start, follow } = request.into_inner();
+        self.command(format!("audit {start:?} {follow}"))?;
+        let entries = self.state().audit.clone().into_iter().map(Ok);
+        Ok(Response::new(Box::pin(tokio_stream::iter(entries))))
+    }
+
+    async fn events(&self, _: Request<v1::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+        self.command("events".to_owned())?;
+        let events = self.state().events.clone().into_iter().map(Ok);
+        Ok(Response::new(Box::pin(tokio_stream::iter(events))))
     }
 }
 

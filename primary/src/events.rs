@@ -1,0 +1,227 @@
+//! What happens at a node, for whoever listens and for the audit trail: what has changed in its account since it was
+//! looked at last.
+
+use colo_common::register::Entry;
+use colo_proto::v1::{self, AuditEntry, AuditKind, EventKind};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::admin::role as role_of;
+use crate::node::status::{Policy, Role, Seed, Status};
+
+/// Steps of a copy that are told: so many in a hundred.
+const SEED_STEP: u64 = 10;
+
+/// What was told of the account.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    role: Role,
+    register: Option<Entry>,
+    policy: Option<Policy>,
+    link: Option<(bool, Instant)>,
+    seed: Option<(bool, u64)>,
+    ran: Option<Instant>,
+    error: Option<Instant>,
+}
+
+/// Something that happened, and what the audit trail is to say of it.
+pub(crate) struct News {
+    pub(crate) event: v1::Event,
+    pub(crate) audit: Option<AuditEntry>,
+}
+
+impl Told {
+    /// What is new in `status`; `is_own` tells the changes of the register that this process made.
+    pub(crate) fn news(&mut self, status: &Status, is_own: impl Fn(&Entry) -> bool) -> Vec<News> {
+        let mut news = Vec::new();
+        self.register(status, is_own, &mut news);
+        self.role(status, &mut news);
+        self.policy(status, &mut news);
+        self.link(status, &mut news);
+        self.seed(status, &mut news);
+        let ran = status.promotion.as_ref().and_then(|promotion| promotion.ran);
+        if ran != self.ran {
+            self.ran = ran;
+            let point = status.promotion.as_ref().and_then(|promotion| promotion.point);
+            let from = point.map_or_else(|| "its boot files".to_owned(), |point| point.to_string());
+            news.push(told(status, EventKind::Promoted, format!("the guest runs here, from {from}")));
+        }
+        if let Some((what, at)) = status.error.as_ref().filter(|(_, at)| Some(*at) != self.error) {
+            self.error = Some(*at);
+            news.push(told(status, EventKind::Error, what.clone()));
+        }
+        news
+    }
+
+    fn register(&mut self, status: &Status, is_own: impl Fn(&Entry) -> bool, news: &mut Vec<News>) {
+        if status.register == self.register {
+            return;
+        }
+        self.register.clone_from(&status.register);
+        let what = status.register.as_ref().map_or_else(|| "there is none".to_owned(), ToString::to_string);
+        let own = status.register.as_ref().is_some_and(is_own);
+        let kind = if own { AuditKind::RegisterChanged } else { AuditKind::RegisterSeen };
+        let mut news_of = told(status, EventKind::Register, what);
+        news_of.event.register = status.register.as_ref().map(v1::RegisterEntry::from);
+        news.push(news_of.noted(status, kind));
+    }
+
+    fn role(&mut self, status: &Status, news: &mut Vec<News>) {
+        if status.role == self.role {
+            return;
+        }
+        let what = format!("{} after {}", word(status.role), word(self.role));
+        self.role = status.role;
+        news.push(told(status, EventKind::Role, what).noted(status, AuditKind::Role));
+    }
+
+    fn policy(&mut self, status: &Status, news: &mut Vec<News>) {
+        if status.policy == self.policy {
+            return;
+        }
+        self.policy = status.policy;
+        // A runner gives no acks: that is told by its role.
+        if let Some(policy) = status.policy {
+            let (now, other) = if policy.disk { ("disk", "memory") } else { ("memory", "disk") };
+            let wait = if policy.pending { format!("; {other} once it is safe") } else { String::new() };
+            let news_of = told(status, EventKind::AckPolicy, format!("an ack means {now}{wait}"));
+            news.push(news_of.noted(status, AuditKind::AckPolicy));
+        }
+    }
+
+    fn link(&mut self, status: &Status, news: &mut Vec<News>) {
+        let now = status.link.as_ref().map(|link| (link.up, link.since));
+        if now == self.link {
+            return;
+        }
+        let was_up = self.link.is_some_and(|(up, _)| up);
+        self.link = now;
+        match status.link.as_ref() {
+            Some(link) if link.up => {
+                news.push(told(status, EventKind::LinkUp, format!("to {} at {}", link.peer, link.address)));
+            }
+            Some(link) if was_up => {
+                news.push(told(status, EventKind::LinkDown, format!("to {}", link.peer)));
+            }
+            None if was_up => news.push(told(status, EventKind::LinkDown, "nobody is to follow".to_owned())),
+            _ => {}
+        }
+    }
+
+    fn seed(&mut self, status: &Status, news: &mut Vec<News>) {
+        let part =
+            |seed: &Seed| (seed.done * 100).checked_div(seed.total).unwrap_or(0) / SEED_STEP * SEED_STEP;
+        let now = status.seed.as_ref().map(|seed| (seed.compares, part(seed)));
+        if now == self.seed {
+            return;
+        }
+        let before = std::mem::replace(&mut self.seed, now);
+        let what = match now {
+            Some((true, part)) => format!("compares digests: {part} %"),
+            Some((false, part)) => format!("sends pages: {part} %"),
+            None if status.role == Role::Paired => "the copy is whole".to_owned(),
+            None => "the copy is over".to_owned(),
+        };
+        // One that grows is told where it stands, and not again and again if what there is to send grows as well.
+        if now.is_none_or(|(compares, part)| before.is_none_or(|(was, at)| was != compares || part > at)) {
+            news.push(told(status, EventKind::Seed, what));
+        } else {
+            self.seed = before;
+        }
+    }
+}
+
+impl News {
+    fn noted(mut self, status: &Status, kind: AuditKind) -> Self {
+        self.audit = Some(entry(status, kind, self.event.what.clone()));
+        self
+    }
+}
+
+/// An entry of the audit trail, as of this account.
+pub(crate) fn entry(status: &Status, kind: AuditKind, what: String) -> AuditEntry {
+    let register = status.register.as_ref();
+    AuditEntry {
+        term: register.map_or(0, |entry| entry.term.0),
+        register: register.map(v1::RegisterEntry::from),
+        kind: kind.into(),
+        what,
+        ..AuditEntry::default()
+    }
+}
+
+/// Something that happened just now.
+pub(crate) fn told(status: &Status, kind: EventKind, what: String) -> News {
+    let event = v1::Event {
+        kind: kind.into(),
+        what,
+        role: role_of(status.role).into(),
+        term: status.register.as_ref().map_or(0, |entry| entry.term.0),
+        at_ms: now_ms(),
+        ..v1::Event::default()
+    };
+    News { event, audit: None }
+}
+
+/// Milliseconds since 1970 by the host's clock.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn word(role: Role) -> String {
+    format!("{role:?}").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Told;
+    use crate::node::status::{Policy, Role, Seed, Status};
+    use colo_common::register::{Entry, Value};
+    use colo_common::{Incarnation, ProposalId, Term};
+    use colo_proto::v1::{AuditKind, EventKind};
+    use std::time::Instant;
+
+    fn kinds(told: &mut Told, status: &Status) -> Vec<EventKind> {
+        told.news(status, |_| false).iter().map(|news| news.event.kind()).collect()
+    }
+
+    #[test]
+    fn each_change_is_told_once() {
+        let (mut told, mut status) = (Told::default(), Status::default());
+        assert!(kinds(&mut told, &status).is_empty());
+        let (node, incarnation) = ("a".parse().unwrap(), Incarnation(1));
+        let value = Value::Solo { node, incarnation };
+        status.register = Some(Entry { term: Term(1), proposal: ProposalId(9), value });
+        status.role = Role::Alone;
+        let news = told.news(&status, |entry| entry.term == Term(1));
+        let noted: Vec<_> = news.iter().filter_map(|news| news.audit.as_ref()).collect();
+        assert_eq!(noted[0].kind(), AuditKind::RegisterChanged);
+        assert_eq!((noted[0].what.as_str(), noted[0].term), ("solo on a in term 1", 1));
+        assert_eq!((noted[1].kind(), noted[1].what.as_str()), (AuditKind::Role, "alone after starting"));
+        assert!(kinds(&mut told, &status).is_empty());
+        status.register.as_mut().unwrap().term = Term(2);
+        let seen = told.news(&status, |_| false);
+        assert_eq!(seen[0].audit.as_ref().unwrap().kind(), AuditKind::RegisterSeen);
+        status.policy = Some(Policy { disk: false, pending: true });
+        let news = told.news(&status, |_| false);
+        assert_eq!(news[0].event.what, "an ack means memory; disk once it is safe");
+        status.error = Some(("oh".to_owned(), Instant::now()));
+        assert_eq!(kinds(&mut told, &status), [EventKind::Error]);
+        assert!(kinds(&mut told, &status).is_empty());
+    }
+
+    #[test]
+    fn a_copy_is_told_in_steps() {
+        let (mut told, mut status) = (Told::default(), Status::default());
+        let mut steps = 0;
+        for done in 0..=1000 {
+            // What there is to look at grows, too.
+            let total = 1000 + done / 100;
+            status.seed = Some(Seed { done, total, compares: done < 500, since: Instant::now() });
+            steps += kinds(&mut told, &status).len();
+        }
+        assert!((10..=12).contains(&steps), "{steps}");
+        status.seed = None;
+        assert_eq!(kinds(&mut told, &status), [EventKind::Seed]);
+    }
+}
