@@ -8,8 +8,6 @@
 //! It is **not** for directories that several hosts share: their locks, renames and syncs do not keep what is promised
 //! here. Known network filesystems are refused. It does not outlive its host's disk either: a cluster needs etcd.
 
-mod text;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -18,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Arbiter, ArbiterError};
+use super::{Arbiter, ArbiterError, text};
 use crate::durable::{self, Lock};
 use crate::ids::{ProposalId, VmId};
 use crate::register::{Answer, Entry, Proposal};
