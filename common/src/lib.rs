@@ -11,6 +11,7 @@ pub mod ids;
 pub mod life;
 pub mod limits;
 pub mod mac;
+pub mod membership;
 pub mod register;
 pub mod telemetry;
 pub mod tls;

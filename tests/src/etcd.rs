@@ -87,13 +87,15 @@ impl EtcdCluster {
     /// # Errors
     /// They do not come to answer.
     pub fn start_at(directory: &Path, addresses: &[IpAddr], tls: bool) -> anyhow::Result<Self> {
-        let authority = tls.then(Authority::new).transpose()?;
+        let authority = tls.then(|| Authority::new("test authority")).transpose()?;
         let calls = Calls::new()?;
         let mut cluster = Self { directory: directory.to_owned(), members: Vec::new(), authority, calls };
         if let Some(authority) = &cluster.authority {
             let mut names: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             names.push("localhost".to_owned());
-            authority.write(&directory.join("member"), &names, authority::NOW)?;
+            for file in ["member", "peer"] {
+                authority.write(&directory.join(file), &names, authority::NOW)?;
+            }
             authority.write(&directory.join("client"), &["client".to_owned()], authority::NOW)?;
         }
         for (n, address) in addresses.iter().enumerate() {
@@ -246,7 +248,10 @@ impl EtcdCluster {
         self.members.push(Member::at(new, Ipv4Addr::LOCALHOST.into())?);
         let peer = format!("{}://{}", self.scheme(), self.members[new].peer);
         let by = self.running().next().context("no member runs")?;
-        self.calls.member_add(&self.target(by)?, &peer)?;
+        // etcd takes one only when all others have been connected for five seconds.
+        self.until("a member to be taken in", |cluster| {
+            cluster.target(by).is_ok_and(|target| cluster.calls.member_add(&target, &peer).is_ok())
+        })?;
         let all = self.initial(self.running().chain([new]).collect::<Vec<_>>());
         self.launch(new, &all, "existing")?;
         self.until("the new member to answer", |cluster| cluster.answers(new))?;
@@ -354,11 +359,10 @@ impl EtcdCluster {
             .arg("--data-dir")
             .arg(&data);
         if self.authority.is_some() {
-            let file = |end: &str| self.directory.join(format!("member.{end}"));
-            for (kind, auth) in [("", "--client-cert-auth"), ("peer-", "--peer-client-cert-auth")] {
-                command.arg(auth);
+            for (kind, file) in [("", "member"), ("peer-", "peer")] {
+                command.arg(format!("--{kind}client-cert-auth"));
                 for (flag, end) in [("cert-file", "pem"), ("key-file", "key"), ("trusted-ca-file", "ca")] {
-                    command.arg(format!("--{kind}{flag}")).arg(file(end));
+                    command.arg(format!("--{kind}{flag}")).arg(self.directory.join(format!("{file}.{end}")));
                 }
             }
         }

@@ -62,14 +62,14 @@ impl Arbiter for EtcdArbiter {
     fn read(&self, vm: &VmId) -> Result<Option<Entry>, ArbiterError> {
         let key = key_of(&self.etcd, vm);
         let found = self.etcd.call(|session| async move { session.get(&key).await });
-        let found = found.map_err(|e| self.silent(&e))?;
+        let found: Option<Found> = found.map_err(|e: EtcdError| self.silent(&e))?;
         found.map(|found| entry_in(vm, &found).map_err(|reason| self.damaged(vm, reason))).transpose()
     }
 
     fn propose(&self, vm: &VmId, proposal: &Proposal) -> Result<Answer, ArbiterError> {
         let (key, of, wanted) = (key_of(&self.etcd, vm), vm.clone(), proposal.clone());
         let judged = self.etcd.call(|session| async move { propose(&session, &key, &of, &wanted).await });
-        judged.map_err(|e| self.silent(&e))?.map_err(|reason| self.damaged(vm, reason))
+        judged.map_err(|e: EtcdError| self.silent(&e))?.map_err(|reason| self.damaged(vm, reason))
     }
 }
 

@@ -83,6 +83,30 @@ impl FileArbiter {
         &self.directory
     }
 
+    /// Does something while the register cannot change.
+    pub(crate) fn with_entry<T>(
+        &self,
+        vm: &VmId,
+        work: impl FnOnce(Option<&Entry>) -> T,
+    ) -> Result<T, ArbiterError> {
+        let _lock = self.lock(vm, Lock::Shared)?;
+        Ok(work(self.load(vm)?.as_ref()))
+    }
+
+    /// Vms that have a register here, by name, `limit` at most.
+    pub(crate) fn vms(&self, limit: usize) -> Result<Vec<VmId>, ArbiterError> {
+        let failed = |e| self.failed("list", &self.directory, &e);
+        let mut vms = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let vm = name.to_str().and_then(|name| name.strip_suffix(".register")?.parse().ok());
+            vms.extend(vm);
+        }
+        vms.sort();
+        vms.truncate(limit);
+        Ok(vms)
+    }
+
     fn file_of(&self, vm: &VmId) -> PathBuf {
         self.directory.join(format!("{vm}.register"))
     }

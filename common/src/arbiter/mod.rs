@@ -4,6 +4,7 @@
 //! unknown: a proposal may have been applied, or may be applied later.
 
 pub mod etcd;
+pub(crate) mod fates;
 pub mod file;
 pub mod scripted;
 pub(crate) mod text;

@@ -91,7 +91,7 @@ fn value(lines: Lines) -> Result<Value, String> {
 }
 
 /// A drawn number, always 32 digits.
-fn drawn(digits: &str) -> Result<u128, String> {
+pub(crate) fn drawn(digits: &str) -> Result<u128, String> {
     let plain = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());
     let number = plain.then(|| u128::from_str_radix(digits, 16).ok()).flatten();
     number.ok_or_else(|| format!("{digits:?} is not 32 hexadecimal digits"))

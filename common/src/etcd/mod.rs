@@ -96,23 +96,25 @@ impl Etcd {
     }
 
     /// Does `work` with a handle on the members, within the bound of one call. Blocks, and may be called from anywhere.
-    pub(crate) fn call<T, F>(&self, work: impl FnOnce(Session) -> F) -> Result<T, EtcdError>
+    pub(crate) fn call<T, E, F>(&self, work: impl FnOnce(Session) -> F) -> Result<T, E>
     where
-        F: Future<Output = Result<T, EtcdError>> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send + 'static,
         T: Send + 'static,
+        E: From<EtcdError> + Send + 'static,
     {
         self.call_within(self.timeout, work)
     }
 
     /// The same, within a bound of the caller's.
-    pub(crate) fn call_within<T, F>(
+    pub(crate) fn call_within<T, E, F>(
         &self,
         bound: Duration,
         work: impl FnOnce(Session) -> F,
-    ) -> Result<T, EtcdError>
+    ) -> Result<T, E>
     where
-        F: Future<Output = Result<T, EtcdError>> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send + 'static,
         T: Send + 'static,
+        E: From<EtcdError> + Send + 'static,
     {
         let (tell, told) = mpsc::sync_channel(1);
         let session = Session { members: Arc::clone(&self.members), deadline: Instant::now() + bound, bound };
@@ -126,14 +128,9 @@ impl Etcd {
         self.spawn(async move {
             let done = tokio::time::timeout(bound + GRACE / 2, work).await;
             // Nobody waits any more if it is late.
-            let _ = tell.try_send(done.unwrap_or(Err(late)));
+            let _ = tell.try_send(done.unwrap_or_else(|_| Err(late.into())));
         });
-        told.recv_timeout(bound + GRACE).unwrap_or(Err(silent))
-    }
-
-    /// A handle on the members whose calls take at most as long as one call may, counted from now.
-    pub(crate) fn session(&self) -> Session {
-        Session::starting(&self.members, self.timeout)
+        told.recv_timeout(bound + GRACE).unwrap_or_else(|_| Err(silent.into()))
     }
 
     /// Runs `work` in the background for as long as this client lives.
@@ -167,7 +164,8 @@ pub(crate) struct Sessions {
 impl Sessions {
     /// One whose calls take at most as long as one call may, counted from now.
     pub(crate) fn start(&self) -> Session {
-        Session::starting(&self.members, self.timeout)
+        let (members, bound) = (Arc::clone(&self.members), self.timeout);
+        Session { members, deadline: Instant::now() + bound, bound }
     }
 }
 
@@ -177,10 +175,4 @@ pub(crate) struct Session {
     members: Arc<Members>,
     deadline: Instant,
     bound: Duration,
-}
-
-impl Session {
-    fn starting(members: &Arc<Members>, bound: Duration) -> Self {
-        Self { members: Arc::clone(members), deadline: Instant::now() + bound, bound }
-    }
 }

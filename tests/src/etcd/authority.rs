@@ -28,12 +28,12 @@ impl fmt::Debug for Authority {
 }
 
 impl Authority {
-    /// A new one.
+    /// A new one of this name.
     ///
     /// # Errors
     /// There is no randomness.
-    pub fn new() -> anyhow::Result<Self> {
-        let mut params = params(Vec::new(), "test authority", NOW)?;
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let mut params = params(Vec::new(), name, NOW)?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let key = KeyPair::generate()?;

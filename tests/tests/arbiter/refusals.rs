@@ -60,7 +60,7 @@ fn certificates_of_others_and_of_the_past_are_told() {
     let cluster = EtcdCluster::start_with_tls(directory.path()).unwrap();
     let at = |name: &str| directory.path().join(name);
     let names = ["client".to_owned()];
-    Authority::new().unwrap().write(&at("foreign"), &names, NOW).unwrap();
+    Authority::new("foreign authority").unwrap().write(&at("foreign"), &names, NOW).unwrap();
     cluster.authority().unwrap().write(&at("old"), &names, LONG_AGO).unwrap();
     let client = at("client");
 
