@@ -5,24 +5,20 @@
 
 pub mod authority;
 pub mod calls;
+mod member;
 pub mod swallow;
 
 use anyhow::{Context, ensure};
 use colo_common::config::{ArbiterConfig, EtcdEndpoint};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::cluster::process::Process;
 use authority::Authority;
 use calls::Calls;
+use member::{Member, PROGRAM};
 
-/// The program, as Debian's etcd-server installs it.
-const PROGRAM: &str = "etcd";
-/// What etcd is told of its own time: a leader tells its members that it lives, a member without one stands for election.
-const HEARTBEAT_MS: u32 = 50;
-const ELECTION_MS: u32 = 500;
 /// Until a cluster answers: an election, on a host that others load as well.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often that is looked at.
@@ -43,16 +39,6 @@ pub fn usable() -> bool {
             false
         }
     }
-}
-
-/// One member.
-#[derive(Debug)]
-struct Member {
-    name: String,
-    client: SocketAddr,
-    peer: SocketAddr,
-    process: Option<Process>,
-    frozen: bool,
 }
 
 /// A cluster of etcd members.
@@ -345,49 +331,8 @@ impl EtcdCluster {
     }
 
     fn launch(&mut self, member: usize, initial: &str, state: &str) -> anyhow::Result<()> {
-        let (scheme, data) = (self.scheme(), self.data(member));
-        let Member { name, client, peer, .. } = &self.members[member];
-        let (client, peer) = (format!("{scheme}://{client}"), format!("{scheme}://{peer}"));
-        let mut command = Command::new(PROGRAM);
-        command
-            .args(["--name", name, "--initial-cluster", initial, "--initial-cluster-state", state])
-            .args(["--initial-cluster-token", "colo-test", "--logger", "zap", "--log-outputs", "stderr"])
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .arg(format!("--heartbeat-interval={HEARTBEAT_MS}"))
-            .arg(format!("--election-timeout={ELECTION_MS}"))
-            .arg("--data-dir")
-            .arg(&data);
-        if self.authority.is_some() {
-            for (kind, file) in [("", "member"), ("peer-", "peer")] {
-                command.arg(format!("--{kind}client-cert-auth"));
-                for (flag, end) in [("cert-file", "pem"), ("key-file", "key"), ("trusted-ca-file", "ca")] {
-                    command.arg(format!("--{kind}{flag}")).arg(self.directory.join(format!("{file}.{end}")));
-                }
-            }
-        }
-        let log = self.directory.join(format!("{name}.log"));
-        let process = Process::start(&mut command, &log)?;
-        let member = &mut self.members[member];
-        (member.process, member.frozen) = (Some(process), false);
-        Ok(())
-    }
-}
-
-impl Member {
-    fn at(n: usize, address: IpAddr) -> anyhow::Result<Self> {
-        // Both are held until both are known, so that they differ.
-        let (client, peer) = (TcpListener::bind((address, 0))?, TcpListener::bind((address, 0))?);
-        Ok(Self {
-            name: format!("m{n}"),
-            client: client.local_addr()?,
-            peer: peer.local_addr()?,
-            process: None,
-            frozen: false,
-        })
-    }
-
-    fn signal(&self, signal: libc::c_int) -> anyhow::Result<()> {
-        self.process.as_ref().context("the member does not run")?.signal(signal)
+        let (scheme, has_tls) = (self.scheme(), self.authority.is_some());
+        let tls = has_tls.then_some(self.directory.as_path());
+        self.members[member].launch(&self.directory, &[initial, state, scheme], tls)
     }
 }

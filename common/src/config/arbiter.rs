@@ -173,7 +173,8 @@ fn check_prefix(prefix: &str) -> Result<(), Problem> {
     if ends && plain && prefix.len() <= MAX_PREFIX {
         return Ok(());
     }
-    let text = format!("{prefix:?} is no prefix; begin and end it with '/', with at most {MAX_PREFIX} letters");
+    let text =
+        format!("{prefix:?} is no prefix; begin and end it with '/', with at most {MAX_PREFIX} letters");
     Err(Problem::new("arbiter.prefix", text))
 }
 
@@ -205,7 +206,11 @@ impl FromStr for EtcdEndpoint {
         let (tls, rest) = match (text.strip_prefix("https://"), text.strip_prefix("http://")) {
             (Some(rest), _) => (true, rest),
             (_, Some(rest)) => (false, rest),
-            _ => return Err(BadEtcdEndpoint::Scheme(text.chars().take(super::bounds::MAX_ENDPOINT).collect())),
+            _ => {
+                return Err(BadEtcdEndpoint::Scheme(
+                    text.chars().take(super::bounds::MAX_ENDPOINT).collect(),
+                ));
+            }
         };
         Ok(Self { tls, at: rest.strip_suffix('/').unwrap_or(rest).parse()? })
     }

@@ -23,8 +23,8 @@ pub use guest::{ConsoleDevice, CpuModel, GuestConfig, GuestKind, Tracker};
 pub use primary::PrimaryConfig;
 pub use secondary::{Ack, Failover, FollowConfig, SecondaryConfig};
 pub use shared::{
-    AdminConfig, BadEndpoint, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop,
-    ReplicationConfig, TlsConfig,
+    AdminConfig, BadEndpoint, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop, ReplicationConfig,
+    TlsConfig,
 };
 
 use crate::durable;

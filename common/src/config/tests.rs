@@ -1,8 +1,8 @@
 //! Every key, every default and every refusal.
 
 use super::{
-    Ack, AdminConfig, ArbiterConfig, ArbiterKind, ConfigError, CpuModel, Endpoint, Failover, GuestKind, OnCrash, OnSecondaryLoss, OnStop,
-    PrimaryConfig, ReplicationConfig, SecondaryConfig, Tracker,
+    Ack, AdminConfig, ArbiterConfig, ArbiterKind, ConfigError, CpuModel, Endpoint, Failover, GuestKind,
+    OnCrash, OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig, SecondaryConfig, Tracker,
 };
 use proptest::prelude::{any, proptest};
 use std::fs;
@@ -305,7 +305,10 @@ fn every_key_of_an_arbiter_in_etcd_is_taken() {
     assert_eq!(config.certificate, Some("/etc/c.pem".into()));
     assert_eq!(config.key, Some("/k.key".into()));
     let config = arbiter("kind = \"etcd\"\nendpoints = [\"http://localhost:2379\"]\n").unwrap();
-    assert_eq!((config.prefix(), config.timeout().as_millis(), config.lease().as_secs()), ("/colo/", 2000, 5));
+    assert_eq!(
+        (config.prefix(), config.timeout().as_millis(), config.lease().as_secs()),
+        ("/colo/", 2000, 5)
+    );
     arbiter("kind = \"etcd\"\nendpoints = [\"http://10.0.0.1:2379\"]\ninsecure = true\n").unwrap();
 }
 
@@ -316,12 +319,21 @@ fn what_does_not_fit_the_arbiter_is_refused() {
     const TLS: &str = "kind = \"etcd\"\nendpoints = [\"https://e1:2379\"]\n";
     for (lines, wanted) in [
         (String::new(), "arbiter.directory: this key is missing"),
-        ("directory = \"/a\"\nprefix = \"/x/\"".into(), "s.toml:6: arbiter.prefix: it is of an arbiter in etcd"),
-        ("directory = \"/a\"\nendpoints = []".into(), "s.toml:6: arbiter.endpoints: it is of an arbiter in etcd"),
-        ("kind = \"etdc\"".into(), "did you mean etcd?"),
+        (
+            "directory = \"/a\"\nprefix = \"/x/\"".into(),
+            "s.toml:6: arbiter.prefix: it is of an arbiter in etcd",
+        ),
+        (
+            "directory = \"/a\"\nendpoints = []".into(),
+            "s.toml:6: arbiter.endpoints: it is of an arbiter in etcd",
+        ),
+        ("kind = \"etc\"".into(), "did you mean etcd?"),
         ("kind = \"etcd\"\nendpoint = []".into(), "did you mean endpoints?"),
         (ETCD.into(), "arbiter.endpoints: this key is missing"),
-        (format!("{PLAIN}directory = \"/a\""), "s.toml:7: arbiter.directory: it is of an arbiter in a directory"),
+        (
+            format!("{PLAIN}directory = \"/a\""),
+            "s.toml:7: arbiter.directory: it is of an arbiter in a directory",
+        ),
         (format!("{ETCD}endpoints = []"), "name 1 to 16"),
         (format!("{ETCD}endpoints = [\"e1:2379\"]"), "write https://HOST:PORT"),
         (format!("{ETCD}endpoints = [\"https://e1\"]"), "write HOST:PORT"),

@@ -19,12 +19,12 @@ use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use super::Session;
-use super::error::{EtcdError, is_final, remedy, words};
+use super::error::{EtcdError, is_final, is_vague, remedy, words};
 use super::members::Members;
 use super::wire;
 
 /// How long one member is waited for alone: ten times what a healthy one takes, and less than a suspicion of death.
-const HEDGE: Duration = Duration::from_millis(150);
+pub(super) const HEDGE: Duration = Duration::from_millis(150);
 
 /// Before members that have all failed are asked again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -77,6 +77,7 @@ impl Session {
         T: Answered + Send + 'static,
         F: Future<Output = Result<T, Status>> + Send + 'static,
     {
+        self.recognise().await?;
         let members = &*self.members;
         let count = members.len();
         let first = members.preferred();
@@ -98,7 +99,7 @@ impl Session {
                         Ok(_) => asked.fail(member, Status::unavailable("it is of another cluster")),
                         Err(status) => asked.fail(member, status),
                     }
-                    if let Some(refused) = asked.verdict() {
+                    if let Some(refused) = asked.verdict(members.has_tls()) {
                         return Err(refused);
                     }
                     let pause = if next < count { Duration::ZERO } else { PAUSE };
@@ -130,17 +131,19 @@ impl Asked {
     fn fail(&mut self, member: usize, status: Status) {
         self.since[member] = None;
         let is_final = is_final(&status);
-        self.failed[member] = Some((status, is_final));
+        if self.failed[member].is_none() || !is_vague(&words(&status)) {
+            self.failed[member] = Some((status, is_final));
+        }
     }
 
     /// What most of the members say for good.
-    fn verdict(&self) -> Option<EtcdError> {
+    fn verdict(&self, tls: bool) -> Option<EtcdError> {
         let (status, _) = self.failed.iter().flatten().find(|(status, is_final)| {
             let same = self.failed.iter().flatten().filter(|(other, _)| other.code() == status.code());
             *is_final && same.count() > self.failed.len() / 2
         })?;
         let told = words(status);
-        Some(EtcdError::Refused { code: status.code(), remedy: remedy(&told), told })
+        Some(EtcdError::Refused { code: status.code(), remedy: remedy(&told, tls), told })
     }
 
     /// Connects anew to whoever owes an answer for long.
@@ -158,6 +161,6 @@ impl Asked {
             None => format!("{}: silent", members.name(member)),
         });
         let told = told.collect::<Vec<_>>().join("; ");
-        EtcdError::Silent { within, remedy: remedy(&told), told }
+        EtcdError::Silent { within, remedy: remedy(&told, members.has_tls()), told }
     }
 }

@@ -35,6 +35,11 @@ pub enum EtcdError {
     /// The answer is none that a member of etcd gives.
     #[error("etcd answered what it never should: {0}; is it etcd 3.4 or newer that the endpoints name?")]
     Answer(&'static str),
+    /// The endpoints lead to several clusters, none of which most of them are of.
+    #[error(
+        "the endpoints are of different clusters: {0}; name the members of one only in arbiter.endpoints"
+    )]
+    Clusters(String),
     /// The client cannot be made.
     #[error("no client of etcd can be made: {0}")]
     Setup(String),
@@ -95,10 +100,15 @@ pub(super) fn words(status: &Status) -> String {
     words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_COMPLAINT).collect()
 }
 
-/// What helps against what was told.
-pub(super) fn remedy(told: &str) -> &'static str {
+/// Whether it only says that there is no connection, which a member that refuses a certificate may say as well.
+pub(super) fn is_vague(told: &str) -> bool {
+    ["canceled", "closed", "reset", "broken pipe"].iter().any(|word| told.contains(word))
+}
+
+/// What helps against what was told, by members that use TLS or do not.
+pub(super) fn remedy(told: &str, tls: bool) -> &'static str {
     let has = |parts: &[&str]| parts.iter().any(|part| told.contains(part));
-    if has(&["certificate", "tls", "TLS", "UnknownIssuer", "UnknownCA"]) {
+    if has(&["certificate", "fatal alert", "tls", "TLS"]) || tls && is_vague(told) {
         "check arbiter.ca, arbiter.certificate and arbiter.key against what etcd's members use, and the clocks"
     } else if has(&["user name is empty", "permission denied", "invalid auth token"]) {
         "give the user that arbiter.certificate names the role for arbiter.prefix, or switch etcd's authentication off"
@@ -113,7 +123,7 @@ pub(super) fn remedy(told: &str) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::{remedy, words};
+    use super::{is_vague, remedy, words};
     use tonic::Status;
 
     #[test]
@@ -121,7 +131,9 @@ mod tests {
         assert_eq!(words(&Status::unavailable("a\nb")), "a b");
         assert!(words(&Status::unavailable("")).contains("unavailable"));
         assert_eq!(words(&Status::internal("x".repeat(9999))).len(), 300);
-        assert!(remedy("invalid peer certificate: Expired").contains("arbiter.ca"));
-        assert!(remedy("connection refused").contains("most of etcd's members"));
+        assert!(remedy("invalid peer certificate: Expired", true).contains("arbiter.ca"));
+        assert!(remedy("connection closed", true).contains("arbiter.ca") && is_vague("connection closed"));
+        assert!(remedy("connection closed", false).contains("most of etcd's members"));
+        assert!(remedy("connection refused", true).contains("most of etcd's members"));
     }
 }

@@ -22,10 +22,11 @@ const PING_PATIENCE: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(super) struct Members {
     list: Vec<Member>,
+    has_tls: bool,
     /// The one that answered last.
     preferred: AtomicUsize,
-    /// Id of the cluster that the first answer came from; 0 while there was none. A member that was taken out of the
-    /// cluster and made one of its own must not be believed.
+    /// Id of the cluster that most of them are of; 0 until that is known. A member that was taken out of the cluster and
+    /// has made one of its own must not be believed.
     cluster: AtomicU64,
 }
 
@@ -41,10 +42,9 @@ impl Members {
     pub(super) fn of(config: &ArbiterConfig) -> Result<Self, EtcdError> {
         config.check().map_err(|problem| EtcdError::Setup(problem.to_string()))?;
         let tls = match &config.ca {
-            Some(ca) => Some(tls(&ServicePem::load(
-                ca,
-                config.certificate.as_deref().zip(config.key.as_deref()),
-            )?)),
+            Some(ca) => {
+                Some(tls(&ServicePem::load(ca, config.certificate.as_deref().zip(config.key.as_deref()))?))
+            }
             None => None,
         };
         let mut list = Vec::new();
@@ -61,7 +61,11 @@ impl Members {
             let channel = Mutex::new(endpoint.connect_lazy());
             list.push(Member { name, endpoint, channel });
         }
-        Ok(Self { list, preferred: AtomicUsize::new(0), cluster: AtomicU64::new(0) })
+        Ok(Self { list, has_tls: tls.is_some(), preferred: AtomicUsize::new(0), cluster: AtomicU64::new(0) })
+    }
+
+    pub(super) fn has_tls(&self) -> bool {
+        self.has_tls
     }
 
     pub(super) fn len(&self) -> usize {
@@ -89,6 +93,15 @@ impl Members {
     pub(super) fn reconnect(&self, member: usize) {
         let Member { endpoint, channel, .. } = &self.list[member];
         *channel.lock().unwrap_or_else(PoisonError::into_inner) = endpoint.connect_lazy();
+    }
+
+    pub(super) fn is_recognised(&self) -> bool {
+        self.cluster.load(Ordering::Relaxed) != 0
+    }
+
+    /// Only answers of this cluster count from now on.
+    pub(super) fn recognise(&self, cluster: u64) {
+        self.is_ours(cluster);
     }
 
     /// Whether an answer with this cluster id is one of the cluster that all others came from.

@@ -11,6 +11,7 @@ mod ask;
 mod error;
 mod members;
 mod ops;
+mod recognise;
 
 /// The calls of etcd, as `rpc.proto` has them: for whoever needs more than the arbiter does, as tests do.
 #[allow(missing_docs, unused_qualifications, unreachable_pub, clippy::all, reason = "generated")]

@@ -70,7 +70,8 @@ impl EtcdMembership {
 
     fn claim_in(&self, node: &NodeId, found: Option<&Found>) -> Result<Option<Claim>, MembershipError> {
         let Some(found) = found else { return Ok(None) };
-        let damaged = |reason| MembershipError::Damaged { place: self.place(&claim_key(&self.etcd, node)), reason };
+        let damaged =
+            |reason| MembershipError::Damaged { place: self.place(&claim_key(&self.etcd, node)), reason };
         record::read_claim(node, &found.value).map(Some).map_err(damaged)
     }
 

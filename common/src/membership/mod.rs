@@ -193,7 +193,9 @@ pub enum MembershipError {
         waited: Duration,
     },
     /// What is there is no record or no claim.
-    #[error("{place} does not hold what it should: {reason}; look at it, and remove it if nothing of Colo's wrote it")]
+    #[error(
+        "{place} does not hold what it should: {reason}; look at it, and remove it if nothing of Colo's wrote it"
+    )]
     Damaged {
         /// Where.
         place: String,

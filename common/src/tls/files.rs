@@ -8,7 +8,9 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{DEVELOPMENT_NAME, Identity, Pem, Role, ServicePem, TlsError, check_chain, peer_role, provider, verify};
+use super::{
+    DEVELOPMENT_NAME, Identity, Pem, Role, ServicePem, TlsError, check_chain, peer_role, provider, verify,
+};
 use crate::durable;
 
 /// Bytes of a PEM file at most: a certificate has some 2 KiB.
@@ -57,7 +59,8 @@ pub(super) fn load_service(ca: &Path, own: Option<(&Path, &Path)>) -> Result<Ser
     let ca_text = text(ca, SERVICE_MISSING)?;
     let roots = Arc::new(authority(ca, &ca_text)?);
     let Some((certificate_path, key_path)) = own else { return Ok(ServicePem { ca: ca_text, own: None }) };
-    let (certificate, key_text) = (text(certificate_path, SERVICE_MISSING)?, text(key_path, SERVICE_MISSING)?);
+    let (certificate, key_text) =
+        (text(certificate_path, SERVICE_MISSING)?, text(key_path, SERVICE_MISSING)?);
     let chain = certificates(certificate_path, &certificate)?;
     let key = private_key(key_path, &key_text)?;
     check_key(key_path, certificate_path, &chain, &key)?;

@@ -16,6 +16,9 @@ use wire::maintenance_client::MaintenanceClient;
 /// How long one call may take; a member that is not asked here is healthy.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Bytes of an answer at most: tests put large nonsense there.
+const MAX_ANSWER: usize = 64 << 20;
+
 /// Makes calls; blocks.
 #[derive(Debug)]
 pub struct Calls {
@@ -94,7 +97,7 @@ impl Calls {
     /// No answer.
     pub fn put(&self, target: &Target, key: &str, value: &[u8]) -> anyhow::Result<()> {
         let request = wire::PutRequest { key: key.into(), value: value.into(), lease: 0 };
-        self.call(target, |c| async move { KvClient::new(c).put(request).await }).map(drop)
+        self.call(target, |c| async move { kv(c).put(request).await }).map(drop)
     }
 
     /// Removes a key.
@@ -103,7 +106,7 @@ impl Calls {
     /// No answer.
     pub fn delete(&self, target: &Target, key: &str) -> anyhow::Result<()> {
         let request = wire::DeleteRangeRequest { key: key.into(), range_end: Vec::new() };
-        self.call(target, |c| async move { KvClient::new(c).delete_range(request).await }).map(drop)
+        self.call(target, |c| async move { kv(c).delete_range(request).await }).map(drop)
     }
 
     /// Reads a key, linearizably.
@@ -112,7 +115,7 @@ impl Calls {
     /// No answer.
     pub fn get(&self, target: &Target, key: &str) -> anyhow::Result<Option<Pair>> {
         let request = wire::RangeRequest { key: key.into(), ..Default::default() };
-        let answer = self.call(target, |c| async move { KvClient::new(c).range(request).await })?;
+        let answer = self.call(target, |c| async move { kv(c).range(request).await })?;
         Ok(answer.kvs.into_iter().next().map(pair))
     }
 
@@ -122,7 +125,7 @@ impl Calls {
     /// No answer.
     pub fn all(&self, target: &Target) -> anyhow::Result<Vec<Pair>> {
         let request = wire::RangeRequest { key: vec![0], range_end: vec![0], ..Default::default() };
-        let answer = self.call(target, |c| async move { KvClient::new(c).range(request).await })?;
+        let answer = self.call(target, |c| async move { kv(c).range(request).await })?;
         Ok(answer.kvs.into_iter().map(pair).collect())
     }
 
@@ -132,10 +135,10 @@ impl Calls {
     /// No answer.
     pub fn compact(&self, target: &Target) -> anyhow::Result<()> {
         let request = wire::RangeRequest { key: b"/".to_vec(), ..Default::default() };
-        let answer = self.call(target, |c| async move { KvClient::new(c).range(request).await })?;
+        let answer = self.call(target, |c| async move { kv(c).range(request).await })?;
         let revision = answer.header.context("no header")?.revision;
         let request = wire::CompactionRequest { revision, physical: false };
-        let done = self.call(target, |c| async move { KvClient::new(c).compact(request).await });
+        let done = self.call(target, |c| async move { kv(c).compact(request).await });
         // Nothing was written since the last time.
         done.map(drop).or_else(|e| if e.to_string().contains("compacted") { Ok(()) } else { Err(e) })
     }
@@ -159,6 +162,10 @@ impl Calls {
         let request = wire::MemberRemoveRequest { id };
         self.call(target, |c| async move { ClusterClient::new(c).member_remove(request).await }).map(drop)
     }
+}
+
+fn kv(channel: Channel) -> KvClient<Channel> {
+    KvClient::new(channel).max_decoding_message_size(MAX_ANSWER)
 }
 
 fn pair(found: wire::KeyValue) -> Pair {

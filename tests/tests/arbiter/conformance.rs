@@ -108,6 +108,10 @@ fn racers_win_one_term_each(open: Open<'_>) {
         }
     });
     let last = open().read(&vm()).unwrap().unwrap();
-    assert_eq!(u128::from(last.term.0), RACERS * u128::from(WINS), "one winner of each term, and no term else");
+    assert_eq!(
+        u128::from(last.term.0),
+        RACERS * u128::from(WINS),
+        "one winner of each term, and no term else"
+    );
     assert_eq!(history.check(&last), RACERS as usize * WINS as usize);
 }

@@ -106,7 +106,11 @@ fn one_frozen_or_dead_member_costs_no_call_its_answer() {
     let leader = cluster.leader().unwrap();
     for member in (0..3).filter(|n| *n != leader) {
         for kill in [false, true] {
-            if kill { cluster.kill(member).unwrap() } else { cluster.freeze(member).unwrap() }
+            if kill {
+                cluster.kill(member).unwrap()
+            } else {
+                cluster.freeze(member).unwrap()
+            }
             for process in 1..=20 {
                 let started = Instant::now();
                 let next = proposal(process, last);
@@ -115,7 +119,11 @@ fn one_frozen_or_dead_member_costs_no_call_its_answer() {
                 assert!(started.elapsed() < SLACK, "{:?}", started.elapsed());
                 last = Some(next.entry());
             }
-            if kill { cluster.restart(member).unwrap() } else { cluster.thaw(member).unwrap() }
+            if kill {
+                cluster.restart(member).unwrap()
+            } else {
+                cluster.thaw(member).unwrap()
+            }
             cluster.until_healthy().unwrap();
         }
     }
@@ -170,23 +178,23 @@ fn a_change_whose_answer_was_lost_is_found_applied() {
     let endpoint = format!("http://{}", way.address).parse().unwrap();
     let config = ArbiterConfig { timeout_ms: Some(1000), ..ArbiterConfig::in_etcd(vec![endpoint]) };
     let arbiter = EtcdArbiter::open(&config).unwrap();
+    let (target, key) = (cluster.target(1).unwrap(), "/colo/vms/web/register");
     let mut last = None;
     for process in 1..=5 {
         let next = proposal(process, last);
-        way.swallow(true);
-        let lost = thread::scope(|scope| {
-            // The read before the change must get through, or nothing is asked for: so answers are lost at some instant.
-            let call = scope.spawn(|| arbiter.propose(&vm(), &next));
-            call.join().unwrap()
-        });
+        // What the change carries, and the reads before it do not.
+        way.swallow_after(b"proposal = ");
+        let lost = arbiter.propose(&vm(), &next);
         assert!(matches!(lost, Err(ArbiterError::Unreachable { .. })), "{lost:?}");
-        way.swallow(false);
+        let pair = cluster.calls().get(&target, key).unwrap().unwrap();
+        assert_eq!(u128::try_from(pair.version).unwrap(), process, "it was done");
+        way.heal();
         let answer = arbiter.propose(&vm(), &next).unwrap();
         assert_eq!(answer, Answer::Applied(next.entry()));
         assert_eq!(arbiter.propose(&vm(), &next).unwrap(), answer);
         last = Some(next.entry());
     }
-    let pair = cluster.calls().get(&cluster.target(1).unwrap(), "/colo/vms/web/register").unwrap().unwrap();
+    let pair = cluster.calls().get(&target, key).unwrap().unwrap();
     assert_eq!(pair.version, 5, "each was written once");
 }
 
@@ -233,7 +241,14 @@ fn members_come_and_go_and_a_stale_one_is_not_believed() {
     for _ in 0..20 {
         assert_eq!(arbiter.read(&vm()).unwrap(), Some(third.entry()));
     }
+    // Also by a process that has just started, whose list begins with it.
+    let fresh = client(&cluster);
+    assert_eq!(fresh.read(&vm()).unwrap(), Some(third.entry()));
     cluster.kill(1).unwrap();
+    let even =
+        ArbiterConfig { endpoints: Some(vec![cluster.endpoint(0), cluster.endpoint(2)]), ..cluster.config() };
+    let text = EtcdArbiter::open(&even).unwrap().read(&vm()).unwrap_err().to_string();
+    assert!(text.contains("are of different clusters"), "{text}");
     cluster.kill(2).unwrap();
     let text = arbiter.read(&vm()).unwrap_err().to_string();
     assert!(text.contains("another cluster"), "{text}");
@@ -257,7 +272,8 @@ fn a_cluster_that_has_forgotten_everything_is_no_answer() {
     assert!(matches!(next(), Found::Answer(_, Answer::Applied(_))));
     cluster.wipe_all().unwrap();
     worker.propose(proposal(2, Some(first.entry())));
-    let gone = |found: &Found| matches!(found, Found::Silent(why) if why.contains("no register of web any more"));
+    let gone =
+        |found: &Found| matches!(found, Found::Silent(why) if why.contains("no register of web any more"));
     let mut all = std::iter::repeat_with(next).inspect(|found| assert!(matches!(found, Found::Silent(_))));
     assert!(all.by_ref().take(50).any(|found| gone(&found)));
     assert_eq!(cluster.calls().all(&cluster.target(0).unwrap()).unwrap(), [], "nothing was created");

@@ -42,6 +42,8 @@ pub(super) struct Keeper {
     shown: Arc<Shown>,
     /// The lease that is ours, if etcd has not said otherwise.
     lease: Option<i64>,
+    /// When its time began at the latest, as this process counts.
+    renewed: Instant,
     /// Where the record was written last.
     key: Option<String>,
 }
@@ -56,6 +58,7 @@ impl Keeper {
             record,
             shown,
             lease: None,
+            renewed: Instant::now(),
             key: None,
         }
     }
@@ -109,10 +112,13 @@ impl Keeper {
 
     /// One beat.
     async fn tend(&mut self) -> Result<(), MembershipError> {
-        if let Some(lease) = self.lease
-            && !self.sessions.start().renew(lease).await?
-        {
-            self.lose();
+        if let Some(lease) = self.lease {
+            let begun = Instant::now();
+            if self.sessions.start().renew(lease).await? {
+                self.renewed = begun;
+            } else {
+                self.lose();
+            }
         }
         self.settle().await
     }
@@ -127,9 +133,8 @@ impl Keeper {
         let session = self.sessions.start();
         let key = format!("{}{}/{}", self.nodes, self.record.node, self.record.slot());
         for _ in 0..TRIES {
-            let begun = Instant::now();
             if self.write(&session, &key).await? {
-                self.shown.set(Some(begun + self.lasts));
+                self.shown.set(Some(self.renewed + self.lasts));
                 return Ok(());
             }
         }
@@ -150,6 +155,7 @@ impl Keeper {
             Some(lease) => lease,
             None => {
                 let lease = draw_lease();
+                self.renewed = Instant::now();
                 session.grant(lease, self.lasts).await?;
                 *self.lease.insert(lease)
             }

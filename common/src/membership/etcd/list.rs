@@ -22,7 +22,10 @@ impl EtcdMembership {
             Some((node, slot)) => self.record_in(&node.parse().ok()?, slot, Some(found)),
             None => None,
         });
-        Ok(records.take(MAX_NODES).collect())
+        let mut records: Vec<_> = records.take(MAX_NODES).collect();
+        // Keys have '/' after a name, which sorts otherwise.
+        records.sort_by(|a, b| (&a.node, a.slot()).cmp(&(&b.node, b.slot())));
+        Ok(records)
     }
 
     pub(super) fn list_vms(&self) -> Result<Vec<(VmId, Entry)>, MembershipError> {
@@ -34,7 +37,9 @@ impl EtcdMembership {
             let entry = entry_in(&vm, found).inspect_err(|reason| self.complain(found, reason)).ok()?;
             Some((vm, entry))
         });
-        Ok(registers.take(MAX_VMS).collect())
+        let mut registers: Vec<_> = registers.take(MAX_VMS).collect();
+        registers.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(registers)
     }
 
     fn complain(&self, found: &Found, reason: &str) {
@@ -44,10 +49,12 @@ impl EtcdMembership {
     /// All keys that begin with `prefix`, `limit` at most.
     fn all(&self, prefix: &str, limit: usize) -> Result<Vec<Found>, MembershipError> {
         let prefix = prefix.to_owned();
-        let (all, too_large) = self.etcd.call(|session| async move { pages(&session, &prefix, limit).await })?;
+        let (all, too_large) =
+            self.etcd.call(|session| async move { pages(&session, &prefix, limit).await })?;
         too_large.iter().for_each(|found| self.complain(found, "it is larger than anything of Colo's"));
         if all.len() >= limit {
-            self.complaints.tell(&self.place("of everything else"), &format!("there are more than {limit} keys"));
+            self.complaints
+                .tell(&self.place("of everything else"), &format!("there are more than {limit} keys"));
         }
         Ok(all)
     }
@@ -88,7 +95,11 @@ async fn pages(session: &Session, prefix: &str, limit: usize) -> Result<(Vec<Fou
             Err(e) => return Err(e),
         };
         let last = found.last().map(|last| last.key.clone());
-        if whole { all.extend(found) } else { too_large.extend(found) }
+        if whole {
+            all.extend(found);
+        } else {
+            too_large.extend(found);
+        }
         page = (page * 2).min(PAGE);
         match last {
             // The smallest key after that one.

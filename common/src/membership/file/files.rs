@@ -142,7 +142,9 @@ impl Files {
     /// Sorted names in a directory, as many as may be records; none if it is not there.
     fn names(&self, directory: &Path) -> Result<Vec<String>, MembershipError> {
         let listed = match fs::read_dir(directory) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(Vec::new());
+            }
             listed => listed.map_err(|e| self.failed("list", directory, &e))?,
         };
         // Each record has a lock beside it, and each node a claim.
