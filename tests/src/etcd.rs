@@ -41,6 +41,18 @@ pub fn usable() -> bool {
     }
 }
 
+/// What a node's `[arbiter]` says of etcd, as lines of its configuration file.
+pub fn lines(config: &ArbiterConfig) -> String {
+    let endpoints: Vec<String> = config.endpoints.iter().flatten().map(ToString::to_string).collect();
+    let mut lines = format!("kind = \"etcd\"\nendpoints = {endpoints:?}\n");
+    for (key, path) in [("ca", &config.ca), ("certificate", &config.certificate), ("key", &config.key)] {
+        if let Some(path) = path {
+            lines += &format!("{key} = \"{}\"\n", path.display());
+        }
+    }
+    lines
+}
+
 /// A cluster of etcd members.
 #[derive(Debug)]
 pub struct EtcdCluster {
@@ -116,7 +128,7 @@ impl EtcdCluster {
         self.members[member].client
     }
 
-    /// What a node's `[arbiter]` says.
+    /// What a node's `[arbiter]` says; see [`lines`] for the text.
     pub fn config(&self) -> ArbiterConfig {
         let mut config = ArbiterConfig::in_etcd((0..self.len()).map(|n| self.endpoint(n)).collect());
         if self.authority.is_some() {
@@ -125,19 +137,6 @@ impl EtcdCluster {
                 (file("client.ca"), file("client.pem"), file("client.key"));
         }
         config
-    }
-
-    /// The same as lines of a configuration file, below `[arbiter]`.
-    pub fn lines(&self) -> String {
-        let config = self.config();
-        let endpoints: Vec<String> = config.endpoints.iter().flatten().map(ToString::to_string).collect();
-        let mut lines = format!("kind = \"etcd\"\nendpoints = {endpoints:?}\n");
-        for (key, path) in [("ca", &config.ca), ("certificate", &config.certificate), ("key", &config.key)] {
-            if let Some(path) = path {
-                lines += &format!("{key} = \"{}\"\n", path.display());
-            }
-        }
-        lines
     }
 
     /// Its authority, if it has TLS.

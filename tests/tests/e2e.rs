@@ -10,6 +10,8 @@ mod both;
 mod control;
 #[path = "e2e/disks.rs"]
 mod disks;
+#[path = "e2e/etcd.rs"]
+mod etcd;
 #[path = "e2e/faults.rs"]
 mod faults;
 #[path = "e2e/flood.rs"]

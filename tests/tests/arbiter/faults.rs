@@ -107,9 +107,9 @@ fn one_frozen_or_dead_member_costs_no_call_its_answer() {
     for member in (0..3).filter(|n| *n != leader) {
         for kill in [false, true] {
             if kill {
-                cluster.kill(member).unwrap()
+                cluster.kill(member).unwrap();
             } else {
-                cluster.freeze(member).unwrap()
+                cluster.freeze(member).unwrap();
             }
             for process in 1..=20 {
                 let started = Instant::now();
@@ -120,9 +120,9 @@ fn one_frozen_or_dead_member_costs_no_call_its_answer() {
                 last = Some(next.entry());
             }
             if kill {
-                cluster.restart(member).unwrap()
+                cluster.restart(member).unwrap();
             } else {
-                cluster.thaw(member).unwrap()
+                cluster.thaw(member).unwrap();
             }
             cluster.until_healthy().unwrap();
         }

@@ -29,6 +29,7 @@ fn what_calls_cost() {
     measure(&arbiter, "the leader frozen, its election included");
 }
 
+#[expect(clippy::print_stdout, reason = "figures are what this is for")]
 fn measure(arbiter: &dyn Arbiter, how: &str) {
     let (mut reads, mut changes) = (Vec::new(), Vec::new());
     for process in 2..2 + CALLS {
