@@ -5,7 +5,7 @@
 # installs, and for what it cannot install the one line that helps. What guest images need, deploy/guest/prepare.sh
 # installs itself when it has to build one.
 #
-#   setup.sh [build]   a C and C++ toolchain with libclang, ip(8) (installed by apt), Rust (checked)
+#   setup.sh [build]   a C and C++ toolchain with libclang, ip(8), etcd (installed by apt), Rust (checked)
 #   setup.sh check     that, rustfmt and clippy (checked), cargo-deny (built into the cache)
 #   setup.sh cache     only prints the cache directory: $COLO_CACHE, else colo/ in the user's cache directory, else
 #                      target/cache where that cannot be written
@@ -29,8 +29,8 @@ die() { say "$*"; exit 1; }
 
 main() {
     case ${1:-build} in
-        build) c_toolchain; rust ;;
-        check) c_toolchain; rust; rust_component rustfmt fmt; rust_component clippy clippy; deny ;;
+        build) c_toolchain; etcd_server; rust ;;
+        check) c_toolchain; etcd_server; rust; rust_component rustfmt fmt; rust_component clippy clippy; deny ;;
         cache) cache_root '' ;;
         *) die "usage: setup.sh [build|check|cache]" ;;
     esac
@@ -53,14 +53,44 @@ c_toolchain() {
     die "apt cannot install them; see its message above, then run: apt-get install ${missing[*]}"
 }
 
-apt_get() {
-    local how=(env DEBIAN_FRONTEND=noninteractive apt-get -q "$@")
-    if [ "$(id -u)" -ne 0 ]; then
-        # -n: a password prompt would be a question.
-        sudo -n true 2>/dev/null || die "not root and no sudo without a password; run as root: apt-get install ${missing[*]}"
-        how=(sudo -n "${how[@]}")
-    fi
-    "${how[@]}" </dev/null >&2
+# Tests and the demo of a cluster run etcd members of their own. Debian's package is for a service, which it starts at
+# once and at every boot, so it is installed with that denied (policy-rc.d(8)) and then disabled. An etcd that is there
+# already is somebody's: nothing of it is touched. Without one, those tests are skipped and say so.
+etcd_server() {
+    command -v etcd >/dev/null && return
+    command -v apt-get >/dev/null || { say "no etcd here: tests that need it are skipped"; return 0; }
+    local missing=(etcd-server)
+    say "installing by apt: ${missing[*]}, without its service"
+    # A shell of its own: not being root ends no more than this.
+    (as_root bash -c "$install_etcd") </dev/null >&2 ||
+        say "apt cannot install etcd-server: tests that need it are skipped"
+}
+
+# shellcheck disable=SC2016 # the variables are the inner shell's
+readonly install_etcd='
+set -euo pipefail
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap "rm -f $policy" EXIT
+    printf "#!/bin/sh\nexit 101\n" >"$policy"
+    chmod 755 "$policy"
+fi
+export DEBIAN_FRONTEND=noninteractive
+install=(apt-get -q install -y --no-install-recommends etcd-server)
+"${install[@]}" || { apt-get -q update && "${install[@]}"; }
+update-rc.d etcd disable || true
+if command -v systemctl >/dev/null; then systemctl disable etcd.service || true; fi
+# Where the policy of this host lets it start all the same.
+if invoke-rc.d etcd status >/dev/null 2>&1; then invoke-rc.d etcd stop; fi
+'
+
+apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -q "$@" </dev/null >&2; }
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; return; fi
+    # -n: a password prompt would be a question.
+    sudo -n true 2>/dev/null || die "not root and no sudo without a password; run as root: apt-get install ${missing[*]}"
+    sudo -n "$@"
 }
 
 rust() {

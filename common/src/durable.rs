@@ -127,7 +127,8 @@ pub(crate) fn lock(path: &Path, how: Lock, patience: Duration) -> io::Result<Opt
     }
 }
 
-fn is_still(file: &File, path: &Path) -> io::Result<bool> {
+/// Whether `path` still names this file.
+pub(crate) fn is_still(file: &File, path: &Path) -> io::Result<bool> {
     let opened = file.metadata()?;
     match fs::metadata(path) {
         Ok(named) => Ok((named.dev(), named.ino()) == (opened.dev(), opened.ino())),

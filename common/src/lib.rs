@@ -1,15 +1,17 @@
-//! What every Colo crate shares and what depends on none of them: ids, limits, the register and its arbiter,
-//! histories, configuration, the vm's directory, TLS, telemetry.
+//! What every Colo crate shares and what depends on none of them: ids, limits, the register and its arbiter, who
+//! else is there, histories, configuration, the vm's directory, TLS, telemetry.
 
 pub mod arbiter;
 pub mod bounded;
 pub mod config;
 pub mod durable;
+pub mod etcd;
 pub mod history;
 pub mod ids;
 pub mod life;
 pub mod limits;
 pub mod mac;
+pub mod membership;
 pub mod register;
 pub mod stamp;
 pub mod telemetry;

@@ -314,8 +314,7 @@ pub async fn ended() -> std::io::Result<()> {
 /// The arbiter that a configuration names.
 ///
 /// # Errors
-/// Its directory is missing.
+/// Its directory is missing, or a certificate cannot be used.
 pub fn arbiter(config: &colo_common::config::ArbiterConfig) -> anyhow::Result<Arc<dyn Arbiter>> {
-    let opened = colo_common::arbiter::file::FileArbiter::open(&config.directory);
-    Ok(Arc::new(opened.map_err(|e| anyhow!("{e}"))?))
+    colo_common::arbiter::open(config).map_err(|e| anyhow!("{e}"))
 }

@@ -15,8 +15,8 @@ mod wait;
 
 use anyhow::{Context, ensure};
 use colo_common::VmId;
-use colo_common::arbiter::Arbiter;
-use colo_common::arbiter::file::FileArbiter;
+use colo_common::arbiter::{self, Arbiter};
+use colo_common::config::ArbiterConfig;
 use colo_common::register::Entry;
 use colo_proto::v1::{Role, StatusReply, SwitchoverReply};
 use std::collections::BTreeMap;
@@ -61,7 +61,7 @@ pub struct Cluster {
     directory: PathBuf,
     places: BTreeMap<String, Place>,
     ledger: Arc<Mutex<Ledger>>,
-    arbiter: FileArbiter,
+    arbiter: Arc<dyn Arbiter>,
     vm: VmId,
     runtime: Runtime,
     kept: bool,
@@ -81,9 +81,10 @@ impl Cluster {
             .with_context(|| format!("cannot make {}", registers.display()))?;
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(2).thread_name("cluster").enable_all().build()?;
+        let in_files = ArbiterConfig::in_directory(&registers);
         Ok(Self {
+            arbiter: arbiter::open(options.arbiter.as_ref().unwrap_or(&in_files))?,
             options,
-            arbiter: FileArbiter::open(&registers)?,
             directory,
             places: BTreeMap::new(),
             ledger: Arc::default(),

@@ -1,8 +1,9 @@
 //! The harness that tests, benchmarks and the demo share: where the guest images are, a guest with a mirror of
-//! its memory that is fed from dirty sets alone, clusters of real nodes, and what keeps a machine's cores busy.
+//! its memory that is fed from dirty sets alone, clusters of real nodes, a real etcd, and what keeps a machine's cores busy.
 
 pub mod cluster;
 pub mod dirtier;
+pub mod etcd;
 pub mod images;
 pub mod lab;
 pub mod load;

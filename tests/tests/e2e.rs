@@ -12,6 +12,8 @@ mod control;
 mod detector;
 #[path = "e2e/disks.rs"]
 mod disks;
+#[path = "e2e/etcd.rs"]
+mod etcd;
 #[path = "e2e/faults.rs"]
 mod faults;
 #[path = "e2e/flood.rs"]

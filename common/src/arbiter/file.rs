@@ -8,8 +8,6 @@
 //! It is **not** for directories that several hosts share: their locks, renames and syncs do not keep what is promised
 //! here. Known network filesystems are refused. It does not outlive its host's disk either: a cluster needs etcd.
 
-mod text;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -18,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Arbiter, ArbiterError};
+use super::{Arbiter, ArbiterError, text};
 use crate::durable::{self, Lock};
 use crate::ids::{ProposalId, VmId};
 use crate::register::{Answer, Entry, Proposal};
@@ -83,6 +81,30 @@ impl FileArbiter {
     /// The directory.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Does something while the register cannot change.
+    pub(crate) fn with_entry<T>(
+        &self,
+        vm: &VmId,
+        work: impl FnOnce(Option<&Entry>) -> T,
+    ) -> Result<T, ArbiterError> {
+        let _lock = self.lock(vm, Lock::Shared)?;
+        Ok(work(self.load(vm)?.as_ref()))
+    }
+
+    /// Vms that have a register here, by name, `limit` at most.
+    pub(crate) fn vms(&self, limit: usize) -> Result<Vec<VmId>, ArbiterError> {
+        let failed = |e| self.failed("list", &self.directory, &e);
+        let mut vms = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let vm = name.to_str().and_then(|name| name.strip_suffix(".register")?.parse().ok());
+            vms.extend(vm);
+        }
+        vms.sort();
+        vms.truncate(limit);
+        Ok(vms)
     }
 
     fn file_of(&self, vm: &VmId) -> PathBuf {

@@ -3,11 +3,44 @@
 //! Calls block; a node makes them on a thread that may wait. Every call that does not answer leaves the outcome
 //! unknown: a proposal may have been applied, or may be applied later.
 
+pub mod etcd;
+pub(crate) mod fates;
 pub mod file;
 pub mod scripted;
+pub(crate) mod text;
 
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::config::{ArbiterConfig, ArbiterKind};
+use crate::etcd::EtcdError;
 use crate::ids::VmId;
 use crate::register::{Answer, Entry, Proposal};
+
+/// Why there is no arbiter at a node's start.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its directory cannot be used.
+    #[error(transparent)]
+    File(#[from] ArbiterError),
+    /// etcd cannot be spoken to with what the configuration says.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+}
+
+/// The arbiter that a configuration names.
+///
+/// # Errors
+/// Its directory, or a certificate, cannot be used.
+pub fn open(config: &ArbiterConfig) -> Result<Arc<dyn Arbiter>, OpenError> {
+    Ok(match config.kind {
+        ArbiterKind::File => {
+            let directory = config.directory.as_deref().unwrap_or(Path::new(""));
+            Arc::new(file::FileArbiter::open(directory)?)
+        }
+        ArbiterKind::Etcd => Arc::new(etcd::EtcdArbiter::open(config)?),
+    })
+}
 
 /// Why the arbiter did not answer. Of a proposal nothing is known then.
 #[derive(Debug, thiserror::Error)]

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::fates::Fates;
 use super::{Arbiter, ArbiterError};
 use crate::ids::VmId;
 use crate::register::{Answer, Entry, Proposal};
@@ -49,10 +50,7 @@ pub struct ScriptedArbiter {
 struct Inner {
     /// Per vm all entries that it ever held, ascending.
     entries: BTreeMap<VmId, Vec<Entry>>,
-    script: VecDeque<Fate>,
-    faults: Faults,
-    random: u64,
-    outage: bool,
+    fates: Fates,
     late: VecDeque<(VmId, Proposal)>,
 }
 
@@ -73,16 +71,10 @@ impl ScriptedArbiter {
     /// # Panics
     /// The faults are more than 1000 of 1000.
     pub fn seeded(seed: u64, faults: Faults) -> Self {
-        let Faults { unanswered, late, lost, overtaken } = faults;
-        assert!([unanswered, late, lost, overtaken].iter().all(|f| *f <= 1000));
-        assert!(unanswered + late + lost + overtaken <= 1000, "{faults:?}");
         Self {
             inner: Mutex::new(Inner {
                 entries: BTreeMap::new(),
-                script: VecDeque::new(),
-                faults,
-                random: seed,
-                outage: false,
+                fates: Fates::seeded(seed, faults),
                 late: VecDeque::new(),
             }),
         }
@@ -90,12 +82,12 @@ impl ScriptedArbiter {
 
     /// The next calls meet these fates, in this order; after them the seed decides again.
     pub fn script(&self, fates: impl IntoIterator<Item = Fate>) {
-        self.lock().script.extend(fates);
+        self.lock().fates.script(fates);
     }
 
     /// From now on nothing is answered and nothing done, until it is told to end. The script waits meanwhile.
     pub fn set_outage(&self, outage: bool) {
-        self.lock().outage = outage;
+        self.lock().fates.set_outage(outage);
     }
 
     /// Proposals that are still on their way.
@@ -135,6 +127,13 @@ impl ScriptedArbiter {
         self.lock().entries.get(vm).cloned().unwrap_or_default()
     }
 
+    /// What every register holds now, by name.
+    pub fn peek_all(&self) -> Vec<(VmId, Entry)> {
+        let inner = self.lock();
+        let newest = |(vm, entries): (&VmId, &Vec<Entry>)| Some((vm.clone(), entries.last()?.clone()));
+        inner.entries.iter().filter_map(newest).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -144,7 +143,7 @@ impl Arbiter for ScriptedArbiter {
     fn read(&self, vm: &VmId) -> Result<Option<Entry>, ArbiterError> {
         let mut inner = self.lock();
         let found = inner.entry(vm);
-        match inner.fate() {
+        match inner.fates.next() {
             Fate::Answered => Ok(found),
             Fate::Overtaken => {
                 inner.deliver_late();
@@ -156,7 +155,7 @@ impl Arbiter for ScriptedArbiter {
 
     fn propose(&self, vm: &VmId, proposal: &Proposal) -> Result<Answer, ArbiterError> {
         let mut inner = self.lock();
-        let fate = inner.fate();
+        let fate = inner.fates.next();
         match fate {
             Fate::Answered => Ok(inner.apply(vm, proposal)),
             Fate::Overtaken => {
@@ -204,38 +203,6 @@ impl Inner {
             self.apply(vm, proposal);
         }
         late.len()
-    }
-
-    fn fate(&mut self) -> Fate {
-        if self.outage {
-            return Fate::Lost;
-        }
-        if let Some(fate) = self.script.pop_front() {
-            return fate;
-        }
-        let mut draw = self.draw();
-        let Faults { unanswered, late, lost, overtaken } = self.faults;
-        for (chance, fate) in [
-            (unanswered, Fate::Unanswered),
-            (late, Fate::Late),
-            (lost, Fate::Lost),
-            (overtaken, Fate::Overtaken),
-        ] {
-            match draw.checked_sub(chance) {
-                None => return fate,
-                Some(rest) => draw = rest,
-            }
-        }
-        Fate::Answered
-    }
-
-    /// 0 to 999, by splitmix64.
-    fn draw(&mut self) -> u32 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % 1000) as u32
     }
 }
 

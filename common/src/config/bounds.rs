@@ -32,3 +32,16 @@ pub(super) const MAX_VIRTIO_SLOTS: u32 = 8;
 
 /// Bytes of a host's name and port at most: DNS ends at 253 and a port at 5.
 pub(super) const MAX_ENDPOINT: usize = 260;
+
+/// Milliseconds that one call to the arbiter may take: below 100 a busy etcd looks dead, above a minute nobody waits.
+pub(super) const ARBITER_TIMEOUT_MS: (u32, u32) = (100, 60_000);
+
+/// Seconds of a node's lease: etcd itself gives none under two elections, and a spare that is dead for ten minutes helps
+/// nobody.
+pub(super) const LEASE_S: (u32, u32) = (2, 600);
+
+/// Members of etcd that are named at most: clusters have 3 to 7.
+pub(super) const MAX_ARBITER_ENDPOINTS: usize = 16;
+
+/// Bytes of the prefix of etcd's keys at most.
+pub(super) const MAX_PREFIX: usize = 128;

@@ -3,6 +3,7 @@
 //! Each section is a struct; its fields are its keys. Relative paths count from the directory of the configuration
 //! file. What is wrong is told with file, line, key and remedy, before anything is touched.
 
+mod arbiter;
 mod bounds;
 mod devices;
 mod guest;
@@ -17,13 +18,14 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use arbiter::{ArbiterConfig, ArbiterKind, BadEtcdEndpoint, EtcdEndpoint};
 pub use devices::{DiskConfig, FollowDiskConfig, FollowNetworkConfig, MAX_SERIAL, NetworkConfig};
 pub use guest::{ConsoleDevice, CpuModel, GuestConfig, GuestKind, Tracker};
 pub use primary::PrimaryConfig;
 pub use secondary::{Ack, Failover, FollowConfig, SecondaryConfig};
 pub use shared::{
-    AdminConfig, ArbiterConfig, ArbiterKind, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop,
-    ReplicationConfig, Reprotect, TlsConfig,
+    AdminConfig, BadEndpoint, ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop, ReplicationConfig,
+    Reprotect, TlsConfig,
 };
 pub use telling::{LogConfig, LogFormat, MetricsConfig};
 

@@ -90,6 +90,7 @@ impl PrimaryConfig {
         let tls = self.tls.as_ref();
         let peer = self.replication.secondary.as_ref();
         check_promotions(self.max_promotions)?;
+        self.arbiter.check()?;
         self.guest.check()?;
         let device = [("network", self.network.is_some()), ("disk", self.disk.is_some())];
         if let Some((key, _)) =
@@ -118,7 +119,7 @@ impl PrimaryConfig {
 impl Config for PrimaryConfig {
     fn resolve(&mut self, base: &Path) {
         count_from(base, &mut self.directory);
-        count_from(base, &mut self.arbiter.directory);
+        self.arbiter.resolve(base);
         self.guest.resolve(base);
         self.console.resolve(base);
         if let Some(disk) = &mut self.disk {

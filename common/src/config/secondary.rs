@@ -204,6 +204,7 @@ impl SecondaryConfig {
         let tls = self.tls.as_ref();
         let peer = self.promoted.secondary.as_ref();
         check_promotions(self.max_promotions)?;
+        self.arbiter.check()?;
         self.replication.check("replication")?;
         self.promoted.check("promoted")?;
         self.console.check()?;
@@ -220,7 +221,7 @@ impl SecondaryConfig {
 impl Config for SecondaryConfig {
     fn resolve(&mut self, base: &Path) {
         count_from(base, &mut self.directory);
-        count_from(base, &mut self.arbiter.directory);
+        self.arbiter.resolve(base);
         self.console.resolve(base);
         if let Some(disk) = &mut self.disk {
             count_from(base, &mut disk.path);

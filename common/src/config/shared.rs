@@ -150,26 +150,6 @@ pub struct TlsConfig {
     pub directory: PathBuf,
 }
 
-/// `[arbiter]`: who holds the vm's register. The same for all nodes of a vm.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ArbiterConfig {
-    /// Which kind; default `file`.
-    #[serde(default)]
-    pub kind: ArbiterKind,
-    /// Directory of the registers; it must exist, on a local filesystem, and all nodes run on its host.
-    pub directory: PathBuf,
-}
-
-/// Kinds of arbiter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ArbiterKind {
-    /// Files, for nodes on one host.
-    #[default]
-    File,
-}
-
 /// `[console]`: where this node puts released console bytes, beside those who ask it over the network.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -1,9 +1,9 @@
 //! Every key, every default and every refusal.
 
 use super::{
-    Ack, AdminConfig, ConfigError, CpuModel, Endpoint, Failover, GuestKind, LogConfig, LogFormat,
-    MetricsConfig, OnCrash, OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig, SecondaryConfig,
-    Tracker,
+    Ack, AdminConfig, ArbiterConfig, ArbiterKind, ConfigError, CpuModel, Endpoint, Failover, GuestKind,
+    LogConfig, LogFormat, MetricsConfig, OnCrash, OnSecondaryLoss, OnStop, PrimaryConfig, ReplicationConfig,
+    SecondaryConfig, Tracker,
 };
 use proptest::prelude::{any, proptest};
 use std::fs;
@@ -37,7 +37,7 @@ fn secondary(text: &str) -> Result<SecondaryConfig, String> {
 fn little_is_needed_and_the_rest_has_defaults() {
     let config = primary(PRIMARY).unwrap();
     assert_eq!(config.directory, PathBuf::from("/etc/vm"), "relative to the file");
-    assert_eq!(config.arbiter.directory, PathBuf::from("/arbiter"));
+    assert_eq!(config.arbiter.directory, Some(PathBuf::from("/arbiter")));
     assert_eq!((config.on_crash, config.on_stop, config.max_promotions), (OnCrash::None, OnStop::Stop, 3));
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:7700");
     assert_eq!(config.replication, ReplicationConfig::default());
@@ -45,7 +45,7 @@ fn little_is_needed_and_the_rest_has_defaults() {
     assert_eq!((config.guest.kind, config.guest.tracker), (GuestKind::Kvm, Tracker::Ring));
 
     let config = secondary(SECONDARY).unwrap();
-    assert_eq!(config.arbiter.directory, PathBuf::from("/etc/arbiter"));
+    assert_eq!(config.arbiter.directory, Some(PathBuf::from("/etc/arbiter")));
     assert_eq!(config.replication.listen.to_string(), "127.0.0.1:7702");
     assert_eq!((config.replication.ack, config.replication.failover), (Ack::Memory, Failover::Auto));
     assert_eq!(config.promoted, ReplicationConfig::default());
@@ -313,6 +313,74 @@ fn what_is_misspelt_is_told_with_what_was_meant() {
     check("", "node: this key is missing");
 }
 
+/// `SECONDARY` with another `[arbiter]`.
+fn arbiter(lines: &str) -> Result<ArbiterConfig, String> {
+    let text = SECONDARY.replace("directory = \"arbiter\"\n", lines);
+    secondary(&text).map(|config| config.arbiter)
+}
+
+#[test]
+fn every_key_of_an_arbiter_in_etcd_is_taken() {
+    let config = arbiter(
+        "kind = \"etcd\"\nendpoints = [\"https://e1:2379\", \"https://[::1]:2379/\"]\nprefix = \"/x/\"\n\
+         timeout_ms = 100\nlease_s = 600\nca = \"ca.pem\"\ncertificate = \"c.pem\"\nkey = \"/k.key\"\n\
+         insecure = false\n",
+    )
+    .unwrap();
+    assert_eq!(config.kind, ArbiterKind::Etcd);
+    let names: Vec<_> = config.endpoints.iter().flatten().map(ToString::to_string).collect();
+    assert_eq!(names, ["https://e1:2379", "https://[::1]:2379"]);
+    assert_eq!((config.prefix(), config.timeout().as_millis(), config.lease().as_secs()), ("/x/", 100, 600));
+    assert_eq!(config.certificate, Some("/etc/c.pem".into()));
+    assert_eq!(config.key, Some("/k.key".into()));
+    let config = arbiter("kind = \"etcd\"\nendpoints = [\"http://localhost:2379\"]\n").unwrap();
+    assert_eq!(
+        (config.prefix(), config.timeout().as_millis(), config.lease().as_secs()),
+        ("/colo/", 2000, 5)
+    );
+    arbiter("kind = \"etcd\"\nendpoints = [\"http://10.0.0.1:2379\"]\ninsecure = true\n").unwrap();
+}
+
+#[test]
+fn what_does_not_fit_the_arbiter_is_refused() {
+    const ETCD: &str = "kind = \"etcd\"\n";
+    const PLAIN: &str = "kind = \"etcd\"\nendpoints = [\"http://127.0.0.1:2379\"]\n";
+    const TLS: &str = "kind = \"etcd\"\nendpoints = [\"https://e1:2379\"]\n";
+    for (lines, wanted) in [
+        (String::new(), "arbiter.directory: this key is missing"),
+        (
+            "directory = \"/a\"\nprefix = \"/x/\"".into(),
+            "s.toml:6: arbiter.prefix: it is of an arbiter in etcd",
+        ),
+        (
+            "directory = \"/a\"\nendpoints = []".into(),
+            "s.toml:6: arbiter.endpoints: it is of an arbiter in etcd",
+        ),
+        ("kind = \"etc\"".into(), "did you mean etcd?"),
+        ("kind = \"etcd\"\nendpoint = []".into(), "did you mean endpoints?"),
+        (ETCD.into(), "arbiter.endpoints: this key is missing"),
+        (
+            format!("{PLAIN}directory = \"/a\""),
+            "s.toml:7: arbiter.directory: it is of an arbiter in a directory",
+        ),
+        (format!("{ETCD}endpoints = []"), "name 1 to 16"),
+        (format!("{ETCD}endpoints = [\"e1:2379\"]"), "write https://HOST:PORT"),
+        (format!("{ETCD}endpoints = [\"https://e1\"]"), "write HOST:PORT"),
+        (format!("{ETCD}endpoints = [\"http://e1:2379\"]"), "not on loopback and not encrypted"),
+        (format!("{ETCD}endpoints = [\"http://[::1]:1\", \"http://[::1]:1\"]"), "is there twice"),
+        (TLS.into(), "arbiter.ca: this key is missing"),
+        (format!("{PLAIN}ca = \"/ca\""), "certificates are given; write https://"),
+        (format!("{TLS}ca = \"/ca\"\ncertificate = \"/c\""), "arbiter.key: this key is missing"),
+        (format!("{TLS}ca = \"/ca\"\nkey = \"/k\""), "arbiter.certificate: this key is missing"),
+        (format!("{PLAIN}prefix = \"x/\""), "s.toml:7: arbiter.prefix: \"x/\" is no prefix"),
+        (format!("{PLAIN}timeout_ms = 99"), "s.toml:7: arbiter.timeout_ms: 99 is out of range; choose"),
+        (format!("{PLAIN}lease_s = 1"), "s.toml:7: arbiter.lease_s: 1 is out of range; choose"),
+    ] {
+        let error = arbiter(&(lines + "\n")).unwrap_err();
+        assert!(error.contains(wanted), "{error} lacks {wanted}");
+    }
+}
+
 #[test]
 fn files_that_cannot_be_read_are_named() {
     let directory = tempfile::tempdir().unwrap();
@@ -329,7 +397,7 @@ fn files_that_cannot_be_read_are_named() {
     assert!(SecondaryConfig::load(&path).unwrap_err().to_string().contains("more than 262144 bytes"));
     fs::write(&path, SECONDARY).unwrap();
     let config = SecondaryConfig::load(&path).unwrap();
-    assert_eq!(config.arbiter.directory, directory.path().join("arbiter"));
+    assert_eq!(config.arbiter.directory, Some(directory.path().join("arbiter")));
 }
 
 #[test]

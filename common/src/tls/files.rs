@@ -8,7 +8,9 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{DEVELOPMENT_NAME, Identity, Pem, Role, TlsError, check_chain, peer_role, provider, verify};
+use super::{
+    DEVELOPMENT_NAME, Identity, Pem, Role, ServicePem, TlsError, check_chain, peer_role, provider, verify,
+};
 use crate::durable;
 
 /// Bytes of a PEM file at most: a certificate has some 2 KiB.
@@ -16,6 +18,12 @@ const MAX_PEM_FILE: u64 = 256 << 10;
 
 /// Certificates in one file at most: an authority that is being replaced has two, a chain seldom four.
 const MAX_CERTIFICATES: usize = 16;
+
+/// What helps where a node's own file is missing.
+const OWN_MISSING: &str = "put it there, or leave [tls] out to use development certificates on loopback";
+
+/// What helps where a service's is.
+const SERVICE_MISSING: &str = "put it there, or correct its path";
 
 pub(super) fn ca_path(directory: &Path) -> PathBuf {
     directory.join("ca.pem")
@@ -33,13 +41,11 @@ pub(super) fn key_path(directory: &Path, role: Role) -> PathBuf {
 pub(super) fn load(directory: &Path, role: Role) -> Result<Identity, TlsError> {
     let (ca_path, certificate_path) = (ca_path(directory), certificate_path(directory, role));
     let key_path = key_path(directory, role);
-    let pem = Pem { ca: text(&ca_path)?, certificate: text(&certificate_path)?, key: text(&key_path)? };
+    let read = |path: &Path| text(path, OWN_MISSING);
+    let pem = Pem { ca: read(&ca_path)?, certificate: read(&certificate_path)?, key: read(&key_path)? };
     let roots = Arc::new(authority(&ca_path, &pem.ca)?);
     let chain = certificates(&certificate_path, &pem.certificate)?;
-    let key = PrivateKeyDer::from_pem_slice(pem.key.as_bytes()).map_err(|e| {
-        let remedy = "it must hold one private key in PEM (PKCS#8, SEC1 or PKCS#1), not encrypted";
-        content(&key_path, format!("{e}"), remedy)
-    })?;
+    let key = private_key(&key_path, &pem.key)?;
     check_key(&key_path, &certificate_path, &chain, &key)?;
     check_role(&certificate_path, &chain[0], role)?;
     check_chain(&roots, &chain, role).map_err(|e| refused(&certificate_path, &ca_path, &e))?;
@@ -47,16 +53,55 @@ pub(super) fn load(directory: &Path, role: Role) -> Result<Identity, TlsError> {
     Ok(Identity { role, development, pem, chain, key, roots })
 }
 
+/// The texts of a client of another service, such as etcd, whose authority is not Colo's: checked as far as that can be
+/// done here. Whether the service takes the certificate, only it knows.
+pub(super) fn load_service(ca: &Path, own: Option<(&Path, &Path)>) -> Result<ServicePem, TlsError> {
+    let ca_text = text(ca, SERVICE_MISSING)?;
+    let roots = Arc::new(authority(ca, &ca_text)?);
+    let Some((certificate_path, key_path)) = own else { return Ok(ServicePem { ca: ca_text, own: None }) };
+    let (certificate, key_text) =
+        (text(certificate_path, SERVICE_MISSING)?, text(key_path, SERVICE_MISSING)?);
+    let chain = certificates(certificate_path, &certificate)?;
+    let key = private_key(key_path, &key_text)?;
+    check_key(key_path, certificate_path, &chain, &key)?;
+    check_age(&roots, certificate_path, ca, &chain)?;
+    Ok(ServicePem { ca: ca_text, own: Some((certificate, key_text)) })
+}
+
+/// A certificate that has expired is told at once. Clients may be of another authority than servers, so nothing is said
+/// of the issuer; age is checked before that.
+fn check_age(
+    roots: &Arc<RootCertStore>,
+    path: &Path,
+    ca: &Path,
+    chain: &[CertificateDer<'static>],
+) -> Result<(), TlsError> {
+    use CertificateError as Bad;
+    let now = rustls::pki_types::UnixTime::now();
+    let checked = verify::client_verifier(roots)?.verify_client_cert(&chain[0], &chain[1..], now);
+    match checked {
+        Err(rustls::Error::InvalidCertificate(
+            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
+        )) => Err(refused(path, ca, &checked.expect_err("it was an error"))),
+        _ => Ok(()),
+    }
+}
+
+fn private_key(path: &Path, pem: &str) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|e| {
+        let remedy = "it must hold one private key in PEM (PKCS#8, SEC1 or PKCS#1), not encrypted";
+        content(path, format!("{e}"), remedy)
+    })
+}
+
 fn content(path: &Path, reason: String, remedy: &'static str) -> TlsError {
     TlsError::Content { path: path.to_owned(), reason, remedy }
 }
 
-fn text(path: &Path) -> Result<String, TlsError> {
+fn text(path: &Path, missing: &'static str) -> Result<String, TlsError> {
     let failed = |source: io::Error| {
         let remedy = match source.kind() {
-            ErrorKind::NotFound => {
-                "put it there, or leave [tls] out to use development certificates on loopback"
-            }
+            ErrorKind::NotFound => missing,
             ErrorKind::PermissionDenied => "let the user that Colo runs as read it",
             ErrorKind::FileTooLarge => "is it the right file?",
             _ => "check the path",

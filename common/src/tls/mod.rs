@@ -137,6 +137,31 @@ impl fmt::Debug for Pem {
     }
 }
 
+/// PEM texts of a client of another service, such as etcd.
+#[derive(Clone)]
+pub struct ServicePem {
+    /// The authority that issued the service's certificates.
+    pub ca: String,
+    /// This client's certificate and its private key, if it shows one. Never to be logged.
+    pub own: Option<(String, String)>,
+}
+
+impl ServicePem {
+    /// Reads the authority of a service, and the certificate and key of this client.
+    ///
+    /// # Errors
+    /// A file is missing or wrong, the key is another one's, or the certificate is not valid now.
+    pub fn load(ca: &Path, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
+        files::load_service(ca, own)
+    }
+}
+
+impl fmt::Debug for ServicePem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ServicePem (not shown)")
+    }
+}
+
 /// A certificate with its key and the authority that all peers must be of; checked when it was loaded.
 #[derive(Debug)]
 pub struct Identity {

@@ -4,6 +4,9 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use colo_common::config::ArbiterConfig;
+
+use crate::etcd;
 use crate::images::{Images, Kernel};
 use crate::lab::{self, tap_of};
 
@@ -106,6 +109,8 @@ pub struct Options {
     /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
     /// made in the lab then.
     pub network: bool,
+    /// The `[arbiter]` of all nodes; default a directory of the cluster's own.
+    pub arbiter: Option<ArbiterConfig>,
 }
 
 impl Options {
@@ -124,6 +129,7 @@ impl Options {
             disk: None,
             standby: false,
             network: false,
+            arbiter: None,
         }
     }
 
@@ -159,7 +165,7 @@ pub(super) fn primary(
     ports: Ports,
     secondary: Option<SocketAddr>,
 ) -> String {
-    let mut text = common(vm, node, ports);
+    let mut text = common(options, vm, node, ports);
     text += &format!("[guest]\n{}", options.guest.lines);
     text += &network(options, node);
     text += &disk(options, node);
@@ -171,7 +177,7 @@ pub(super) fn primary(
 }
 
 pub(super) fn secondary(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
-    let mut text = common(vm, node, ports) + &network(options, node) + &disk(options, node);
+    let mut text = common(options, vm, node, ports) + &network(options, node) + &disk(options, node);
     text += &following("replication", options, ports);
     text += &replication("promoted", options, None);
     text
@@ -191,9 +197,11 @@ fn following(section: &str, options: &Options, ports: Ports) -> String {
     text
 }
 
-fn common(vm: &str, node: &str, ports: Ports) -> String {
+fn common(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
+    let in_files = || "directory = \"arbiter\"\n".to_owned();
+    let arbiter = options.arbiter.as_ref().map_or_else(in_files, etcd::lines);
     format!(
-        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\n[arbiter]\ndirectory = \"arbiter\"\n\
+        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\n[arbiter]\n{arbiter}\
          [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
         ports.admin
     )

@@ -1,4 +1,4 @@
-//! How an [`Entry`] looks in the file arbiter's file: a few lines of TOML that an operator can read, sealed by a
+//! How an [`Entry`] looks in the file arbiter's file and in etcd: a few lines of TOML that an operator can read, sealed by a
 //! checksum. An entry that is taken was written by this very code.
 
 use serde::Deserialize;
@@ -15,8 +15,8 @@ const FORMAT: u32 = 1;
 /// the term after it exists.
 const MAX_TERM: u64 = 1 << 62;
 
-/// Bytes of a file at most: an entry with the longest names has some 500.
-pub(super) const MAX_FILE: u64 = 4096;
+/// Bytes of a text at most: an entry with the longest names has some 500.
+pub(crate) const MAX_FILE: u64 = 4096;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,8 +34,8 @@ struct Lines {
     reason: Option<StopReason>,
 }
 
-/// The file that says that the register of `vm` holds `entry`.
-pub(super) fn write(vm: &VmId, entry: &Entry) -> String {
+/// The text that says that the register of `vm` holds `entry`.
+pub(crate) fn write(vm: &VmId, entry: &Entry) -> String {
     let (term, proposal) = (entry.term.0, entry.proposal.0);
     let mut text = format!(
         "# The register of a vm, kept by Colo: {entry}.\n\
@@ -58,8 +58,8 @@ pub(super) fn write(vm: &VmId, entry: &Entry) -> String {
     durable::seal(&text)
 }
 
-/// The entry that the file of `vm` holds, or what is wrong with it.
-pub(super) fn read(vm: &VmId, bytes: &[u8]) -> Result<Entry, String> {
+/// The entry that the text of `vm` holds, or what is wrong with it.
+pub(crate) fn read(vm: &VmId, bytes: &[u8]) -> Result<Entry, String> {
     let body = durable::unseal(bytes)?;
     let lines: Lines = toml::from_str(body).map_err(|e| e.message().to_owned())?;
     if lines.format != FORMAT {
@@ -91,7 +91,7 @@ fn value(lines: Lines) -> Result<Value, String> {
 }
 
 /// A drawn number, always 32 digits.
-fn drawn(digits: &str) -> Result<u128, String> {
+pub(crate) fn drawn(digits: &str) -> Result<u128, String> {
     let plain = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());
     let number = plain.then(|| u128::from_str_radix(digits, 16).ok()).flatten();
     number.ok_or_else(|| format!("{digits:?} is not 32 hexadecimal digits"))
