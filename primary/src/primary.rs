@@ -23,6 +23,7 @@ use crate::metrics::Endpoint;
 use crate::node::Beginning;
 use crate::node::status::Board;
 use crate::outlet::{Network, Outlet};
+use crate::presence::{Presence, Who};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::runner_disk::RunnerDisk;
@@ -49,6 +50,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let standby = config.standby.as_ref().map(|_| Standby {
         config: path.to_owned(),
         of_primary: true,
+        bind: None,
         boot_directory: directory.boot(),
     });
     if directory.store().exists() {
@@ -116,7 +118,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let replicator = Replicator::new(config.node.clone(), incarnation, entry, History::default());
     let beginning = Beginning {
         vm: config.vm.clone(),
-        me: config.node,
+        me: config.node.clone(),
         incarnation,
         guest,
         spec: wire,
@@ -129,6 +131,16 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         former: None,
         last_changed,
     };
+    let membership = serve::membership(&config.arbiter)?;
+    let who = Who {
+        node: config.node.clone(),
+        incarnation,
+        address: config.admin.address(),
+        directory: config.directory.clone(),
+    };
+    let presence =
+        Presence::start(Arc::clone(&membership), who, config.vm.clone(), plane.board.clone(), None)
+            .context("no thread for the membership")?;
     let runner = Runner {
         plane,
         arbiter,
@@ -137,7 +149,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         on_stop: config.on_stop,
         security,
         own_address: config.admin.listen,
+        advertised: config.admin.address(),
         standby,
+        membership,
+        presence,
     };
     let end = runner.run(beginning, runtime.handle())?;
     Ok(ended(&config.vm, &end))

@@ -1,6 +1,7 @@
 //! `colo-secondary`: follows a primary, and carries its guest on when it dies.
 
 use clap::{Parser, Subcommand};
+use colo_common::VmId;
 use colo_common::config::LogConfig;
 use colo_common::telemetry;
 use colo_secondary::secondary::Options;
@@ -34,6 +35,9 @@ enum Command {
         /// What the process that ran the guest left; said by that process alone.
         #[arg(long, hide = true)]
         handover: Option<i32>,
+        /// The vm that a spare was bound to; said by its own process alone.
+        #[arg(long, hide = true)]
+        bind: Option<VmId>,
     },
     /// Reads and checks everything in the store of a secondary that does not run.
     Scrub {
@@ -76,8 +80,8 @@ enum Command {
 fn main() -> ExitCode {
     telemetry::end_on_panic();
     let done = match Args::parse().command {
-        Command::Start { config, again, standby, handover } => {
-            let options = Options { again, of_primary: standby, handover };
+        Command::Start { config, again, standby, handover, bind } => {
+            let options = Options { again, of_primary: standby, handover, bind };
             colo_secondary::secondary::start(&config, options)
         }
         Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),

@@ -134,6 +134,7 @@ impl Node {
                 Err(e) => return Err(e),
             },
             LinkEvent::Refused(reason) => {
+                self.candidate_failed(true);
                 // It is there and has not the copy that the register names: no use to wait for it.
                 if matches!(purpose, Purpose::Link(_)) && self.settings.solo_on_loss {
                     let actions = self.replicator.go_solo();
@@ -143,7 +144,10 @@ impl Node {
                 }
                 reason
             }
-            LinkEvent::Down(reason) => reason,
+            LinkEvent::Down(reason) => {
+                self.candidate_failed(false);
+                reason
+            }
             _ => "the secondary answered out of turn".to_owned(),
         };
         self.board.error(failed.clone());

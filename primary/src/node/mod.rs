@@ -11,6 +11,7 @@
 
 mod copier;
 mod cutting;
+mod healing;
 mod joining;
 mod operator;
 mod seeding;
@@ -18,6 +19,7 @@ pub mod status;
 mod switching;
 mod telling;
 
+use colo_common::membership::NodeRecord;
 use colo_common::register::{Answer, StopReason};
 use colo_common::telemetry::TermSpan;
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
@@ -73,6 +75,8 @@ pub enum Event {
     Command(Command),
     /// The node that this one lost to runs the guest; its words.
     Superseded(String),
+    /// Somebody who may protect the vm; a spare is claimed for it.
+    Candidate(Box<NodeRecord>),
 }
 
 /// What a node does by itself.
@@ -239,6 +243,7 @@ pub struct Node {
     seed: Option<SeedJob>,
     /// The guest is being moved to the secondary on purpose.
     switching: Option<switching::Switching>,
+    healing: healing::Healing,
     /// When each page and block was changed last, up to the open dirty set and what is in flight.
     last_changed: LastChanged,
     /// Since when the guest's writes are tracked for nothing but a copy that may come back.
@@ -325,6 +330,7 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
+            healing: healing::Healing::new(moved),
             kept_since: last_changed.known().memory.map(|_| now),
             last_changed,
             arbiter,
@@ -398,6 +404,7 @@ impl Node {
             Event::Link(number, event) => self.on_link(number, event)?,
             Event::Seed(number, event) => self.on_seed(number, event)?,
             Event::Command(command) => self.on_command(command)?,
+            Event::Candidate(record) => self.on_candidate(*record),
             Event::Superseded(why) => {
                 tracing::info!(vm = %self.vm, "the kept guest is given up: {why}");
                 let actions = self.replicator.give_up();
@@ -413,6 +420,7 @@ impl Node {
         self.end_failed()?;
         self.pause_if_wanted()?;
         self.go_on_switching(now)?;
+        self.say_whether_wanted();
         self.look_for_secondary(now)?;
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;

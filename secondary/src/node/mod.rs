@@ -58,6 +58,8 @@ pub use tray::Tray;
 const TICK: Duration = Duration::from_millis(10);
 /// How often the register is read while nobody is followed: a dead process' request may land late.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a spare waits for the runner that claimed it.
+const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 /// How often the runner is told how far this node is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -102,6 +104,8 @@ pub struct Settings {
     pub boot_directory: PathBuf,
     /// Where the intent log of the disk is, of a node that runs the guest or did.
     pub intent: PathBuf,
+    /// A runner has claimed this node, which is there for others if that one does not come.
+    pub claimed: bool,
     /// Image file of the guest's disk; needed if it has one.
     pub disk: Option<PathBuf>,
 }
@@ -114,6 +118,8 @@ pub enum Outcome {
     Left,
     /// Nobody runs the vm any more, and this node is not to.
     Superseded(Entry),
+    /// The runner that claimed this spare has not come.
+    Unfollowed,
     /// It can do nothing more.
     Failed(String),
 }
@@ -202,6 +208,7 @@ pub struct Follower {
     again: bool,
     /// A runner was followed by this process.
     followed: bool,
+    began: Instant,
     arbiter: ArbiterWorker,
     next_read: Instant,
     /// When the register is looked at again, for the account alone.
@@ -302,6 +309,7 @@ impl Follower {
             observed: false,
             again,
             followed: false,
+            began: now,
             arbiter,
             next_read: now,
             looked: now,
@@ -382,6 +390,7 @@ impl Follower {
             }
         }
         self.look_at_disk();
+        self.leave_if_unfollowed(now);
         self.suspect_if_due(now);
         if now >= self.next_read && self.link.is_none() {
             self.next_read = now + READ_INTERVAL;
@@ -393,6 +402,14 @@ impl Follower {
             self.tell_progress();
         }
         self.tell();
+    }
+
+    /// A claim is no promise: its runner may have died.
+    fn leave_if_unfollowed(&mut self, now: Instant) {
+        let waits = self.settings.claimed && !self.followed && self.end.is_none();
+        if waits && now.saturating_duration_since(self.began) > CLAIM_LIMIT {
+            self.end = Some(Outcome::Unfollowed);
+        }
     }
 
     fn read(&mut self) {

@@ -1,0 +1,88 @@
+//! Getting protected again without an operator: says whether somebody is wanted, and takes whom the
+//! [worker](crate::heal_worker) names.
+
+use colo_common::membership::NodeRecord;
+use std::time::{Duration, Instant};
+
+use super::{Linking, Node};
+use crate::heal_worker::HealWorker;
+use crate::replicator::Phase;
+
+/// How long a node that was named may be out of reach: a spare that was claimed begins to follow first.
+const REACH: Duration = Duration::from_secs(5);
+
+/// Where it stands.
+pub(super) struct Healing {
+    worker: Option<HealWorker>,
+    /// The vm was protected before, or ran elsewhere: somebody is missing.
+    lacks: bool,
+    /// What the worker was told last.
+    wanted: bool,
+    /// Who was named, and when.
+    candidate: Option<(NodeRecord, Instant)>,
+}
+
+impl Healing {
+    /// Of a guest that `moved` here from another node, or not.
+    pub(super) fn new(moved: bool) -> Self {
+        Self { worker: None, lacks: moved, wanted: false, candidate: None }
+    }
+}
+
+impl Node {
+    /// Has somebody be looked for in the cluster whenever the vm has lost its protection.
+    #[must_use]
+    pub fn healed_by(mut self, worker: HealWorker) -> Self {
+        self.healing.lacks |= self.settings.secondary.is_some();
+        self.healing.worker = Some(worker);
+        self
+    }
+
+    /// Whether the vm is to be protected and is not, nor on the way there.
+    fn lacks_secondary(&self) -> bool {
+        let paused = self.pause_wanted || self.paused_secondary.is_some();
+        let ending = self.stopping || self.parked || self.failure.is_some();
+        let alone = matches!(self.replicator.phase(), Phase::Alone) && !self.replicator.is_proposing();
+        self.settings.reprotect && self.healing.lacks && alone && self.peer.is_none() && !paused && !ending
+    }
+
+    pub(super) fn say_whether_wanted(&mut self) {
+        if matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            (self.healing.lacks, self.healing.candidate) = (true, None);
+        }
+        let wanted = self.lacks_secondary();
+        // While a copy is on its way, whoever was named still is.
+        let seeding =
+            !wanted && self.peer.is_some() && matches!(self.replicator.phase(), Phase::Seeding { .. });
+        if wanted == self.healing.wanted || seeding {
+            return;
+        }
+        self.healing.wanted = wanted;
+        if let Some(worker) = &self.healing.worker {
+            worker.want(wanted.then(|| self.replicator.register().clone()));
+        }
+    }
+
+    pub(super) fn on_candidate(&mut self, record: NodeRecord) {
+        if !self.lacks_secondary() {
+            return;
+        }
+        let address = record.address.to_string();
+        self.healing.candidate = Some((record, Instant::now()));
+        if self.secondary.as_ref() != Some(&address) {
+            self.secondary = Some(address);
+            if !matches!(self.linking, Linking::Connecting { asked: Some(_), .. }) {
+                self.linking = Linking::Idle;
+            }
+        }
+    }
+
+    /// No link came of it. One that `refused` will not be asked again soon; one that is out of reach has some time.
+    pub(super) fn candidate_failed(&mut self, refused: bool) {
+        let late = |at: &Instant| refused || at.elapsed() > REACH;
+        let Some((record, _)) = self.healing.candidate.take_if(|(_, at)| late(at)) else { return };
+        if let Some(worker) = &self.healing.worker {
+            worker.failed(record.node, record.incarnation);
+        }
+    }
+}
