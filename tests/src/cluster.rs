@@ -162,6 +162,18 @@ impl Cluster {
         self.start(node, command, false)
     }
 
+    /// Starts a node that is bound to no vm.
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_spare(&mut self, node: &str) -> anyhow::Result<()> {
+        let (path, command) = self.prepare(node, false, None)?;
+        let text = std::fs::read_to_string(&path)?;
+        let unbound: Vec<&str> = text.lines().filter(|line| !line.starts_with("vm = ")).collect();
+        std::fs::write(&path, unbound.join("\n"))?;
+        self.start(node, command, false)
+    }
+
     /// Starts what [`prepare`](Self::prepare) gave.
     ///
     /// # Errors

@@ -18,6 +18,8 @@ mod etcd;
 mod faults;
 #[path = "e2e/flood.rs"]
 mod flood;
+#[path = "e2e/heals.rs"]
+mod heals;
 #[path = "e2e/history.rs"]
 mod history;
 #[path = "e2e/kills.rs"]

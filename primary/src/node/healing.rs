@@ -1,14 +1,14 @@
 //! Getting protected again without an operator: says whether somebody is wanted, and takes whom the
 //! [worker](crate::heal_worker) names.
 
-use colo_common::membership::NodeRecord;
+use colo_common::membership::{NodeRecord, NodeRole};
 use std::time::{Duration, Instant};
 
 use super::{Linking, Node};
 use crate::heal_worker::HealWorker;
 use crate::replicator::Phase;
 
-/// How long a node that was named may be out of reach: a spare that was claimed begins to follow first.
+/// How long a spare that was claimed may be out of reach: it begins to follow first.
 const REACH: Duration = Duration::from_secs(5);
 
 /// Where it stands.
@@ -77,10 +77,12 @@ impl Node {
         }
     }
 
-    /// No link came of it. One that `refused` will not be asked again soon; one that is out of reach has some time.
+    /// No link came of it: it `refused`, or is out of reach.
     pub(super) fn candidate_failed(&mut self, refused: bool) {
-        let late = |at: &Instant| refused || at.elapsed() > REACH;
-        let Some((record, _)) = self.healing.candidate.take_if(|(_, at)| late(at)) else { return };
+        let gone = |(record, at): &mut (NodeRecord, Instant)| {
+            refused || record.role != NodeRole::Spare || at.elapsed() > REACH
+        };
+        let Some((record, _)) = self.healing.candidate.take_if(gone) else { return };
         if let Some(worker) = &self.healing.worker {
             worker.failed(record.node, record.incarnation);
         }

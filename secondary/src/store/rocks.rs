@@ -6,8 +6,6 @@ use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
     Direction, ErrorKind, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::engine::{Batch, Change, Column, Durability, PageStore, Scan};
@@ -127,7 +125,7 @@ impl PageStore for Rocks {
             files.ok().flatten().unwrap_or(0)
         };
         let needed: u64 = [Column::Pages, Column::Disk, Column::Pending].into_iter().map(size).sum();
-        disk_free(self.home.dir()).is_none_or(|free| free > needed)
+        colo_vmm::host::disk_free(self.home.dir()).is_none_or(|free| free > needed)
     }
 
     fn drop_aside(&self) -> Result<(), StoreError> {
