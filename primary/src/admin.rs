@@ -1,6 +1,7 @@
 //! The control plane of a node: answers from the account that the node keeps of itself, and passes the operator's words
 //! on to it. Served by whichever role the process has; a promotion changes the role behind it.
 
+mod cluster;
 mod console;
 mod convert;
 pub(crate) mod health;
@@ -10,10 +11,10 @@ mod plane;
 use colo_proto::v1::admin_server::Admin;
 use colo_proto::v1::{
     self, AuditEntry, ConsoleInput, EpochReport, Event as Happening, EventsRequest, HealthReply,
-    HealthRequest, ListAuditRequest, PauseReplicationReply, PauseReplicationRequest, PromoteReply,
-    PromoteRequest, ProtectProgress, ProtectRequest, ResumeReplicationReply, ResumeReplicationRequest,
-    SetAckPolicyReply, SetAckPolicyRequest, StatusReply, StatusRequest, StopReply, StopRequest,
-    SwitchoverReply, SwitchoverRequest, WatchRequest,
+    HealthRequest, ListAuditRequest, ListClusterReply, ListClusterRequest, PauseReplicationReply,
+    PauseReplicationRequest, PromoteReply, PromoteRequest, ProtectProgress, ProtectRequest,
+    ResumeReplicationReply, ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, StatusReply,
+    StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, WatchRequest,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -232,6 +233,13 @@ impl Admin for AdminService {
     ) -> Result<Response<Self::ListAuditStream>, Status> {
         let entries = self.0.list_audit(request.into_inner())?;
         Ok(Response::new(Box::pin(ReceiverStream::new(entries))))
+    }
+
+    async fn list_cluster(
+        &self,
+        _: Request<ListClusterRequest>,
+    ) -> Result<Response<ListClusterReply>, Status> {
+        Ok(Response::new(self.0.list_cluster().await?))
     }
 
     async fn events(&self, _: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {

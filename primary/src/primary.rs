@@ -132,6 +132,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         last_changed,
     };
     let membership = serve::membership(&config.arbiter)?;
+    plane.keep_membership(Arc::clone(&membership));
     let who = Who {
         node: config.node.clone(),
         incarnation,

@@ -451,7 +451,9 @@ impl<C: Carried> Replicator<C> {
         self.covered = self.covered.max(Some(acked));
         let mut actions = Vec::new();
         while let Some(flight) = self.flight.pop_front_if(|flight| flight.point <= acked) {
-            actions.push(Action::Covered(flight.point, flight.carried));
+            if !flight.carried.is_empty() {
+                actions.push(Action::Covered(flight.point, flight.carried));
+            }
         }
         actions
     }

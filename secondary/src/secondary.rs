@@ -120,6 +120,7 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
         address: config.admin.address(),
         directory: config.directory.clone(),
     };
+    plane.keep_membership(Arc::clone(&membership));
     let presence = Presence::start(Arc::clone(&membership), who, vm.clone(), plane.board.clone(), registered)
         .context("no thread for the membership")?;
     let secondary = Secondary {

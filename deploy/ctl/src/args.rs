@@ -85,6 +85,10 @@ pub(crate) enum Command {
     Audit(Audit),
     /// Shows what happens at the nodes from now on: roles, register, links, copies, promotions, errors.
     Events(Events),
+    /// Lists the vms of the cluster with their registers, as the nodes' membership has them.
+    Vms(Shape),
+    /// Lists the nodes of the cluster: runners, followers, those that wait, and spares.
+    Nodes(Shape),
     /// Says how to see Colo at work.
     Demo,
 }

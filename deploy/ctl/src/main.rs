@@ -3,6 +3,7 @@
 
 mod args;
 mod audit;
+mod cluster;
 mod connect;
 mod console;
 mod demo;
@@ -58,6 +59,8 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Protect(options) => protect::protect(&nodes, &options).await,
         Command::Pause(shape) => protect::pause(&nodes, shape.json).await,
         Command::Resume(shape) => protect::resume(&nodes, shape.json).await,
+        Command::Vms(shape) => cluster::vms(&nodes, shape.json).await,
+        Command::Nodes(shape) => cluster::nodes(&nodes, shape.json).await,
         Command::Switchover(shape) => operate::switchover(&nodes, shape.json).await,
         Command::Promote(shape) => operate::promote(&nodes, shape.json).await,
         Command::Stop(options) => operate::stop(&nodes, &options).await,

@@ -114,7 +114,9 @@ fn commands_go_to_the_node_that_they_are_meant_for() {
     for line in ["pause", "resume --json", "stop --vm --grace 2"] {
         assert_eq!(run(&nodes, line).0, 0, "{line}");
     }
-    assert_eq!(a.state().asked, ["pause", "resume", "stop 1 2000"]);
+    let (_, out, _) = run(&nodes, "switchover");
+    assert!(out.starts_with("the guest has moved: ") && out.ends_with(", after 48 ms\n"), "{out}");
+    assert_eq!(a.state().asked, ["pause", "resume", "stop 1 2000", "switchover"]);
     let (_, out, _) = run(&nodes, "promote");
     assert!(out.starts_with(&format!("the guest runs at {}: ", nodes[1])), "{out}");
     assert!(out.ends_with(", from point 2.44, after 26 ms\n"), "{out}");
@@ -127,6 +129,18 @@ fn commands_go_to_the_node_that_they_are_meant_for() {
     assert_eq!(code, 2);
     assert!(err.contains("needs exactly one --node"), "{err}");
     assert_eq!(run(&nodes, "stop").0, 2);
+}
+
+#[test]
+fn the_cluster_is_listed_by_whichever_node_answers() {
+    let (a, b, nodes) = pair();
+    drop(a);
+    let (code, out, _) = run(&nodes, "nodes");
+    assert_eq!(code, 0);
+    assert!(out.lines().nth(1).is_some_and(|line| line.starts_with("s ") && line.contains("spare")), "{out}");
+    let (_, out, _) = run(&nodes, "vms --json");
+    assert!(out.starts_with("{\"vm\":\"web\""), "{out}");
+    assert_eq!(b.state().asked, ["cluster", "cluster"]);
 }
 
 #[test]

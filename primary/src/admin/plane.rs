@@ -1,9 +1,10 @@
 //! What a control plane answers from, and its way to the node behind it.
 
+use colo_common::membership::Membership;
 use colo_common::{Incarnation, NodeId, VmId};
 use colo_proto::v1;
 use crossbeam_channel::Sender;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tonic::Status;
@@ -54,6 +55,7 @@ pub struct Plane {
     /// Who types at the console.
     pub(super) typists: Typists,
     part: RwLock<Part>,
+    membership: OnceLock<Arc<dyn Membership>>,
     started: Instant,
 }
 
@@ -67,12 +69,22 @@ impl Plane {
         console: Console,
     ) -> Arc<Self> {
         let (part, started, typists) = (RwLock::new(Part::None), Instant::now(), Typists::default());
-        Arc::new(Self { vm, node, incarnation, board, console, typists, part, started })
+        let membership = OnceLock::new();
+        Arc::new(Self { vm, node, incarnation, board, console, typists, part, membership, started })
     }
 
     /// The process has this part from now on.
     pub fn set_part(&self, part: Part) {
         *self.part.write().unwrap_or_else(PoisonError::into_inner) = part;
+    }
+
+    /// The cluster is listed by this; the first that is given stays.
+    pub fn keep_membership(&self, membership: Arc<dyn Membership>) {
+        drop(self.membership.set(membership));
+    }
+
+    pub(super) fn membership(&self) -> Option<&Arc<dyn Membership>> {
+        self.membership.get()
     }
 
     /// How long the process has run.

@@ -240,6 +240,23 @@ impl Admin for Service {
         Ok(Response::new(Box::pin(tokio_stream::iter(entries))))
     }
 
+    async fn list_cluster(
+        &self,
+        _: Request<v1::ListClusterRequest>,
+    ) -> Result<Response<v1::ListClusterReply>, Status> {
+        self.command("cluster".to_owned())?;
+        let register = self.state().status.register.clone();
+        let vms = vec![v1::ClusterVm { vm: "web".to_owned(), register }];
+        let spare = v1::ClusterNode {
+            node: "s".to_owned(),
+            address: "10.0.0.3:7701".to_owned(),
+            role: v1::NodeRole::Spare.into(),
+            memory_free_bytes: 8 << 30,
+            ..v1::ClusterNode::default()
+        };
+        Ok(Response::new(v1::ListClusterReply { vms, nodes: vec![spare] }))
+    }
+
     async fn events(&self, _: Request<v1::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
         self.command("events".to_owned())?;
         let events = self.state().events.clone().into_iter().map(Ok);
