@@ -129,6 +129,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         moved: false,
         promotions: 0,
         former: None,
+        planned: false,
         last_changed,
     };
     let membership = serve::membership(&config.arbiter)?;

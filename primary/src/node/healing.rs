@@ -11,6 +11,9 @@ use crate::replicator::Phase;
 /// How long a spare that was claimed may be out of reach: it begins to follow first.
 const REACH: Duration = Duration::from_secs(5);
 
+/// How long the node that moved its guest here has to follow, before another one is looked for: it has the guest's memory.
+pub(super) const RETURN: Duration = Duration::from_secs(3);
+
 /// Where it stands.
 pub(super) struct Healing {
     worker: Option<HealWorker>,
@@ -20,12 +23,14 @@ pub(super) struct Healing {
     wanted: bool,
     /// Who was named, and when.
     candidate: Option<(NodeRecord, Instant)>,
+    /// Until when the node that the guest came from is waited for.
+    returns: Option<Instant>,
 }
 
 impl Healing {
-    /// Of a guest that `moved` here from another node, or not.
-    pub(super) fn new(moved: bool) -> Self {
-        Self { worker: None, lacks: moved, wanted: false, candidate: None }
+    /// Of a guest that `moved` here from another node, or not; which `returns` by then.
+    pub(super) fn new(moved: bool, returns: Option<Instant>) -> Self {
+        Self { worker: None, lacks: moved, wanted: false, candidate: None, returns }
     }
 }
 
@@ -39,11 +44,13 @@ impl Node {
     }
 
     /// Whether the vm is to be protected and is not, nor on the way there.
-    fn lacks_secondary(&self) -> bool {
+    fn lacks_secondary(&mut self) -> bool {
         let paused = self.pause_wanted || self.paused_secondary.is_some();
         let ending = self.stopping || self.parked || self.failure.is_some();
         let alone = matches!(self.replicator.phase(), Phase::Alone) && !self.replicator.is_proposing();
-        self.settings.reprotect && self.healing.lacks && alone && self.peer.is_none() && !paused && !ending
+        self.healing.returns.take_if(|until| Instant::now() > *until);
+        let looks = self.settings.reprotect && self.healing.lacks && self.healing.returns.is_none();
+        looks && alone && self.peer.is_none() && !paused && !ending
     }
 
     pub(super) fn say_whether_wanted(&mut self) {

@@ -167,6 +167,10 @@ impl Node {
             Purpose::Link(_) => match self.replicator.relink(&node, &offer) {
                 Ok(base) => {
                     self.agreed_epoch_bytes = max_epoch_bytes;
+                    if self.failure.is_some() {
+                        // It failed while nobody was there to be told.
+                        link.send_yield(true);
+                    }
                     self.peer = peer(link, Some(base), true);
                     self.send_resting_again();
                     Ok(None)

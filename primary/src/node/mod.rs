@@ -124,6 +124,8 @@ pub struct Beginning {
     pub promotions: u32,
     /// The control plane of the node that ran it before: it protects to that one if it is told of no other.
     pub former: Option<String>,
+    /// That node moved it here on purpose, and is about to follow.
+    pub planned: bool,
     /// What is known of what was changed when. If it knows anything, the guest's writes are tracked.
     pub last_changed: LastChanged,
 }
@@ -285,6 +287,7 @@ impl Node {
             moved,
             promotions,
             former,
+            planned,
             last_changed,
         } = beginning;
         let wake = outbox.clone();
@@ -330,7 +333,7 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
-            healing: healing::Healing::new(moved),
+            healing: healing::Healing::new(moved, planned.then(|| now + healing::RETURN)),
             kept_since: last_changed.known().memory.map(|_| now),
             last_changed,
             arbiter,

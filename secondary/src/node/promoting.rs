@@ -275,6 +275,7 @@ impl Follower {
             moved: true,
             promotions: self.promotions + self.yielded,
             last_changed: warm.rejoin.into_last_changed(),
+            planned: self.planned,
             former: self.runner_at.as_ref().map(ToString::to_string),
         };
         Ok(Outcome::Run(Box::new(beginning), promotion))
