@@ -279,7 +279,7 @@ impl<C: Carried> Replicator<C> {
             Phase::Paired { replica, .. } => {
                 let offered =
                     Offer { replica: Some(ack.replica), staged: Some(ack.point), ..Offer::default() };
-                Err(PeerError::OtherReplica { offered, named: replica })
+                Err(PeerError::OtherReplica { offered: Box::new(offered), named: replica })
             }
             _ => Ok(Vec::new()),
         }
@@ -317,7 +317,7 @@ impl<C: Carried> Replicator<C> {
                     self.linked = true;
                     Ok(staged)
                 }
-                _ => Err(PeerError::OtherReplica { offered: offer.clone(), named: *replica }),
+                _ => Err(PeerError::OtherReplica { offered: Box::new(offer.clone()), named: *replica }),
             },
             Phase::Pairing { .. } => Err(PeerError::NotNow("the register has not answered yet")),
             _ => Err(PeerError::NotNow("the vm is not protected")),

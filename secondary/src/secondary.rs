@@ -91,14 +91,7 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let config = config.bound_to(&vm);
     let _node = telemetry::enter_node(&vm, &config.node);
     let left = options.handover.and_then(|fd| take_over(fd, &vm));
-    let directory = VmDirectory::open(&config.directory, &vm)?;
-    let starting = directory.runner()?.and_then(|known| known.starting);
-    if starting.is_some() && !directory.store().exists() {
-        let path = directory.path().display();
-        bail!(
-            "a start of the guest by colo-primary was cut off in {path}: start colo-primary again, which goes on with it"
-        );
-    }
+    let (directory, starting) = open_directory(&config, &vm)?;
     let store = Store::open(&directory.store(), &vm)?;
     let directory = Arc::new(directory);
     let bind = is_spare.then(|| vm.clone());
@@ -139,25 +132,20 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
         runs: Arc::default(),
         standby,
     };
-    let endpoint = secondary.open_network(&runtime, metrics)?;
-    let follower = secondary.follower((store, left), inbox, endpoint.local_addr()?.port())?;
-    runtime.spawn(secondary.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
-    let outbox = secondary.outbox.clone();
-    let signals = runtime.spawn(async move {
-        if serve::ended().await.is_ok() {
-            drop(outbox.send(Event::Leave));
-        }
-    });
-    let (vm, listen) = (&secondary.vm, secondary.config.admin.listen);
-    tracing::info!(%vm, node = %secondary.config.node, "waiting for a runner at {listen}");
-    let outcome = follower.run();
-    signals.abort();
-    endpoint.close(0_u32.into(), b"");
-    if matches!(outcome, Outcome::Left) {
-        // The runner hears of it at once and need not wait for a silence.
-        drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
+    secondary.serve((store, left), inbox, metrics, &runtime)
+}
+
+/// The vm's directory, and the process that began a start of its guest there and was cut off.
+fn open_directory(config: &SecondaryConfig, vm: &VmId) -> anyhow::Result<(VmDirectory, Option<Incarnation>)> {
+    let directory = VmDirectory::open(&config.directory, vm)?;
+    let starting = directory.runner()?.and_then(|known| known.starting);
+    if starting.is_some() && !directory.store().exists() {
+        let path = directory.path().display();
+        bail!(
+            "a start of the guest by colo-primary was cut off in {path}: start colo-primary again, which goes on with it"
+        );
     }
-    secondary.finish(outcome, &runtime)
+    Ok((directory, starting))
 }
 
 /// A secondary's process.
@@ -186,6 +174,35 @@ struct Secondary {
 }
 
 impl Secondary {
+    /// Follows until something ends it.
+    fn serve(
+        self,
+        copy: (Store, Option<Handover>),
+        inbox: crossbeam_channel::Receiver<Event>,
+        metrics: Option<Endpoint>,
+        runtime: &Runtime,
+    ) -> anyhow::Result<ExitCode> {
+        let endpoint = self.open_network(runtime, metrics)?;
+        let follower = self.follower(copy, inbox, endpoint.local_addr()?.port())?;
+        runtime.spawn(self.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
+        let outbox = self.outbox.clone();
+        let signals = runtime.spawn(async move {
+            if serve::ended().await.is_ok() {
+                drop(outbox.send(Event::Leave));
+            }
+        });
+        let (vm, listen) = (&self.vm, self.config.admin.listen);
+        tracing::info!(%vm, node = %self.config.node, "waiting for a runner at {listen}");
+        let outcome = follower.run();
+        signals.abort();
+        endpoint.close(0_u32.into(), b"");
+        if matches!(outcome, Outcome::Left) {
+            // The runner hears of it at once and need not wait for a silence.
+            drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
+        }
+        self.finish(outcome, runtime)
+    }
+
     /// The sockets, the control plane and the console's sinks.
     fn open_network(&self, runtime: &Runtime, metrics: Option<Endpoint>) -> anyhow::Result<quinn::Endpoint> {
         let config = &self.config;

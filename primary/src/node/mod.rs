@@ -192,6 +192,23 @@ enum Linking {
     Waiting { until: Instant },
 }
 
+/// Has the guest's events wake the node; a full inbox does as well.
+fn wake_by(guest: &mut dyn ProtectedGuest, outbox: Sender<Event>) {
+    guest.on_event(Arc::new(move || drop(outbox.try_send(Event::Guest))));
+}
+
+/// Nothing of the guest's memory or of its disk has changed yet.
+fn nothing_changed(guest: &dyn ProtectedGuest, disk: Option<&RunnerDisk>) -> Changes {
+    let blocks = disk.map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+    Changes::none(guest.memory().layout().frame_limit(), blocks)
+}
+
+/// The register was just read, or just written.
+fn begin_account(board: &Board, replicator: &Replicator<Changes>) {
+    board.begins_to_run();
+    board.change(|status| status.found(Some(replicator.register())));
+}
+
 /// The runner of a guest.
 pub struct Node {
     vm: VmId,
@@ -290,14 +307,9 @@ impl Node {
             planned,
             last_changed,
         } = beginning;
-        let wake = outbox.clone();
-        // A full inbox wakes the node as well.
-        guest.on_event(Arc::new(move || drop(wake.try_send(Event::Guest))));
-        let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
-        let (dirty, now) = (Changes::none(guest.memory().layout().frame_limit(), blocks), Instant::now());
-        board.begins_to_run();
-        // Just read, or just written.
-        board.change(|status| status.found(Some(replicator.register())));
+        wake_by(&mut *guest, outbox.clone());
+        let (dirty, now) = (nothing_changed(&*guest, disk.as_deref()), Instant::now());
+        begin_account(&board, &replicator);
         Self {
             vm,
             me,

@@ -19,7 +19,7 @@ fn healed(cluster: &Cluster, runner: &str, wanted: &str) -> anyhow::Result<()> {
         let paired = cluster.status(runner).filter(|status| status.role() == Role::Paired);
         Ok(paired.and_then(|status| status.link).filter(|link| link.peer == wanted).map(drop))
     })?;
-    println!("{runner} is protected by {wanted} after {} ms", began.elapsed().as_millis());
+    eprintln!("{runner} is protected by {wanted} after {} ms", began.elapsed().as_millis());
     check_goes_on(cluster)
 }
 

@@ -22,7 +22,7 @@ fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
     cluster.until_paired(to)?;
     let gap = cluster.status(to).and_then(|status| status.promotion).context("no promotion")?;
     let (register, total) = (reply.elapsed_ms, gap.total_us);
-    println!("{from} -> {to}: the register after {register} ms, promoted in {total} us");
+    eprintln!("{from} -> {to}: the register after {register} ms, promoted in {total} us");
     ensure!(
         cluster.status(from).map(|status| status.role()) == Some(Role::Following),
         "{from} does not follow"
