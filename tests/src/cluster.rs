@@ -214,6 +214,12 @@ impl Cluster {
         self.process(node)?.signal(signal)
     }
 
+    /// Whether a node that runs the guest and loses it goes on in the same process, as a follower: then nobody need start
+    /// it again.
+    pub fn goes_on_as_follower(&self, node: &str) -> bool {
+        self.options.standby || self.places.get(node).is_some_and(|place| !place.primary)
+    }
+
     /// Waits for the end of a node's process.
     ///
     /// # Errors
