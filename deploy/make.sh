@@ -6,6 +6,7 @@
 #
 #   make.sh setup|guest|build|test|check|bench|clean
 #   make.sh demo [ARGUMENT OF colo-demo ...]
+#   make.sh demo-cluster [ARGUMENT OF colo-demo-cluster ...]
 #   make.sh chaos [ARGUMENT OF colo-chaos ...]
 set -euo pipefail
 shopt -s inherit_errexit
@@ -28,7 +29,7 @@ clone_id=''
 
 main() {
     case $target in
-        setup | guest | build | test | check | demo | chaos | bench) trap 'finish $?' EXIT ;;
+        setup | guest | build | test | check | demo | demo-cluster | chaos | bench) trap 'finish $?' EXIT ;;
         clean) clean; return ;;
         *) usage ;;
     esac
@@ -41,6 +42,7 @@ main() {
         check) step set-up set_up check; step set-up claim; check ;;
         # What colo-demo boots: three kernels would be built before a first demo otherwise.
         demo) step set-up set_up; step set-up guest_if_kvm up initramfs service; build; step demo demo "$@" ;;
+        demo-cluster) step set-up set_up; step set-up guest_if_kvm up service; build; step demo demo_cluster "$@" ;;
         chaos) step set-up set_up; step set-up guest_if_kvm up service; build; step chaos chaos "$@" ;;
         bench) step set-up set_up; step set-up guest_if_kvm; build; step bench bench ;;
     esac
@@ -238,8 +240,11 @@ demo() {
     "$CARGO_TARGET_DIR/release/colo-demo" --summary "$clone/target/demo/summary.json" "$@"
 }
 
+demo_cluster() {
+    "$CARGO_TARGET_DIR/release/colo-demo-cluster" --summary "$clone/target/demo-cluster/summary.json" "$@"
+}
+
 chaos() {
-    mkdir -p target/chaos
     "$CARGO_TARGET_DIR/release/colo-chaos" --summary "$clone/target/chaos/summary.json" "$@"
 }
 
@@ -254,7 +259,7 @@ clean() {
     locate
     claim
     cargo clean --release
-    rm -rf target/dependencies target/demo target/chaos target/test
+    rm -rf target/dependencies target/demo target/demo-cluster target/chaos target/test
     echo "removed what was built in $CARGO_TARGET_DIR; guest images stay in $COLO_CACHE/guest"
 }
 

@@ -110,12 +110,14 @@ impl Report {
 
     /// The table, as a page of documentation has it.
     pub fn table(&self) -> String {
-        let mut text = "| fault | expected | seen | ok | detected, p50 / max ms | register | promoted | unprotected | \
+        let mut text =
+            "| fault | expected | seen | ok | detected, p50 / max ms | register | promoted | unprotected | \
                         no answer for |\n|---|---|---|---|---|---|---|---|---|\n"
-            .to_owned();
+                .to_owned();
         for (name, runs) in &self.faults {
             let row = row(name, runs);
-            let seen: Vec<String> = row.seen.iter().map(|(what, times)| format!("{what} ({times})")).collect();
+            let seen: Vec<String> =
+                row.seen.iter().map(|(what, times)| format!("{what} ({times})")).collect();
             let times = [
                 &row.detection_ms,
                 &row.register_ms,

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use super::faults::{Hit, aim};
 use super::judge::{Seen, Step, judge};
 use super::plan::{Expected, Fault};
-use super::watcher::unprotected;
 use super::world::{PATIENCE, Roles, World};
 use crate::cluster::runs;
 use crate::images::Images;
@@ -50,11 +49,6 @@ impl Scene {
         let started = world.dial().and_then(|dial| Ok((Writer::start(dial.clone(), PATIENCE, "key")?, dial)));
         let (writer, dial) = started.map_err(|e| world.explain(&e))?;
         Ok(Self { writer: Some(writer), dial, seed, hold, steps: 0, world })
-    }
-
-    /// The world.
-    pub fn world(&mut self) -> &mut World {
-        &mut self.world
     }
 
     /// Plays a fault that the guest outlives.
@@ -237,16 +231,6 @@ impl Scene {
         let (left, right) = (cluster.disk_digest(&primary)?, cluster.disk_digest(&secondary)?);
         ensure!(left == right, "the disk is {left} at {primary}, and {right} at {secondary}");
         [&primary, &secondary].into_iter().try_for_each(|node| cluster.check_files(node))
-    }
-
-    /// Until now without protection since this instant.
-    pub fn unprotected(&self, since: Instant) -> Duration {
-        unprotected(&self.world.watcher.seen(), since)
-    }
-
-    /// Goes on with other choices: those that a world made are its own.
-    pub fn seed(&self) -> Seed {
-        self.seed.clone()
     }
 }
 

@@ -156,7 +156,7 @@ impl Host {
         let Self { name, namespace, .. } = self;
         let (outside, tap) = (format!("g-{name}"), tap_of(name));
         ip(&format!(
-            "link add {outside} type veth peer name up netns {}\n\
+            "link add {outside} type veth peer name uplink netns {}\n\
              link set {outside} addrgenmode none master {BRIDGE} up\n",
             namespace.path()
         ))?;
@@ -164,7 +164,7 @@ impl Host {
             ip(&format!(
                 "link add {TAPS} type bridge stp_state 0 forward_delay 0\n\
                  link set {TAPS} addrgenmode none up\n\
-                 link set up addrgenmode none master {TAPS} up\n\
+                 link set uplink addrgenmode none master {TAPS} up\n\
                  tuntap add {tap} mode tap\n\
                  link set {tap} addrgenmode none master {TAPS} up\n"
             ))

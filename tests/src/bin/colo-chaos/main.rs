@@ -17,7 +17,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 #[derive(Parser)]
-#[command(about = "Lets nodes, etcd and networks fail under a protected guest, and judges what its clients saw")]
+#[command(
+    about = "Lets nodes, etcd and networks fail under a protected guest, and judges what its clients saw"
+)]
 struct Args {
     /// Faults: 28 are each one alone, 10 more each pair of parties.
     #[arg(long, default_value_t = 38)]
@@ -92,17 +94,28 @@ impl Run {
             Some(scene) => scene,
             None => {
                 self.worlds += 1;
-                say(&format!("world {} is built: six hosts, three nodes, etcd, a guest that boots", self.worlds));
+                say(&format!(
+                    "world {} is built: six hosts, three nodes, etcd, a guest that boots",
+                    self.worlds
+                ));
                 Scene::begin(&self.images, Seed::new(self.seed.next_u64()), self.hold)?
             }
         };
         let is_last = fault.expected() == Expected::Nobody;
-        let seen = if is_last { scene.play_last(fault) } else { scene.play(fault).inspect(|_| self.scene = Some(scene)) };
+        let seen = if is_last {
+            scene.play_last(fault)
+        } else {
+            scene.play(fault).inspect(|_| self.scene = Some(scene))
+        };
         match seen {
             Ok(seen) => {
                 let good = if seen.is_expected { "as expected" } else { "NOT as expected" };
                 let gap = seen.gap.map_or(0, |gap| gap.as_millis());
-                say(&format!("         {}, {good}; no answer for {gap} ms, unprotected for {} ms", seen.outcome, seen.unprotected.as_millis()));
+                say(&format!(
+                    "         {}, {good}; no answer for {gap} ms, unprotected for {} ms",
+                    seen.outcome,
+                    seen.unprotected.as_millis()
+                ));
                 seen.violations.iter().for_each(|broken| say(&format!("         BROKEN: {broken}")));
                 report.add(seen);
             }

@@ -38,7 +38,9 @@ pub(crate) fn play(images: &Images, between: Duration, summary: &Path) -> anyhow
     let trouble = (history.resets, history.timeouts, history.refused.0);
     ensure!(trouble == (0, 0, 0), "the client's resets, timeouts and refusals: {trouble:?}");
     let writes = history.operations.len();
-    say(&format!("{writes} writes over one connection, all read back: nothing that was acknowledged is missing"));
+    say(&format!(
+        "{writes} writes over one connection, all read back: nothing that was acknowledged is missing"
+    ));
     Ok(())
 }
 

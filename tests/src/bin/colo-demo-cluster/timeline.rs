@@ -76,8 +76,7 @@ pub(crate) fn tell(
         register_changes,
     };
     if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
+        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     }
     let text = serde_json::to_string_pretty(&summary)? + "\n";
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
