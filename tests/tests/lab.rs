@@ -84,9 +84,9 @@ fn hosts_hear_each_other_unless_they_are_cut_off() {
         (hears(&at_a, &at_m), hears(&at_m, &at_a))
     };
     assert_eq!(arrives(), (true, true));
-    a.cut_to(m).unwrap();
+    a.cut_to(&[m]).unwrap();
     assert_eq!(arrives(), (false, true));
-    m.cut_to(a).unwrap();
+    m.cut_to(&[a]).unwrap();
     assert_eq!(arrives(), (false, false));
     a.heal().unwrap();
     assert_eq!(arrives(), (true, false));

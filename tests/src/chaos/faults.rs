@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::plan::{Fault, Harm, Party, Way};
 use super::world::{MEMBERS, Roles, World};
+use crate::lab::hosts::Host;
 use crate::seed::Seed;
 
 /// Who is hit, by name.
@@ -61,24 +62,25 @@ pub fn aim(fault: &Fault, roles: &Roles, seed: &mut Seed) -> Vec<Hit> {
 }
 
 impl World {
-    /// Lets it happen; when it had.
+    /// Lets it happen; when it began to.
     ///
     /// # Errors
     /// It cannot be done.
     pub fn strike(&mut self, fault: &Fault, hits: &[Hit], roles: &Roles) -> anyhow::Result<Instant> {
+        let struck = Instant::now();
         if let Fault::Link(way) = fault {
             let (primary, secondary) = (self.lab.host(&roles.primary)?, self.lab.host(&roles.secondary)?);
             if *way != Way::ToPrimary {
-                primary.cut_to(secondary)?;
+                primary.cut_to(&[secondary])?;
             }
             if *way != Way::ToSecondary {
-                secondary.cut_to(primary)?;
+                secondary.cut_to(&[primary])?;
             }
         }
         for hit in hits {
             self.harm(hit).with_context(|| hit.told())?;
         }
-        Ok(Instant::now())
+        Ok(struck)
     }
 
     fn harm(&mut self, hit: &Hit) -> anyhow::Result<()> {
@@ -93,15 +95,13 @@ impl World {
 
     /// Cuts these hosts off from all others; among each other they talk.
     fn cut(&self, inside: &[&str], harm: Harm) -> anyhow::Result<()> {
-        for within in self.lab.hosts().filter(|host| inside.contains(&host.name.as_str())) {
-            for outside in self.lab.hosts().filter(|host| !inside.contains(&host.name.as_str())) {
-                if harm != Harm::Mute {
-                    outside.cut_to(within)?;
-                }
-                if harm != Harm::Deaf {
-                    within.cut_to(outside)?;
-                }
-            }
+        let (within, outside): (Vec<&Host>, Vec<&Host>) =
+            self.lab.hosts().partition(|host| inside.contains(&host.name.as_str()));
+        if harm != Harm::Deaf {
+            within.iter().try_for_each(|host| host.cut_to(&outside))?;
+        }
+        if harm != Harm::Mute {
+            outside.iter().try_for_each(|host| host.cut_to(&within))?;
         }
         Ok(())
     }

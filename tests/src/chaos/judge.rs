@@ -15,8 +15,7 @@ use crate::service::linear::{Verdict, check};
 pub struct Step {
     pub(super) fault: Fault,
     roles: Roles,
-    /// Just before it, and just after it.
-    began: Instant,
+    /// Just before it.
     pub(super) struck: Instant,
     pub(super) repaired: Instant,
     /// When the guest was protected and the third node waited again.
@@ -57,11 +56,10 @@ pub struct Seen {
 }
 
 impl Step {
-    pub(super) fn new(fault: Fault, roles: Roles, began: Instant, struck: Instant) -> Self {
+    pub(super) fn new(fault: Fault, roles: Roles, struck: Instant) -> Self {
         Self {
             fault,
             roles,
-            began,
             struck,
             repaired: struck,
             whole: struck,
@@ -73,7 +71,7 @@ impl Step {
 
     /// Entries since just before the fault; the first is the one that was there.
     fn entries(&self, seen: &[Entry]) -> Vec<Entry> {
-        let from = seen.iter().rposition(|(at, _)| *at <= self.began).unwrap_or(0);
+        let from = seen.iter().rposition(|(at, _)| *at <= self.struck).unwrap_or(0);
         seen[from..].to_vec()
     }
 }
@@ -85,7 +83,7 @@ impl Step {
 pub fn judge(world: &World, step: &Step) -> anyhow::Result<Seen> {
     let all = world.watcher.seen();
     let entries = step.entries(&all);
-    let order = runners(&all, step.began);
+    let order = runners(&all, step.struck);
     let (mut violations, late) = listen(world, step, &order)?;
     violations.extend(check_chain(&all).err().map(|e| format!("the register: {e:#}")));
     violations.extend(world.cluster.ledger().check_history().err().map(|e| format!("the console: {e:#}")));
@@ -104,8 +102,8 @@ pub fn judge(world: &World, step: &Step) -> anyhow::Result<Seen> {
         detection: step.promotion.map(|(detection, _)| detection),
         register,
         promotion: step.promotion.map(|(_, promotion)| promotion),
-        unprotected: unprotected(&all, step.began),
-        gap: history.map(|history| history.longest_gap(history.at(step.began)).length()),
+        unprotected: unprotected(&all, step.struck),
+        gap: history.map(|history| history.longest_gap(history.at(step.struck)).length()),
         late,
     })
 }

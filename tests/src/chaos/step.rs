@@ -76,9 +76,8 @@ impl Scene {
         self.until_answered(&mixed).context("before the fault")?;
         pause(&mut self.seed, INSTANT);
         let hits = aim(fault, &roles, &mut self.seed);
-        let began = Instant::now();
         let struck = self.world.strike(fault, &hits, &roles)?;
-        let mut step = Step::new(fault.clone(), roles, began, struck);
+        let mut step = Step::new(fault.clone(), roles, struck);
         self.endure(fault.expected(), &mixed, &mut step)?;
         step.repaired = Instant::now();
         self.world.repair(&hits)?;
@@ -152,9 +151,8 @@ impl Scene {
         let roles = self.world.roles()?;
         let hits = aim(fault, &roles, &mut self.seed);
         let before = self.world.cluster.register()?;
-        let began = Instant::now();
         let struck = self.world.strike(fault, &hits, &roles)?;
-        let mut step = Step::new(fault.clone(), roles.clone(), began, struck);
+        let mut step = Step::new(fault.clone(), roles.clone(), struck);
         std::thread::sleep(LEAST);
         step.repaired = Instant::now();
         self.world.repair(&hits)?;

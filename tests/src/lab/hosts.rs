@@ -64,13 +64,18 @@ impl Host {
         Ok(Self { name: self.name.clone(), address: self.address, namespace: self.namespace.try_clone()? })
     }
 
-    /// Nothing that it sends to `other` arrives any more.
+    /// Nothing that it sends to these arrives any more.
     ///
     /// # Errors
     /// ip(8) says no.
-    pub fn cut_to(&self, other: &Self) -> anyhow::Result<()> {
-        let told = format!("neigh replace {} lladdr {NOWHERE} dev {CARD} nud permanent\n", other.address);
-        self.namespace.run(|| ip(&told))?.with_context(|| format!("cutting {} off {}", self.name, other.name))
+    pub fn cut_to(&self, others: &[&Self]) -> anyhow::Result<()> {
+        let told: String = others
+            .iter()
+            .map(|other| {
+                format!("neigh replace {} lladdr {NOWHERE} dev {CARD} nud permanent\n", other.address)
+            })
+            .collect();
+        self.namespace.run(|| ip(&told))?.with_context(|| format!("cutting {} off", self.name))
     }
 
     /// Everything that it sends arrives again.
