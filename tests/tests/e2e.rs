@@ -6,6 +6,8 @@
 
 #[path = "e2e/both.rs"]
 mod both;
+#[path = "e2e/chaos.rs"]
+mod chaos;
 #[path = "e2e/control.rs"]
 mod control;
 #[path = "e2e/detector.rs"]

@@ -1,4 +1,4 @@
-//! Calls of a node's control plane, in the clear on loopback, each with a limit.
+//! Calls of a node's control plane, each with a limit: in the clear on loopback, or as an operator with a certificate.
 
 use anyhow::{Context, anyhow};
 use colo_proto::v1::admin_client::AdminClient;
@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Response, Status};
 
 use super::ledger::Ledger;
@@ -26,12 +26,18 @@ const RETRY: Duration = Duration::from_millis(20);
 pub struct Admin {
     runtime: Handle,
     address: SocketAddr,
+    tls: Option<ClientTlsConfig>,
 }
 
 impl Admin {
     /// The control plane at `address`.
     pub fn new(runtime: Handle, address: SocketAddr) -> Self {
-        Self { runtime, address }
+        Self { runtime, address, tls: None }
+    }
+
+    /// The same with the operator's certificate of a cluster.
+    pub fn with_tls(runtime: Handle, address: SocketAddr, tls: ClientTlsConfig) -> Self {
+        Self { runtime, address, tls: Some(tls) }
     }
 
     /// Where it listens.
@@ -210,7 +216,11 @@ impl Admin {
     /// The address makes no sense.
     pub fn client(&self) -> anyhow::Result<AdminClient<Channel>> {
         let _entered = self.runtime.enter();
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))?;
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", self.address))?;
+        if let Some(tls) = &self.tls {
+            endpoint = endpoint.tls_config(tls.clone())?;
+        }
         Ok(AdminClient::new(endpoint.connect_timeout(LOOK_LIMIT).connect_lazy()))
     }
 
