@@ -196,7 +196,9 @@ mod tests {
     #[test]
     fn a_row_says_what_came_of_all_runs() {
         let mut report = Report::default();
-        [700, 900, 800].map(|gap| report.add(seen("moved", true, gap)));
+        for gap in [700, 900, 800] {
+            report.add(seen("moved", true, gap));
+        }
         report.verdict().unwrap();
         let row = "| kill primary | the guest moves | moved (3) | 3 of 3 | - | 500 / 500 | 270 / 270 | 1200 / 1200 | 800 / 900 |";
         assert_eq!(report.table().lines().last(), Some(row));

@@ -13,6 +13,7 @@ use super::{check_goes_on, kill_runner, pair, pause, synthetic};
 const LEASE: Duration = Duration::from_secs(6);
 
 /// Waits until `runner` is protected without anybody's word, by the one who is wanted.
+#[expect(clippy::print_stderr, reason = "how it went")]
 fn healed(cluster: &Cluster, runner: &str, wanted: &str) -> anyhow::Result<()> {
     let began = Instant::now();
     cluster.until(&format!("{runner} to be protected by {wanted}"), || {

@@ -15,6 +15,7 @@ fn copies(cluster: &Cluster, node: &str) -> anyhow::Result<(u64, u64, u64)> {
 }
 
 /// Moves the guest from `from` to `to`, and waits until `from` protects it there.
+#[expect(clippy::print_stderr, reason = "how it went")]
 fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
     let before = copies(cluster, to)?;
     let reply = cluster.switch_over(from).context("the switchover")?;
