@@ -15,13 +15,26 @@ use crate::heal::{Candidate, Healer, Needs};
 const LOOK: Duration = Duration::from_millis(250);
 /// How long a node has to become a secondary before another one is looked for: a claimed spare begins to follow first.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks whether the node that protects the vm is being emptied.
+const WATCH: Duration = Duration::from_secs(1);
 /// While nobody is wanted.
 const IDLE: Duration = Duration::from_secs(3600);
+
+/// What the node is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// This node is to protect the vm.
+    Take(NodeRecord),
+    /// The node that protects the vm is being emptied, and another one is there to replace it.
+    Replace,
+}
 
 /// What the node says to it.
 enum Order {
     /// The vm is without protection, by this entry of the register; or not any more.
     Wanted(Option<Entry>),
+    /// This node protects the vm; or none does.
+    Protected(Option<NodeId>),
     /// That process does not follow.
     Failed(NodeId, Incarnation),
 }
@@ -45,14 +58,14 @@ pub struct Patient {
 }
 
 impl HealWorker {
-    /// Starts the thread. `tell` is called from it, for each candidate.
+    /// Starts the thread. `tell` is called from it.
     ///
     /// # Errors
     /// No thread can be had.
     pub fn start(
         membership: Arc<dyn Membership>,
         patient: Patient,
-        tell: impl Fn(NodeRecord) + Send + 'static,
+        tell: impl Fn(Advice) + Send + 'static,
     ) -> std::io::Result<Self> {
         let (orders, inbox) = crossbeam_channel::unbounded();
         let name = format!("heal-{}", patient.vm);
@@ -61,6 +74,7 @@ impl HealWorker {
             patient,
             healer: Healer::default(),
             wanted: None,
+            protected_by: None,
             told: None,
             silent: false,
             began: Instant::now(),
@@ -75,6 +89,11 @@ impl HealWorker {
         drop(self.orders.send(Order::Wanted(entry)));
     }
 
+    /// Says who protects the vm.
+    pub fn protected_by(&self, node: Option<NodeId>) {
+        drop(self.orders.send(Order::Protected(node)));
+    }
+
     /// That process does not follow.
     pub fn failed(&self, node: NodeId, process: Incarnation) {
         drop(self.orders.send(Order::Failed(node, process)));
@@ -86,6 +105,8 @@ struct Worker {
     patient: Patient,
     healer: Healer,
     wanted: Option<Entry>,
+    /// Who protects the vm.
+    protected_by: Option<NodeId>,
     /// Who was named last, and when.
     told: Option<(Candidate, Instant)>,
     /// The membership does not answer, which was logged.
@@ -94,9 +115,13 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self, inbox: &Receiver<Order>, tell: &impl Fn(NodeRecord)) {
+    fn run(mut self, inbox: &Receiver<Order>, tell: &impl Fn(Advice)) {
         loop {
-            let wait = if self.wanted.is_some() { LOOK } else { IDLE };
+            let wait = match (&self.wanted, &self.protected_by) {
+                (Some(_), _) => LOOK,
+                (None, Some(_)) => WATCH,
+                (None, None) => IDLE,
+            };
             match inbox.recv_timeout(wait) {
                 Ok(order) => self.take(order),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -107,6 +132,12 @@ impl Worker {
             }
             if let Some(entry) = self.wanted.clone() {
                 self.look(&entry, tell);
+            } else if let Some(node) = self.protected_by.clone()
+                && self.is_replaceable(&node)
+            {
+                tracing::info!(vm = %self.patient.vm, "{node} is being emptied: another node is to protect the vm");
+                tell(Advice::Replace);
+                self.protected_by = None;
             }
         }
     }
@@ -120,6 +151,7 @@ impl Worker {
                 }
                 self.wanted = entry;
             }
+            Order::Protected(node) => self.protected_by = node,
             Order::Failed(node, process) => {
                 self.healer.failed(node, process, self.began.elapsed());
                 self.told = None;
@@ -128,7 +160,7 @@ impl Worker {
     }
 
     /// Names the best there is, unless one that was named still has its time.
-    fn look(&mut self, entry: &Entry, tell: &impl Fn(NodeRecord)) {
+    fn look(&mut self, entry: &Entry, tell: &impl Fn(Advice)) {
         if let Some((candidate, at)) = &self.told {
             if at.elapsed() < PATIENCE {
                 return;
@@ -152,8 +184,26 @@ impl Worker {
         let NodeRecord { node, address, .. } = &candidate.record;
         let what = if candidate.spare { "a spare" } else { "a node of this vm" };
         tracing::info!(vm = %self.patient.vm, "{node} at {address}, {what}, is to protect the vm");
-        tell(candidate.record.clone());
+        tell(Advice::Take(candidate.record.clone()));
         self.told = Some((candidate, Instant::now()));
+    }
+
+    /// Whether the node that protects the vm is being emptied, and another one could.
+    fn is_replaceable(&mut self, by: &NodeId) -> bool {
+        let nodes = match self.membership.nodes() {
+            Ok(nodes) => nodes,
+            Err(e) => {
+                self.complain(&e.to_string());
+                return false;
+            }
+        };
+        self.silent = false;
+        let Patient { vm, node, needs, .. } = &self.patient;
+        let empties =
+            |record: &NodeRecord| record.node == *by && record.vm.as_ref() == Some(vm) && record.draining;
+        let others: Vec<NodeRecord> = nodes.iter().filter(|record| record.node != *by).cloned().collect();
+        nodes.iter().any(empties)
+            && self.healer.choose(&others, node, vm, needs, self.began.elapsed()).is_some()
     }
 
     fn claim(&mut self, entry: &Entry, spare: &NodeRecord) -> bool {
@@ -188,7 +238,7 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use super::{HealWorker, Patient};
+    use super::{Advice, HealWorker, Patient};
     use crate::heal::Needs;
     use colo_common::Incarnation;
     use colo_common::ProposalId;
@@ -222,7 +272,7 @@ mod tests {
     fn a_spare_is_claimed_and_another_one_if_it_fails() {
         let place = tempfile::tempdir().unwrap();
         let membership: Arc<dyn Membership> = Arc::new(FileMembership::open(place.path()).unwrap());
-        let _registered = ["s", "t"].map(|node| membership.register(spare(node)).unwrap());
+        let registered = ["s", "t"].map(|node| membership.register(spare(node)).unwrap());
         let value = Value::Solo { node: "a".parse().unwrap(), incarnation: Incarnation(1) };
         let proposal = Proposal { id: ProposalId(1), expected: None, value };
         let vm = "web".parse().unwrap();
@@ -230,17 +280,30 @@ mod tests {
         let (tell, told) = crossbeam_channel::unbounded();
         let needs = Needs { memory: 1 << 20, hypervisor: "kvm".to_owned(), protocol: 3 };
         let patient = Patient { vm, node: "a".parse().unwrap(), incarnation: Incarnation(1), needs };
-        let worker = HealWorker::start(Arc::clone(&membership), patient, move |record| {
-            drop(tell.send(record));
+        let worker = HealWorker::start(Arc::clone(&membership), patient, move |advice| {
+            drop(tell.send(advice));
         })
         .unwrap();
-        let next = || told.recv_timeout(Duration::from_secs(10)).unwrap();
+        let next = || match told.recv_timeout(Duration::from_secs(10)).unwrap() {
+            Advice::Take(record) => record,
+            Advice::Replace => panic!("nobody protects the vm"),
+        };
         assert!(told.recv_timeout(Duration::from_millis(20)).is_err(), "nobody is wanted");
         worker.want(Some(proposal.entry()));
         let first = next();
         let claim = membership.claim_of(&first.node).unwrap().unwrap();
         assert_eq!((claim.vm.as_str(), claim.expected), ("web", proposal.entry()));
         worker.failed(first.node.clone(), first.incarnation);
-        assert_ne!(next().node, first.node);
+        let second = next();
+        assert_ne!(second.node, first.node);
+        worker.want(None);
+        worker.protected_by(Some(second.node.clone()));
+        assert!(told.recv_timeout(Duration::from_millis(1500)).is_err(), "it is not being emptied");
+        let free = membership.register(spare("u")).unwrap();
+        let vm = Some("web".parse().unwrap());
+        let emptied = NodeRecord { draining: true, vm, role: NodeRole::Follower, ..second.clone() };
+        registered[usize::from(second.node.as_str() == "t")].update(emptied).unwrap();
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(Advice::Replace));
+        drop(free);
     }
 }

@@ -11,6 +11,7 @@ pub mod backends;
 pub mod changes;
 pub mod checkpoint;
 pub mod console;
+pub mod drain;
 pub mod encode;
 pub mod epoch;
 pub(crate) mod events;

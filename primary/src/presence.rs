@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::drain::Drain;
 use crate::node::status::{Board, Role, Status};
 
 /// Between two looks whether the record is still true.
@@ -52,7 +53,7 @@ impl Who {
             memory_free: steps(memory_free()),
             disk_free: steps(disk_free(&self.directory)),
             copy: None,
-            draining: false,
+            draining: Drain::of(&self.directory).is_on(),
         }
     }
 }
@@ -107,6 +108,7 @@ struct Worker {
 impl Worker {
     fn run(mut self, ended: &Receiver<()>) {
         let (mut record, mut measured) = (self.who.spare(), Instant::now());
+        let drain = Drain::of(&self.who.directory);
         let mut told: Option<NodeRecord> = None;
         loop {
             if measured.elapsed() > MEASURE {
@@ -115,6 +117,7 @@ impl Worker {
                 record.disk_free = steps(disk_free(&self.who.directory));
             }
             fill(&mut record, &self.vm, &self.board.status());
+            record.draining = drain.is_on();
             let mut wait = LOOK;
             if told.as_ref() != Some(&record) {
                 match self.say(&record) {

@@ -20,6 +20,7 @@ use tonic::service::Routes;
 use crate::admin::Plane;
 use crate::backends;
 use crate::console::Console;
+use crate::drain::Drain;
 use crate::guest_config::{account, describe};
 use crate::last_changed::LastChanged;
 use crate::metrics::Endpoint;
@@ -195,6 +196,7 @@ fn follow_instead(standby: Option<&Standby>, why: anyhow::Error) -> anyhow::Erro
 /// Says to the cluster that this process lives.
 fn announce(config: &PrimaryConfig, plane: &Plane) -> anyhow::Result<(Arc<dyn Membership>, Presence)> {
     let membership = serve::membership(&config.arbiter)?;
+    plane.keep_drain(Drain::of(&config.directory));
     plane.keep_membership(Arc::clone(&membership));
     let who = Who {
         node: config.node.clone(),

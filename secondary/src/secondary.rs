@@ -6,10 +6,11 @@ use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
 use colo_common::membership::{Claim, Membership};
 use colo_common::tls;
 use colo_common::vmdir::VmDirectory;
-use colo_common::{Gfn, History, Incarnation, VmId, telemetry};
-use colo_primary::admin::{FollowerControl, Part, Plane};
+use colo_common::{Gfn, History, Incarnation, NodeId, VmId, telemetry};
+use colo_primary::admin::{FenceAnswer, FollowerControl, Order, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
+use colo_primary::drain::Drain;
 use colo_primary::handover::Handover;
 use colo_primary::heartbeat::{Rhythm, Watch};
 use colo_primary::metrics::Endpoint;
@@ -114,6 +115,7 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
         directory: config.directory.clone(),
     };
     plane.keep_membership(Arc::clone(&membership));
+    plane.keep_drain(Drain::of(&config.directory));
     let presence = Presence::start(Arc::clone(&membership), who, vm.clone(), plane.board.clone(), registered)
         .context("no thread for the membership")?;
     let secondary = Secondary {
@@ -249,9 +251,9 @@ impl Secondary {
             policy: if config.replication.ack == Ack::Disk { AckPolicy::Disk } else { AckPolicy::Memory },
             boot_after_crash: config.on_crash == OnCrash::Boot,
         };
-        let history = match store.summary().copy {
-            StoredCopy::Whole(whole) => whole.history,
-            _ => History::default(),
+        let (history, stored_at) = match store.summary().copy {
+            StoredCopy::Whole(whole) => (whole.history, Some(whole.persisted)),
+            _ => (History::default(), None),
         };
         let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
@@ -284,6 +286,7 @@ impl Secondary {
             directory: Arc::clone(&self.directory),
             board: self.plane.board.clone(),
         };
+        parts.board.change(|status| status.stale_at = stored_at);
         let mut follower = Follower::new(parts, settings, (self.outbox.clone(), inbox));
         follower.take_loaded(loaded)?;
         Ok(follower)
@@ -447,8 +450,16 @@ struct Control {
 }
 
 impl FollowerControl for Control {
-    fn promote(&self, reply: oneshot::Sender<String>) {
-        drop(self.outbox.send(Event::Promote(reply)));
+    fn promote(&self, order: Order) {
+        drop(self.outbox.send(Event::Promote(order)));
+    }
+
+    fn confirm_fenced(&self, node: NodeId, reply: oneshot::Sender<FenceAnswer>) {
+        drop(self.outbox.send(Event::ConfirmFenced(node, reply)));
+    }
+
+    fn set_failover(&self, auto: bool, reply: oneshot::Sender<()>) {
+        drop(self.outbox.send(Event::Failover(auto, reply)));
     }
 
     fn set_disk_policy(&self, disk: bool, reply: oneshot::Sender<Policy>) {

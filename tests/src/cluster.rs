@@ -248,6 +248,17 @@ impl Cluster {
         Ok(reply)
     }
 
+    /// Empties a node, whose guest moves if it runs it.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn drain(&mut self, node: &str) -> anyhow::Result<()> {
+        self.take_file(node)?;
+        self.admin(node)?.drain(true)?;
+        self.places.get_mut(node).context("no such node")?.file_from_start = false;
+        Ok(())
+    }
+
     /// The process of a node.
     ///
     /// # Errors

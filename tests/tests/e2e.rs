@@ -32,6 +32,8 @@ mod linux;
 mod network;
 #[path = "e2e/operator.rs"]
 mod operator;
+#[path = "e2e/orders.rs"]
+mod orders;
 #[path = "e2e/rejoins.rs"]
 mod rejoins;
 #[path = "e2e/service.rs"]

@@ -80,7 +80,7 @@ pub(crate) async fn nodes(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
 }
 
 /// The first node that answers is asked: all list the same.
-async fn list(nodes: &Nodes) -> Result<ListClusterReply, CtlError> {
+pub(crate) async fn list(nodes: &Nodes) -> Result<ListClusterReply, CtlError> {
     let mut failed = None;
     for address in nodes.addresses() {
         let answer = async {
@@ -96,7 +96,7 @@ async fn list(nodes: &Nodes) -> Result<ListClusterReply, CtlError> {
     Err(failed.unwrap_or_else(|| CtlError::Usage("no node is named".to_owned())))
 }
 
-fn role(node: &ClusterNode) -> &'static str {
+pub(crate) fn role(node: &ClusterNode) -> &'static str {
     match node.role() {
         NodeRole::Unspecified => "?",
         NodeRole::Spare => "spare",

@@ -1,11 +1,13 @@
 //! Getting protected again without an operator: says whether somebody is wanted, and takes whom the
 //! [worker](crate::heal_worker) names.
 
+use colo_common::NodeId;
 use colo_common::membership::{NodeRecord, NodeRole};
+use colo_common::register::Value;
 use std::time::{Duration, Instant};
 
-use super::{Linking, Node};
-use crate::heal_worker::HealWorker;
+use super::{Linking, Node, NodeError};
+use crate::heal_worker::{Advice, HealWorker};
 use crate::replicator::Phase;
 
 /// How long a spare that was claimed may be out of reach: it begins to follow first.
@@ -21,6 +23,8 @@ pub(super) struct Healing {
     lacks: bool,
     /// What the worker was told last.
     wanted: bool,
+    /// Who protects the vm, as the worker was told.
+    protected_by: Option<NodeId>,
     /// Who was named, and when.
     candidate: Option<(NodeRecord, Instant)>,
     /// Until when the node that the guest came from is waited for.
@@ -30,7 +34,7 @@ pub(super) struct Healing {
 impl Healing {
     /// Of a guest that `moved` here from another node, or not; which `returns` by then.
     pub(super) fn new(moved: bool, returns: Option<Instant>) -> Self {
-        Self { worker: None, lacks: moved, wanted: false, candidate: None, returns }
+        Self { worker: None, lacks: moved, wanted: false, protected_by: None, candidate: None, returns }
     }
 }
 
@@ -57,6 +61,7 @@ impl Node {
         if matches!(self.replicator.phase(), Phase::Paired { .. }) {
             (self.healing.lacks, self.healing.candidate) = (true, None);
         }
+        self.say_who_protects();
         let wanted = self.lacks_secondary();
         // While a copy is on its way, whoever was named still is.
         let seeding =
@@ -70,7 +75,42 @@ impl Node {
         }
     }
 
-    pub(super) fn on_candidate(&mut self, record: NodeRecord) {
+    fn say_who_protects(&mut self) {
+        let by = match &self.replicator.register().value {
+            Value::Paired { secondary, .. } if self.settings.reprotect => Some(secondary),
+            _ => None,
+        };
+        if self.healing.protected_by.as_ref() == by {
+            return;
+        }
+        self.healing.protected_by = by.cloned();
+        if let Some(worker) = &self.healing.worker {
+            worker.protected_by(by.cloned());
+        }
+    }
+
+    pub(super) fn on_advice(&mut self, advice: Advice) -> Result<(), NodeError> {
+        match advice {
+            Advice::Take(record) => self.on_candidate(record),
+            Advice::Replace => return self.let_go_of_secondary(),
+        }
+        Ok(())
+    }
+
+    /// The secondary's node is being emptied: the vm goes on alone for as long as another one takes to be whole.
+    fn let_go_of_secondary(&mut self) -> Result<(), NodeError> {
+        // What is not safe now is asked for again once the vm is paired again.
+        self.healing.protected_by = None;
+        let busy = self.replicator.is_proposing() || self.switching.is_some() || self.stopping;
+        if busy || !matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            return Ok(());
+        }
+        self.secondary = None;
+        let actions = self.replicator.go_solo();
+        self.act(actions)
+    }
+
+    fn on_candidate(&mut self, record: NodeRecord) {
         if !self.lacks_secondary() {
             return;
         }

@@ -19,7 +19,6 @@ pub mod status;
 mod switching;
 mod telling;
 
-use colo_common::membership::NodeRecord;
 use colo_common::register::{Answer, StopReason};
 use colo_common::telemetry::TermSpan;
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
@@ -37,6 +36,7 @@ use crate::arbiter_worker::{ArbiterWorker, Found};
 use crate::changes::Changes;
 use crate::checkpoint::Standing;
 use crate::epoch::{Pacer, disk_share};
+use crate::heal_worker::Advice;
 use crate::last_changed::LastChanged;
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::outlet::Outlet;
@@ -76,7 +76,7 @@ pub enum Event {
     /// The node that this one lost to runs the guest; its words.
     Superseded(String),
     /// Somebody who may protect the vm; a spare is claimed for it.
-    Candidate(Box<NodeRecord>),
+    Advice(Box<Advice>),
 }
 
 /// What a node does by itself.
@@ -278,6 +278,8 @@ pub struct Node {
     sent: VecDeque<telling::SentEpoch>,
     promotions: u32,
     began: Instant,
+    /// The operator has fenced this node, and is to be told that the guest stands.
+    fenced: Option<operator::Reply>,
     end: Option<End>,
 }
 
@@ -358,6 +360,7 @@ impl Node {
             sent: VecDeque::new(),
             promotions,
             began: now,
+            fenced: None,
             end: None,
             settings,
         }
@@ -379,6 +382,11 @@ impl Node {
                 Ok(event) => self.handle(event)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
+            }
+            if let Some(reply) = self.fenced.take() {
+                tracing::warn!(vm = %self.vm, "this node is fenced by an operator: the guest stands here");
+                operator::answer(Some(reply), Ok(()));
+                return Ok((End::Superseded(None), self.remains()));
             }
             self.settle(Instant::now())?;
             span.follow(self.replicator.register().term);
@@ -419,7 +427,7 @@ impl Node {
             Event::Link(number, event) => self.on_link(number, event)?,
             Event::Seed(number, event) => self.on_seed(number, event)?,
             Event::Command(command) => self.on_command(command)?,
-            Event::Candidate(record) => self.on_candidate(*record),
+            Event::Advice(advice) => self.on_advice(*advice)?,
             Event::Superseded(why) => {
                 tracing::info!(vm = %self.vm, "the kept guest is given up: {why}");
                 let actions = self.replicator.give_up();

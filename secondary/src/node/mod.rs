@@ -9,6 +9,7 @@
 //!   operator ------+                           +--> arbiter: read, propose
 //! ```
 
+mod asked;
 mod following;
 mod pairing;
 mod promoting;
@@ -23,6 +24,7 @@ use colo_common::register::Entry;
 use colo_common::telemetry::TermSpan;
 use colo_common::vmdir::{Runner, VmDirectory};
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
+use colo_primary::admin::{FenceAnswer, Order};
 use colo_primary::arbiter_worker::{ArbiterWorker, Found};
 use colo_primary::console::Console;
 use colo_primary::node::Beginning;
@@ -77,8 +79,12 @@ pub enum Event {
     Pair(Box<PairRequest>, oneshot::Sender<Result<PairAnswer, PairError>>),
     /// The old runner kept the guest.
     HandBack(HandBack),
-    /// The operator wants this node to run the guest; told why it does not.
-    Promote(oneshot::Sender<String>),
+    /// The operator wants this node to run the guest.
+    Promote(Order),
+    /// The operator says that this node does not run the guest; told by which entry of the register that counts.
+    ConfirmFenced(NodeId, oneshot::Sender<FenceAnswer>),
+    /// The operator says whether this node takes over without a word.
+    Failover(bool, oneshot::Sender<()>),
     /// The operator wants acks to mean something else; told what they mean from now on.
     Policy(crate::replica::AckPolicy, oneshot::Sender<Policy>),
     /// The operator ends this process.
@@ -197,8 +203,8 @@ pub struct Follower {
     planned: bool,
     /// Whether the runner is taken for dead.
     detector: Detector<Instant>,
-    /// The operator waits for an answer.
-    asked: Option<oneshot::Sender<String>>,
+    /// What the operator asks for.
+    asked: asked::Asked,
     hand_back: Option<HandBack>,
     /// The register was read on somebody's behalf and has not answered.
     reading: bool,
@@ -303,7 +309,7 @@ impl Follower {
             runner_at: None,
             planned: false,
             detector: Detector::new(),
-            asked: None,
+            asked: asked::Asked::default(),
             hand_back: None,
             reading: false,
             observed: false,
@@ -367,9 +373,15 @@ impl Follower {
                 self.hand_back = Some(offer);
                 self.read();
             }
-            Event::Promote(reply) => {
-                self.asked = Some(reply);
+            Event::Promote(order) => {
+                self.asked.promote(order);
                 self.read();
+            }
+            Event::ConfirmFenced(node, reply) => self.on_confirm_fenced(node, reply),
+            Event::Failover(auto, reply) => {
+                self.settings.auto_failover = auto;
+                // Whoever asked may have given up.
+                let _ = reply.send(());
             }
             Event::Policy(policy, reply) => {
                 let actions = self.replica.change_policy(policy);

@@ -175,8 +175,55 @@ impl Admin {
     /// # Errors
     /// It says no.
     pub fn promote(&self) -> anyhow::Result<v1::PromoteReply> {
-        let request = v1::PromoteRequest { force: false };
+        let request = v1::PromoteRequest { force: false, reason: String::new() };
         self.call(CALL_LIMIT, |mut client| async move { client.promote(request).await })
+    }
+
+    /// Has it run the guest from what it has, whatever the register says.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn promote_by_force(&self, reason: &str) -> anyhow::Result<v1::PromoteReply> {
+        let request = v1::PromoteRequest { force: true, reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.promote(request).await })
+    }
+
+    /// Has it stop at once.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn fence(&self, reason: &str) -> anyhow::Result<v1::FenceReply> {
+        let request = v1::FenceRequest { reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.fence(request).await })
+    }
+
+    /// Says to it that `node` does not run the guest.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn confirm_fenced(&self, node: &str, reason: &str) -> anyhow::Result<v1::ConfirmFencedReply> {
+        let request = v1::ConfirmFencedRequest { node: node.to_owned(), reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.confirm_fenced(request).await })
+    }
+
+    /// Says who decides on a failover.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn set_failover(&self, policy: v1::FailoverPolicy) -> anyhow::Result<()> {
+        let request = v1::SetFailoverRequest { policy: policy.into() };
+        self.call(CALL_LIMIT, |mut client| async move { client.set_failover(request).await })?;
+        Ok(())
+    }
+
+    /// Empties its node, or ends that.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn drain(&self, drain: bool) -> anyhow::Result<()> {
+        let request = v1::DrainRequest { drain, reason: "a test".to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.drain(request).await })?;
+        Ok(())
     }
 
     /// Goes on without protection.
