@@ -18,6 +18,7 @@ mod protect;
 mod status;
 mod status_json;
 mod streams;
+mod verify;
 mod watch;
 mod words;
 
@@ -59,6 +60,7 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Pause(shape) => protect::pause(&nodes, shape.json).await,
         Command::Resume(shape) => protect::resume(&nodes, shape.json).await,
         Command::Switchover(shape) => operate::switchover(&nodes, shape.json).await,
+        Command::Verify(options) => return verify::run(&nodes, &options).await,
         Command::Promote(shape) => operate::promote(&nodes, shape.json).await,
         Command::Stop(options) => operate::stop(&nodes, &options).await,
         Command::Policy(options) => operate::policy(&nodes, &options).await,
