@@ -142,7 +142,7 @@ fn a_comparison_says_what_it_found() {
     let line = json(&out);
     assert_eq!((code, &line["memory"]["places"][0], &line["point"]), (1, &0x1f.into(), &"2.44".into()));
     assert_eq!(a.state().asked, ["verify false false 0", "verify true false 8", "verify false true 0"]);
-    let why = "the copy was compared in part: the link to the secondary was lost";
+    let why = "the copy was compared in part: the link to the secondary has ended";
     a.state().comparison = vec![Ok(half), Err(Status::aborted(why))];
     let (code, out, err) = run(&nodes, "verify");
     assert_eq!((code, out.as_str()), (1, ""));

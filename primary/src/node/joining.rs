@@ -200,7 +200,7 @@ impl Node {
 
     pub(super) fn drop_link(&mut self) {
         self.seed = None;
-        self.end_verification("the link to the secondary was lost");
+        self.end_verification("the link to the secondary has ended");
         self.sent.clear();
         if let Some(peer) = self.peer.take() {
             peer.link.close();

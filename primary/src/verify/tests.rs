@@ -5,7 +5,7 @@ use colo_common::history::point;
 use colo_common::{Gfn, PAGE_SIZE, Point};
 use colo_proto::message::{PageDigest, Verified, Verify, VerifyPart};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
@@ -248,7 +248,7 @@ fn parts() -> [VerifyPart; 2] {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
     #[test]
     fn a_copy_that_is_right_is_never_found_to_differ(seed in any::<u64>()) {
         for part in parts() {
