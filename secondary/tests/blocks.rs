@@ -168,7 +168,8 @@ fn what_is_to_be_compared_comes_between_transfers() {
     }
     // It is of no transfer, so nothing of the next one is counted otherwise.
     sender.begin(Some(point(1, 4)));
-    let within = Frame::transfer(VM, sender.at, sender.digest.frames(), &list(disk, vec![VerifyRange::Zero(1)]));
+    let within =
+        Frame::transfer(VM, sender.at, sender.digest.frames(), &list(disk, vec![VerifyRange::Zero(1)]));
     let error = sender.staging.frame(&within, &sender.memory).unwrap_err();
     assert!(matches!(error, StagingError::OutOfPlace { kind: Kind::Verify, .. }), "{error}");
     for (part, count) in [(disk, DISK_BLOCKS + 1), (VerifyPart::Memory, frames + 1)] {
@@ -188,7 +189,8 @@ fn a_disk_is_compared_with_all_epochs_before_in_it() {
     };
     let right = list(VerifyPart::Disk, vec![VerifyRange::Zero(1), each(&[1, 2, 9]), VerifyRange::Zero(1000)]);
     worker.persister.order(Job::Verify(7, point(1, 2), right, None));
-    let wrong = list(VerifyPart::Disk, vec![each(&[5]), VerifyRange::Zero(1), VerifyRange::Skip(1), each(&[1])]);
+    let wrong =
+        list(VerifyPart::Disk, vec![each(&[5]), VerifyRange::Zero(1), VerifyRange::Skip(1), each(&[1])]);
     worker.persister.order(Job::Verify(7, point(1, 2), wrong, None));
     let mut answers = Vec::new();
     while answers.len() < 2 {

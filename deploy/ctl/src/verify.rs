@@ -93,7 +93,8 @@ struct Display {
 
 impl Display {
     fn show(&mut self, step: &VerifyProgress, now: Instant) {
-        if !self.terminal && self.last.is_some_and(|last| now.duration_since(last) < REPEAT) {
+        let soon = self.last.is_some_and(|last| now.duration_since(last) < REPEAT);
+        if parts(step).next().is_none() || (!self.terminal && soon) {
             return;
         }
         self.last = Some(now);
