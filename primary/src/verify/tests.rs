@@ -33,6 +33,9 @@ struct Request {
     landed: bool,
 }
 
+/// An epoch on its way, and the list behind it.
+type Sent = (Point, Vec<(u64, u8)>, Option<Verify>);
+
 /// A rule that is left out.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Without {
@@ -54,7 +57,7 @@ struct World {
     /// What the open epoch has written.
     open: Vec<(u64, u8)>,
     epoch: u64,
-    sent: VecDeque<(Point, Vec<(u64, u8)>, Option<Verify>)>,
+    sent: VecDeque<Sent>,
     copy: Vec<u8>,
     answers: VecDeque<Verified>,
     corrupted: Option<u64>,
