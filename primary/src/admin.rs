@@ -8,6 +8,7 @@ mod fencing;
 pub(crate) mod health;
 mod listing;
 mod plane;
+mod verify;
 
 use colo_proto::v1::admin_server::Admin;
 use colo_proto::v1::{
@@ -16,7 +17,8 @@ use colo_proto::v1::{
     ListAuditRequest, ListClusterReply, ListClusterRequest, PauseReplicationReply, PauseReplicationRequest,
     PromoteReply, PromoteRequest, ProtectProgress, ProtectRequest, ResumeReplicationReply,
     ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, SetFailoverReply, SetFailoverRequest,
-    StatusReply, StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, WatchRequest,
+    StatusReply, StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, VerifyProgress,
+    VerifyReplicaRequest, WatchRequest,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -50,6 +52,7 @@ impl Admin for AdminService {
     type ProtectStream = Answers<ProtectProgress>;
     type ListAuditStream = Answers<AuditEntry>;
     type EventsStream = Answers<Happening>;
+    type VerifyReplicaStream = Answers<VerifyProgress>;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         Ok(Response::new(convert::status(&self.0)))
@@ -132,6 +135,15 @@ impl Admin for AdminService {
         self.0.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
         let elapsed_ms = convert::ms(started.elapsed());
         Ok(Response::new(SwitchoverReply { register: self.0.register(), elapsed_ms }))
+    }
+
+    async fn verify_replica(
+        &self,
+        request: Request<VerifyReplicaRequest>,
+    ) -> Result<Response<Self::VerifyReplicaStream>, Status> {
+        self.0.asked(&request, verify::words(request.get_ref()), "");
+        let answers = verify::begin(&self.0, request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
     async fn promote(&self, request: Request<PromoteRequest>) -> Result<Response<PromoteReply>, Status> {

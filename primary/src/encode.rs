@@ -6,7 +6,7 @@ use colo_common::{BLOCK_SIZE, Block, Gfn, History, PAGE_SIZE, Point};
 use colo_proto::frame::{Frame, Kind, MAX_BODY, MAX_FRAME_PAGES, VmTag};
 use colo_proto::message::{
     EpochBegin, EpochEnd, Output as WireOutput, OutputItem as WireItem, Position, SeedBegin, SeedMode,
-    TransferDigest,
+    TransferDigest, Verify,
 };
 use colo_proto::pages::{Content, MAX_RUNS, Run, RunTable};
 use colo_vmm::block_runs::{BlockRun, NewestBlocks};
@@ -168,6 +168,11 @@ impl Encoder {
         };
         send(Frame::transfer(self.vm, self.point, self.next(), &end));
         PageCount { data: self.data_pages - before.0, zero: self.zero_pages - before.1 }
+    }
+
+    /// What is to be compared at the point of the epoch just before; of no transfer.
+    pub fn verify(&self, verify: &Verify) -> Frame {
+        Frame::transfer(self.vm, self.point, 0, verify)
     }
 
     fn next(&self) -> u32 {

@@ -41,4 +41,5 @@ pub mod start;
 pub mod switchover;
 pub mod terminal;
 pub mod transfer;
+pub mod verify;
 pub mod wire;

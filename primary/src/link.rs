@@ -3,7 +3,9 @@
 //! waits for the network.
 
 use colo_common::{Incarnation, NodeId, Point, Term, VmId};
-use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, Diverged, RangeDigests};
+use colo_proto::message::{
+    BlockDigestRequest, BlockDigests, DigestRequest, Diverged, RangeDigests, Verified,
+};
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{BootFile, WireSpec};
 use crossbeam_channel::Sender;
@@ -96,6 +98,8 @@ pub enum LinkEvent {
     Progress(Marks),
     /// What a seed has asked for.
     Answer(Answer),
+    /// Whether the copy holds what it was told of the guest.
+    Verified(Verified),
     /// So many bytes of a copy's pages and blocks are written.
     Copied(u64),
     /// An epoch's frames are written.

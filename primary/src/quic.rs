@@ -209,6 +209,7 @@ impl Link {
                 Control::RangeDigests(digests) => self.tell(LinkEvent::Answer(Answer::Pages(digests))),
                 Control::BlockDigests(digests) => self.tell(LinkEvent::Answer(Answer::Blocks(digests))),
                 Control::Diverged(diverged) => self.tell(LinkEvent::Answer(Answer::Diverged(diverged))),
+                Control::Verified(verified) => self.tell(LinkEvent::Verified(verified)),
                 Control::Refused(refused) => {
                     self.tell(LinkEvent::Refused(refused.detail.to_string()));
                     return refused.detail.to_string();
@@ -318,6 +319,7 @@ fn encode(encoder: &mut Encoder, transfer: Transfer) -> (Vec<Frame>, PageCount) 
         Transfer::SeedZeros(runs) => encoder.zeros(&runs, |frame| frames.push(frame)),
         Transfer::SeedBlocks(writes) => encoder.blocks(&writes, |frame| frames.push(frame)),
         Transfer::Epoch(epoch) => pages = encoder.epoch(*epoch, |frame| frames.push(frame)),
+        Transfer::Verify(verify) => frames.push(encoder.verify(&verify)),
     }
     (frames, pages)
 }

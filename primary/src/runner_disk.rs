@@ -8,13 +8,15 @@ use colo_vmm::{BlockSet, Disk};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What stands behind the guest's disk on this node.
 pub struct RunnerDisk {
     image: Arc<dyn Disk>,
     path: PathBuf,
     running: OnceLock<Running>,
+    /// What requests are about to change, or have changed in no epoch yet. As many as the device's queue has.
+    under_way: Mutex<Vec<Range<Block>>>,
 }
 
 struct Running {
@@ -39,7 +41,7 @@ pub enum RunnerDiskError {
 impl RunnerDisk {
     /// An image whose log is at `path` while the guest runs.
     pub fn new(image: Arc<dyn Disk>, path: PathBuf) -> Self {
-        Self { image, path, running: OnceLock::new() }
+        Self { image, path, running: OnceLock::new(), under_way: Mutex::default() }
     }
 
     /// The guest is about to run here, from `point`, which the image holds.
@@ -62,6 +64,12 @@ impl RunnerDisk {
     /// What the guest writes from now on is of this epoch, or of a later one: said before the cut that begins it.
     pub fn open(&self, epoch: Epoch) {
         self.logged().iter().for_each(|disk| disk.log().set_open_epoch(epoch));
+    }
+
+    /// Blocks whose bytes on the image may be of a request that is in no epoch yet. While the guest stands after a cut, it
+    /// is what that cut's epoch lacks.
+    pub fn under_way(&self) -> Vec<Range<Block>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The secondary has acked this point.
@@ -127,10 +135,15 @@ impl Disk for RunnerDisk {
 
     fn change_begins(&self, blocks: Range<Block>) {
         self.logged().iter().for_each(|disk| disk.change_begins(blocks.clone()));
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).push(blocks);
     }
 
     fn change_recorded(&self, blocks: Range<Block>) {
         self.logged().iter().for_each(|disk| disk.change_recorded(blocks.clone()));
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = under_way.iter().position(|begun| *begun == blocks) {
+            under_way.swap_remove(at);
+        }
     }
 }
 
@@ -163,6 +176,12 @@ mod tests {
         );
         drop(life);
         let waits = RunnerDisk::new(open(), path.clone());
+        let (one, other) = (Block(1)..Block(3), Block(7)..Block(8));
+        [&one, &other, &one].into_iter().for_each(|blocks| waits.change_begins(blocks.clone()));
+        waits.change_recorded(one.clone());
+        assert_eq!(waits.under_way().len(), 2);
+        waits.change_recorded(one);
+        assert_eq!(waits.under_way(), [other]);
         waits.open(Epoch(9));
         waits.acked(point(1, 8));
         assert!(waits.remains().is_none());

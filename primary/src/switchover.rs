@@ -32,7 +32,7 @@ pub enum Abort {
     #[error("the arbiter does not answer, and without it no node can take the guest: the guest runs on here")]
     Arbiter,
     /// The link was lost before the secondary had everything.
-    #[error("the link to the secondary was lost before it had everything: the guest runs on here")]
+    #[error("the link to the secondary has ended before it had everything: the guest runs on here")]
     Link,
     /// The secondary did not ack in time.
     #[error("the secondary did not ack the last epoch within {} s: the guest runs on here", STOP_LIMIT.as_secs())]

@@ -1,7 +1,7 @@
 //! What the node hands to the link, each an owned value: from here on nobody shares anything with the guest.
 
 use colo_common::Point;
-use colo_proto::message::SeedMode;
+use colo_proto::message::{SeedMode, Verify};
 use colo_vmm::egress::{Output, OutputPosition};
 use colo_vmm::{DiskWrite, MachineState, PageBatch};
 use std::time::Instant;
@@ -49,4 +49,6 @@ pub enum Transfer {
     SeedBlocks(Vec<DiskWrite>),
     /// An epoch.
     Epoch(Box<Epoch>),
+    /// What the guest has at the epoch just before, to be compared.
+    Verify(Verify),
 }

@@ -5,7 +5,7 @@
 //! - 2: disks. `Blocks`, `BlockDigestRequest` and `BlockDigests`; `EpochEnd` counts blocks. A request for digests has a
 //!   bound (`MAX_DIGESTS_ASKED`), which version 1 kept to.
 //! - 3: copies that come back. `Welcome` has bases and a history, `SeedBegin` a mode for memory and one for the disk,
-//!   and the secondary says `Diverged`. A heartbeat says how late its sender runs, in what was reserved.
+//!   and the secondary says `Diverged`. A heartbeat says how late its sender runs, in what was reserved. A copy may be compared while epochs go on: `Verify` and `Verified`.
 //!
 //! Every change of the wire adds a line here and a test against the version before. What never changes, so that
 //! nodes of any two versions understand why they part: the length of a frame's header, its magic, the places of

@@ -14,7 +14,8 @@ use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag, check_body};
 use colo_proto::heartbeat::{HEARTBEAT_LEN, Heartbeat};
 use colo_proto::message::{
     Ack, BlockDigestRequest, BlockDigests, Compared, Control, DigestRequest, Diverged, EpochBegin, EpochEnd,
-    Goodbye, Hello, Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
+    Goodbye, Hello, Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Verified,
+    Verify, Welcome, Yield,
 };
 use colo_proto::pages::{MAX_RUNS, RunTable};
 use colo_proto::v1;
@@ -231,6 +232,8 @@ messages! {
     block_digest_request: BlockDigestRequest = samples::block_digest_request();
     block_digests: BlockDigests = samples::block_digests();
     diverged: Diverged = samples::diverged();
+    verify: Verify = samples::verify();
+    verified: Verified = samples::verified();
     yields: Yield = samples::yields();
     goodbye: Goodbye = Goodbye;
 }

@@ -36,6 +36,7 @@ fn numbers_of_kinds_stay() {
         (5, "Output"),
         (6, "EpochEnd"),
         (7, "Blocks"),
+        (8, "Verify"),
         (16, "Hello"),
         (17, "Welcome"),
         (18, "Refused"),
@@ -49,6 +50,7 @@ fn numbers_of_kinds_stay() {
         (26, "BlockDigestRequest"),
         (27, "BlockDigests"),
         (28, "Diverged"),
+        (29, "Verified"),
     ];
     assert_eq!(numbers, golden.map(|(number, name)| (number, name.to_owned())));
 }
@@ -160,6 +162,15 @@ fn messages_of_a_transfer() {
 }
 
 #[test]
+fn a_comparison() {
+    message(
+        &samples::verify(),
+        "00800203000301808004
+         0202d8fc4d31a9d8d440556a649ec73d6d788ef18750e3f432af786b6b797e808d10",
+    );
+}
+
+#[test]
 fn messages_of_the_control_stream() {
     let [seed, link] = samples::hellos();
     message(&seed, "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd1910100");
@@ -185,6 +196,7 @@ fn messages_of_the_control_stream() {
         "80040200050102d8fc4d31a9d8d440556a649ec73d6d788ef18750e3f432af786b6b797e808d10",
     );
     message(&samples::diverged(), "01800203018080808008800201");
+    message(&samples::verified(), "03e8070182800402028302848204");
     message(&samples::yields(), "01");
     message(&colo_proto::message::Goodbye, "");
     assert_eq!(samples::range_digests().end(), Gfn(0x100 + 5 + 2));

@@ -3,13 +3,15 @@
 use colo_common::limits::MAX_GUEST_MEMORY;
 use colo_common::telemetry::in_node;
 use colo_common::{Gfn, PAGE_SIZE, Point};
-use colo_proto::message::{DigestRequest, PageDigest, RangeDigests};
+use colo_primary::verify::{MemorySource, compare};
+use colo_proto::message::{DigestRequest, PageDigest, RangeDigests, Verified, Verify};
 use colo_vmm::GuestMemory;
 use colo_vmm::page_batch::is_zero;
 use crossbeam_channel::{Receiver, Sender};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::digests::Collector;
 use crate::image::{ApplyError, Image};
@@ -33,6 +35,9 @@ pub enum Job {
     Epoch(Arc<StagedEpoch>),
     /// Digests of what is there now, for the link with this number.
     Digests(u64, DigestRequest),
+    /// Whether the image, which is at this point, holds what the list says; for the link with this number. And the room
+    /// that the list takes.
+    Verify(u64, Point, Verify, Option<OwnedSemaphorePermit>),
 }
 
 /// What the thread tells.
@@ -42,6 +47,8 @@ pub enum Applied {
     Point(Point, Duration),
     /// Digests, in order, for the link with this number: to another they would tell of an image that is no more.
     Digests(u64, RangeDigests),
+    /// What was found to differ, for the link with this number.
+    Verified(u64, Verified),
     /// The image cannot be used any more.
     Failed(String),
 }
@@ -96,6 +103,9 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
                     tell(Applied::Point(epoch.point, took));
                 })
             }
+            Job::Verify(link, point, list, _room) => {
+                verify(&image, point, &list).map(|found| tell(Applied::Verified(link, found)))
+            }
             Job::Digests(link, request) => {
                 digests(image.memory(), request, &mut |digests| tell(Applied::Digests(link, digests)));
                 Ok(())
@@ -106,6 +116,13 @@ fn work(mut image: Image, inbox: &Receiver<Job>, tell: &impl Fn(Applied)) -> Ima
         }
     }
     image
+}
+
+fn verify(image: &Image, point: Point, list: &Verify) -> Result<Verified, ApplyError> {
+    if image.point() != Some(point) {
+        return Err(ApplyError::OutOfOrder { at: image.point(), offered: point, base: Some(point) });
+    }
+    compare(point, list, &mut MemorySource(image.memory())).map_err(ApplyError::Unreadable)
 }
 
 /// Tells what a range of frames holds; frames without memory behind them are zero and are not read.

@@ -27,6 +27,9 @@ pub enum ApplyError {
         /// What that follows.
         base: Option<Point>,
     },
+    /// It cannot be read, to be compared.
+    #[error("the image cannot be read: {0}")]
+    Unreadable(#[source] std::io::Error),
     /// A page that the guest does not have.
     #[error(transparent)]
     Memory(#[from] MemoryError),

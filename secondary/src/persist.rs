@@ -3,7 +3,8 @@
 
 use colo_common::telemetry::in_node;
 use colo_common::{Gfn, Point, ReplicaId, Term};
-use colo_proto::message::{BlockDigestRequest, BlockDigests};
+use colo_primary::verify::{DiskSource, compare};
+use colo_proto::message::{BlockDigestRequest, BlockDigests, Verified, Verify};
 use colo_vmm::MachineState;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::memory::Page;
@@ -110,6 +111,9 @@ pub enum Job {
     SeedBlocks(StagedBlocks, Option<OwnedSemaphorePermit>),
     /// Digests of the disk as it is now, for the link with this number.
     BlockDigests(u64, BlockDigestRequest),
+    /// Whether the disk, all epochs up to this point in it, holds what the list says; for the link with this number. And
+    /// the room that the list takes.
+    Verify(u64, Point, Verify, Option<OwnedSemaphorePermit>),
     /// The image file of the guest's disk, of so many bytes, is to be opened and folded into from now on.
     OpenDisk(PathBuf, u64, Sender<Result<Arc<DiskImage>, String>>),
     /// The epoch that makes the copy whole.
@@ -143,6 +147,8 @@ pub enum Persisted {
     IdErased(ReplicaId),
     /// Digests of the disk, in order, for the link with this number.
     Digests(u64, BlockDigests),
+    /// What was found to differ, for the link with this number.
+    Verified(u64, Verified),
     /// The store is of no more use to this process.
     Failed(String),
 }
@@ -244,6 +250,7 @@ impl<T: Fn(Persisted)> Worker<T> {
             Job::Seed(part, _room) => self.store.write_pages(contents(&part))?,
             Job::SeedBlocks(part, _room) => self.store.write_blocks(part.runs())?,
             Job::BlockDigests(link, request) => self.digests(link, request)?,
+            Job::Verify(link, point, list, _room) => self.verify(link, point, &list)?,
             Job::OpenDisk(path, bytes, reply) => {
                 let opened = self.store.open_disk(&path, bytes).map_err(|e| e.to_string());
                 let folding =
@@ -321,6 +328,16 @@ impl<T: Fn(Persisted)> Worker<T> {
         let Some(disk) = self.store.disk() else { return Ok(()) };
         let tell = |digests| (self.tell)(Persisted::Digests(link, digests));
         block_digests(disk.as_ref(), request, tell).map_err(|source| self.store.disk_error(source))
+    }
+
+    /// The epochs ordered before are in the store, unless the copy is about to end: then nobody asks any more.
+    fn verify(&self, link: u64, point: Point, list: &Verify) -> Result<(), StoreError> {
+        let disk = self.store.disk().filter(|_| self.skipped.is_empty());
+        let Some(disk) = disk else { return Ok(()) };
+        let found = compare(point, list, &mut DiskSource(&**disk));
+        let found = found.map_err(|source| self.store.disk_error(source))?;
+        (self.tell)(Persisted::Verified(link, found));
+        Ok(())
     }
 
     /// A store that failed takes nothing more: what the job was to store is missing, so no later one makes a whole of it.

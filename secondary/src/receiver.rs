@@ -2,13 +2,13 @@
 //! to the node. Reading stops while the node holds as much as its memory budget allows, so the runner is slowed by QUIC
 //! itself.
 
-use colo_common::{Incarnation, NodeId, Term, VmId};
+use colo_common::{Incarnation, NodeId, Point, Term, VmId};
 use colo_primary::heartbeat::{Pulse, Watch};
 use colo_primary::wire::{WireError, read_control, read_frame, write_control};
 use colo_proto::frame::VmTag;
 use colo_proto::message::{
-    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, Diverged, Goodbye, Hello, Progress,
-    RangeDigests, Refusal, Refused, SeedMode, Welcome, Yield,
+    Ack, BlockDigestRequest, BlockDigests, Control, DigestRequest, Diverged, Goodbye, Hello, MAX_VERIFY_BODY,
+    Progress, RangeDigests, Refusal, Refused, SeedMode, Verified, Verify, Welcome, Yield,
 };
 use colo_vmm::arch::x86_64::processor::GuestCpu;
 use colo_vmm::{GuestMemory, PagePool};
@@ -67,6 +67,8 @@ pub enum Say {
     BlockDigests(BlockDigests),
     /// Where the copy may hold something else than the points that the seed begins from.
     Diverged(Diverged),
+    /// Whether the copy holds what it was told of the guest.
+    Verified(Verified),
     /// The link is over, and why.
     Refused(Refused),
 }
@@ -116,6 +118,8 @@ pub enum LinkEvent {
     SeedBlocks(StagedBlocks, OwnedSemaphorePermit),
     /// A whole epoch.
     Epoch(Box<StagedEpoch>, OwnedSemaphorePermit),
+    /// What the guest has at this point, and the room that it takes.
+    Verify(Point, Verify, OwnedSemaphorePermit),
     /// The runner's term is newer.
     Term(Term),
     /// Digests are wanted.
@@ -311,6 +315,12 @@ impl Receiver {
                 };
                 self.tell(number, LinkEvent::Epoch(epoch, room)).await;
             }
+            Step::Verify(point, list) => {
+                let Some(room) = self.budget.take(MAX_VERIFY_BODY as u64).await else {
+                    return Err("the node has ended".to_owned());
+                };
+                self.tell(number, LinkEvent::Verify(point, list, room)).await;
+            }
         }
         Ok(())
     }
@@ -344,6 +354,7 @@ async fn speak(mut stream: SendStream, mut words: mpsc::UnboundedReceiver<Say>, 
             Say::Digests(digests) => write_control(&mut stream, vm, digests).await,
             Say::BlockDigests(digests) => write_control(&mut stream, vm, digests).await,
             Say::Diverged(diverged) => write_control(&mut stream, vm, diverged).await,
+            Say::Verified(verified) => write_control(&mut stream, vm, verified).await,
             Say::Refused(refused) => write_control(&mut stream, vm, refused).await,
         };
         if let Err(e) = said {

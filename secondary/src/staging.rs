@@ -2,6 +2,7 @@
 //! adds up. What comes out is an epoch that can be applied as one step.
 //!
 //! ```text
+//!   Idle --Verify--> Idle (what is to be compared at the epoch just before)
 //!   Idle --SeedBegin--> Seed --Pages, Blocks--> (go out as they come: the copy is inconsistent anyway)
 //!    |                   |
 //!    +---EpochBegin------+--EpochBegin--> Epoch --Pages, Blocks, State, Output--> EpochEnd: a StagedEpoch, then Idle
@@ -18,7 +19,7 @@ use colo_primary::release::end_of;
 use colo_proto::frame::{Frame, HEADER_LEN, Kind};
 use colo_proto::message::{
     EpochBegin, EpochEnd, ITEM_COST, Message, MessageError, Output as WireOutput, OutputItem as WireItem,
-    Position, SeedBegin, SeedMode, TransferDigest,
+    Position, SeedBegin, SeedMode, TransferDigest, Verify, VerifyPart,
 };
 use colo_proto::pages::{Content, Run, RunError, RunTable};
 use colo_vmm::MachineState;
@@ -157,6 +158,8 @@ pub enum Step {
     SeedBlocks(StagedBlocks),
     /// A whole epoch.
     Whole(Box<StagedEpoch>),
+    /// What the guest has at this point, to be compared.
+    Verify(Point, Verify),
 }
 
 /// Why a transfer cannot be taken. Nothing of it counts.
@@ -201,6 +204,16 @@ pub enum StagingError {
     /// A page that the guest does not have.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A list of what the guest does not have.
+    #[error(
+        "pages or blocks below {end} are to be compared, and the guest has {limit}: do both nodes have the same spec?"
+    )]
+    Verify {
+        /// Where it ends.
+        end: u64,
+        /// What there is.
+        limit: u64,
+    },
     /// A machine state that cannot be taken.
     #[error(transparent)]
     State(#[from] StateError),
@@ -328,6 +341,9 @@ impl Staging {
         {
             return Err(StagingError::OtherPoint { found: header.point, expected: epoch.point });
         }
+        if header.kind == Kind::Verify && matches!(self.stage, Stage::Idle) {
+            return self.verify(header.point, Verify::decode(frame.body())?);
+        }
         if header.kind == Kind::EpochBegin {
             self.measures = Measures::default();
         }
@@ -351,6 +367,16 @@ impl Staging {
             (Kind::Output, Stage::Epoch(_)) => self.output(WireOutput::decode(frame.body())?),
             (kind, stage) => Err(StagingError::OutOfPlace { kind, state: stage.name() }),
         }
+    }
+
+    /// Of no transfer: nothing is counted.
+    fn verify(&self, point: Point, list: Verify) -> Result<Step, StagingError> {
+        let limit = match list.part {
+            VerifyPart::Memory => self.frame_limit,
+            VerifyPart::Disk => self.disk_blocks,
+        };
+        let end = list.end();
+        if end > limit { Err(StagingError::Verify { end, limit }) } else { Ok(Step::Verify(point, list)) }
     }
 
     fn begin(&mut self, point: Point, begin: EpochBegin) -> Result<Step, StagingError> {

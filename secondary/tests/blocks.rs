@@ -8,7 +8,8 @@ use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, History, Point, Term};
 use colo_proto::frame::{Frame, Kind, VmTag};
 use colo_proto::message::{
-    BlockDigestRequest, DigestRange, EpochBegin, EpochEnd, Position, SeedBegin, SeedMode, TransferDigest,
+    BlockDigestRequest, DigestRange, EpochBegin, EpochEnd, PageDigest, Position, SeedBegin, SeedMode,
+    TransferDigest, Verify, VerifyPart, VerifyRange,
 };
 use colo_proto::pages::{Run, RunTable};
 use colo_secondary::persist::{Job, Persisted, Persister};
@@ -146,6 +147,60 @@ fn blocks_that_do_not_belong_are_refused() {
         let error = sender.end(counts.0, counts.1).unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
     }
+}
+
+/// Of memory or of the disk, the first so many.
+fn list(part: VerifyPart, ranges: Vec<VerifyRange>) -> Verify {
+    Verify { part, first: 0, ranges }
+}
+
+#[test]
+fn what_is_to_be_compared_comes_between_transfers() {
+    let mut sender = Sender::new(DISK_BLOCKS);
+    let (frames, disk) = (sender.memory.layout().frame_limit(), VerifyPart::Disk);
+    for good in [
+        list(disk, vec![VerifyRange::Zero(DISK_BLOCKS)]),
+        list(VerifyPart::Memory, vec![VerifyRange::Zero(frames)]),
+    ] {
+        let frame = Frame::transfer(VM, sender.at, 0, &good);
+        let step = sender.staging.frame(&frame, &sender.memory).unwrap();
+        assert!(matches!(step, Step::Verify(at, found) if at == sender.at && found == good));
+    }
+    // It is of no transfer, so nothing of the next one is counted otherwise.
+    sender.begin(Some(point(1, 4)));
+    let within =
+        Frame::transfer(VM, sender.at, sender.digest.frames(), &list(disk, vec![VerifyRange::Zero(1)]));
+    let error = sender.staging.frame(&within, &sender.memory).unwrap_err();
+    assert!(matches!(error, StagingError::OutOfPlace { kind: Kind::Verify, .. }), "{error}");
+    for (part, count) in [(disk, DISK_BLOCKS + 1), (VerifyPart::Memory, frames + 1)] {
+        let mut sender = Sender::new(DISK_BLOCKS);
+        let beyond = Frame::transfer(VM, sender.at, 0, &list(part, vec![VerifyRange::Skip(count)]));
+        let error = sender.staging.frame(&beyond, &sender.memory).unwrap_err();
+        assert!(matches!(error, StagingError::Verify { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_disk_is_compared_with_all_epochs_before_in_it() {
+    let (worker, disk) = Worker::start();
+    worker.persister.order(Job::Epoch(staged(&worker.state, 2, vec![data(3, 1)], 9)));
+    let each = |bytes: &[u8]| {
+        VerifyRange::Each(bytes.iter().map(|&byte| PageDigest::of(&[byte; BLOCK_SIZE])).collect())
+    };
+    let right = list(VerifyPart::Disk, vec![VerifyRange::Zero(1), each(&[1, 2, 9]), VerifyRange::Zero(1000)]);
+    worker.persister.order(Job::Verify(7, point(1, 2), right, None));
+    let wrong =
+        list(VerifyPart::Disk, vec![each(&[5]), VerifyRange::Zero(1), VerifyRange::Skip(1), each(&[1])]);
+    worker.persister.order(Job::Verify(7, point(1, 2), wrong, None));
+    let mut answers = Vec::new();
+    while answers.len() < 2 {
+        let told = worker.told.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        if let Persisted::Verified(7, answer) = told {
+            answers.push((answer.compared, answer.differing, answer.places));
+        }
+    }
+    assert_eq!(answers, [(1004, 0, vec![]), (3, 3, vec![0, 1, 3])]);
+    drop(disk);
 }
 
 struct Worker {

@@ -44,6 +44,8 @@ mod starts;
 mod switchover;
 #[path = "e2e/telling.rs"]
 mod telling;
+#[path = "e2e/verifying.rs"]
+mod verifying;
 
 use anyhow::{Context, bail, ensure};
 use colo_common::register::{StopReason, Value};

@@ -291,6 +291,29 @@ impl GuestMemory {
         Ok(runs)
     }
 
+    /// The first run of frames from `from` on that have memory behind them: (first frame, number).
+    ///
+    /// # Errors
+    /// The memfd cannot be searched.
+    pub fn next_populated(&self, from: Gfn) -> Result<Option<(Gfn, u64)>, MemoryError> {
+        let (page, mut before) = (PAGE_SIZE as u64, 0);
+        let mut file = self.file.try_clone().map_err(MemoryError::Seek)?;
+        for (address, len) in self.layout.ranges() {
+            let (first, end) = (address / page, (address + len) / page);
+            if from.0 < end {
+                let at = before + (from.0.max(first) - first) * page;
+                let data = file.seek_data(at).map_err(MemoryError::Seek)?.filter(|&data| data < before + len);
+                if let Some(data) = data {
+                    let hole = file.seek_hole(data).map_err(MemoryError::Seek)?.unwrap_or(self.layout.bytes);
+                    let count = (hole.min(before + len) - data).div_ceil(page);
+                    return Ok(Some((Gfn(first + (data - before) / page), count)));
+                }
+            }
+            before += len;
+        }
+        Ok(None)
+    }
+
     /// Bytes of it that have memory behind them, as the host counts them: at once, whatever the guest's size.
     ///
     /// # Errors
@@ -478,6 +501,14 @@ mod tests {
         }
         let top = Gfn(memory.layout().frame_limit() - 1);
         assert_eq!(memory.populated().unwrap(), [(Gfn(3), 1), (last_low, 1), (high, 2), (top, 1)]);
+        let (mut found, mut at) = (Vec::new(), Gfn(0));
+        while let Some((first, count)) = memory.next_populated(at).unwrap() {
+            found.push((first, count));
+            at = Gfn(first.0 + count);
+        }
+        assert_eq!(found, memory.populated().unwrap());
+        assert_eq!(memory.next_populated(Gfn(HOLE_START / PAGE_SIZE as u64)).unwrap(), Some((high, 2)));
+        assert_eq!(memory.next_populated(Gfn(u64::MAX)).unwrap(), None);
         assert_eq!(memory.populated_bytes().unwrap(), 5 * PAGE_SIZE as u64);
         assert!(memory.write_page(Gfn(HOLE_START / PAGE_SIZE as u64), &ONES).is_err());
     }

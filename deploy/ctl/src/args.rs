@@ -20,12 +20,14 @@ const MAX_PATIENCE_S: u64 = 86_400;
 
 const EXIT_STATUSES: &str = "\
 Nodes: --node, else COLO_NODES (HOST:PORT,HOST:PORT), else 127.0.0.1:7700 and 127.0.0.1:7701. A command goes to the node
-that it is meant for: protect, pause, resume, switchover and stop --vm to the one that runs the guest, promote, policy,
-failover and confirm-fenced to the one that follows; vms, nodes, fence and drain ask any one what the cluster has. With exactly one --node it goes there.
+that it is meant for: protect, pause, resume, switchover, verify
+and stop --vm to the one that runs the guest, promote, policy, failover and
+confirm-fenced to the one that follows; vms, nodes, fence and drain ask any
+one what the cluster has. With exactly one --node it goes there.
 
 Exit status:
   0  done; for health: healthy
-  1  a node refused, or something failed; the line on standard error says what
+  1  a node refused, or something failed; the line on standard error says what. For verify: the copy differs
   2  the command line is wrong
   3  no node answers
   4  health: not healthy, or not protected where that was asked for";
@@ -67,6 +69,10 @@ pub(crate) enum Command {
     Protect(Protect),
     /// Moves the guest to its secondary; both nodes live, nothing is lost, and they exchange their roles.
     Switchover(Shape),
+    /// Compares the secondary's copy with the guest while both go on, and shows how far it is.
+    ///
+    /// A copy that differs is not trusted any more and made whole again. Leaving it ends the comparison.
+    Verify(Verify),
     /// Makes the secondary run the guest.
     ///
     /// With --force, a node that has a whole point of the guest runs it from there whatever the register says, and what was
@@ -153,6 +159,21 @@ pub(crate) struct Protect {
     /// Sends everything, whatever the secondary has.
     #[arg(long)]
     pub(crate) full: bool,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Verify {
+    /// Compares the memory; with neither --memory nor --disk, all there is.
+    #[arg(long)]
+    pub(crate) memory: bool,
+    /// Compares the disk.
+    #[arg(long)]
+    pub(crate) disk: bool,
+    /// MiB a second that the guest's node reads for it at most [default: 64]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: Option<u32>,
     #[command(flatten)]
     pub(crate) shape: Shape,
 }
@@ -370,5 +391,6 @@ mod tests {
         assert!(error("coloctl confirm-fenced b/c --reason x").contains("b/c"));
         assert!(error("coloctl failover never").contains("auto, manual"));
         assert!(error("coloctl watch --count 0").contains("--count"));
+        assert!(error("coloctl verify --rate 0").contains("--rate"));
     }
 }

@@ -83,6 +83,7 @@ fn kind(kind: i32) -> &'static str {
         Ok(AuditKind::AckPolicy) => "ack-policy",
         Ok(AuditKind::FailoverPolicy) => "failover-policy",
         Ok(AuditKind::Command) => "command",
+        Ok(AuditKind::Verified) => "verified",
         Ok(AuditKind::Unspecified) | Err(_) => "unknown",
     }
 }

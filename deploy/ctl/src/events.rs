@@ -68,6 +68,7 @@ fn kind(kind: i32) -> &'static str {
         Ok(EventKind::Promoted) => "promoted",
         Ok(EventKind::Error) => "error",
         Ok(EventKind::Audit) => "audit",
+        Ok(EventKind::Verified) => "verified",
         Ok(EventKind::Unspecified) | Err(_) => "unknown",
     }
 }

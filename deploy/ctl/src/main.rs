@@ -21,6 +21,7 @@ mod protect;
 mod status;
 mod status_json;
 mod streams;
+mod verify;
 mod watch;
 mod words;
 
@@ -64,6 +65,7 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Vms(shape) => cluster::vms(&nodes, shape.json).await,
         Command::Nodes(shape) => cluster::nodes(&nodes, shape.json).await,
         Command::Switchover(shape) => operate::switchover(&nodes, shape.json).await,
+        Command::Verify(options) => return verify::run(&nodes, &options).await,
         Command::Promote(options) => operate::promote(&nodes, &options).await,
         Command::Fence(options) => fence::fence(&nodes, &options).await,
         Command::ConfirmFenced(options) => fence::confirm(&nodes, &options).await,

@@ -4,7 +4,8 @@ mod fake;
 
 use colo_proto::v1::protect_progress::Phase;
 use colo_proto::v1::{
-    Disk, EpochReport, HealthReply, Link, Network, Pause, Point, Points, ProtectProgress, Role,
+    self, Disk, EpochReport, HealthReply, Link, Network, Pause, Point, Points, ProtectProgress, Role,
+    VerifiedPart, VerifyProgress,
 };
 use fake::run::run;
 use fake::{Fake, paired, solo, status, stopped};
@@ -106,6 +107,49 @@ fn a_node_that_is_not_there_is_named_with_the_remedy() {
     let (code, _, err) = run(&nodes, "pause");
     assert_eq!(code, 3);
     assert!(err.contains(&nodes[0]) && err.contains(&nodes[1]) && err.contains("check --node"), "{err}");
+}
+
+#[test]
+fn a_comparison_says_what_it_found() {
+    let (a, _b, nodes) = pair();
+    let part = |compared, differing, places: &[u64]| VerifiedPart {
+        total: 100,
+        looked_at: compared,
+        compared,
+        with_bytes: compared / 2,
+        not_compared: 100 - compared,
+        differing,
+        places: places.to_vec(),
+    };
+    let step = |done, memory, disk| VerifyProgress {
+        done,
+        memory: Some(memory),
+        disk,
+        elapsed_ms: 1200,
+        point: Some(Point { term: 2, epoch: 44 }),
+    };
+    let half = step(false, part(50, 0, &[]), Some(part(0, 0, &[])));
+    let equal = step(true, part(98, 0, &[]), Some(part(100, 0, &[])));
+    a.state().comparison = vec![Ok(half.clone()), Ok(equal)];
+    let (code, out, err) = run(&nodes, "verify");
+    assert_eq!((code, err.as_str()), (0, "compared 50% of 100 pages, 0% of 100 blocks  1.2 s\n"));
+    let wanted = "verified 98 pages, 100 blocks (99 with bytes) in 1.2 s; not compared 2; differing 0\n";
+    assert!(out.starts_with(wanted), "{out}");
+    a.state().comparison = vec![Ok(step(true, part(90, 1, &[0x1f]), None))];
+    let (code, out, _) = run(&nodes, "verify --memory --rate 8");
+    assert!(code == 1 && out.contains("differing 1\n") && out.contains("differing pages: 0x1f\n"), "{out}");
+    let (code, out, _) = run(&nodes, "verify --disk --json");
+    let line = json(&out);
+    assert_eq!((code, &line["memory"]["places"][0], &line["point"]), (1, &0x1f.into(), &"2.44".into()));
+    assert_eq!(a.state().asked, ["verify false false 0", "verify true false 8", "verify false true 0"]);
+    let why = "the copy was compared in part: the link to the secondary has ended";
+    a.state().comparison = vec![Ok(half), Err(Status::aborted(why))];
+    let (code, out, err) = run(&nodes, "verify");
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.ends_with(&format!("coloctl: {why}\n")), "{err}");
+    a.state().comparison.truncate(1);
+    let (code, _, err) = run(&nodes, "verify");
+    assert!(code == 1 && err.contains("before all was compared"), "{err}");
 }
 
 #[test]

@@ -178,6 +178,12 @@ metrics! {
         "Copies begun: full, resync (what differs by digests), rejoin (what was written since)";
     COPY_BYTES = Counter "colo_copy_bytes_total" "bytes", Both, Always, from Events, by "mode" COPY_MODES;
         "Page and block bytes of copies, sent or received, before the epoch that completes one";
+    VERIFICATIONS = Counter "colo_verifications_total" "comparisons", Runner, Always, from Events, by "outcome" OUTCOMES;
+        "Comparisons of the copy with the guest: equal, differs, ended (early)";
+    VERIFY_COMPARED = Counter "colo_verify_compared_total" "pages or blocks", Runner, Always, from Events, by "part" VERIFY_PARTS;
+        "Pages and blocks of the copy that were compared with the guest";
+    VERIFY_DIFFERING = Counter "colo_verify_differing_total" "pages or blocks", Runner, Always, from Events, by "part" VERIFY_PARTS;
+        "Pages and blocks of the copy that were found to differ from the guest";
     STORE_FAILURES = Counter "colo_store_failures_total" "failures", Follower, Always, from Events;
         "Failures of the store, or of the image file under it, while the node followed";
     PROMOTIONS = Counter "colo_promotions_total" "promotions", Both, Always, from Account;
@@ -218,6 +224,8 @@ pub(super) const ROLES: [&str; 12] = [
 const PAUSE_PARTS: [&str; 4] = ["stop", "save", "harvest", "copy"];
 const PROMOTION_PARTS: [&str; 5] = ["register", "apply", "store", "restore", "total"];
 const COPY_MODES: [&str; 3] = ["full", "resync", "rejoin"];
+const OUTCOMES: [&str; 3] = ["equal", "differs", "ended"];
+const VERIFY_PARTS: [&str; 2] = ["memory", "disk"];
 const DIRECTIONS: [&str; 2] = ["sent", "received"];
 
 impl Metric {

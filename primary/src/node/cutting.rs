@@ -125,8 +125,11 @@ impl Node {
         tracing::debug!(pages = pages.len(), pause = ?timing.pause, "the epoch is on its way");
         self.pacer.paused(timing.cut.stop + timing.cut.save + timing.cut.harvest + copy);
         let state = cut.state.clone();
+        // Before the guest goes on.
+        let under_way = self.under_way();
         self.track_disk();
         self.go_on(cut)?;
+        let verify = self.verify_at(point, &pages, &blocks, &under_way);
         let Some(peer) = &mut self.peer else { return self.act(actions) };
         let output =
             if peer.resend_output { self.release.all_held() } else { self.release.held_of(point.epoch) };
@@ -145,7 +148,9 @@ impl Node {
             promotions: self.promotions,
             cut_at: since,
         };
-        if let Err(reason) = peer.link.send(Transfer::Epoch(Box::new(epoch))) {
+        let sent = peer.link.send(Transfer::Epoch(Box::new(epoch)));
+        let sent = sent.and_then(|()| verify.map_or(Ok(()), |list| peer.link.send(Transfer::Verify(list))));
+        if let Err(reason) = sent {
             tracing::warn!(vm = %self.vm, "{point} cannot be sent: {reason}");
             self.act(actions)?;
             return self.lose_link();

@@ -93,6 +93,7 @@ impl Node {
                 self.board.change(|status| status.marks = marks);
                 Ok(())
             }
+            LinkEvent::Verified(answer) => self.on_verified(&answer),
             LinkEvent::Copied(bytes) => {
                 self.board.copied(bytes);
                 Ok(())
@@ -207,6 +208,7 @@ impl Node {
 
     pub(super) fn drop_link(&mut self) {
         self.seed = None;
+        self.end_verification("the link to the secondary has ended");
         self.sent.clear();
         if let Some(peer) = self.peer.take() {
             peer.link.close();

@@ -18,6 +18,7 @@ mod seeding;
 pub mod status;
 mod switching;
 mod telling;
+mod verifying;
 
 use colo_common::register::{Answer, StopReason};
 use colo_common::telemetry::TermSpan;
@@ -47,6 +48,7 @@ pub use operator::{Command, CommandError};
 pub use seeding::SeedEvent;
 use seeding::SeedJob;
 use status::Board;
+pub use verifying::{VerifyEvent, VerifyProgress};
 
 /// How often the node looks after what no event tells: output of an unprotected guest, the size of the open set.
 const TICK: Duration = Duration::from_millis(5);
@@ -71,6 +73,8 @@ pub enum Event {
     Link(u64, LinkEvent),
     /// The seed on the link with this number.
     Seed(u64, SeedEvent),
+    /// The thread that reads for the comparison with this number.
+    Verify(u64, VerifyEvent),
     /// The operator.
     Command(Command),
     /// The node that this one lost to runs the guest; its words.
@@ -263,6 +267,10 @@ pub struct Node {
     /// The guest is being moved to the secondary on purpose.
     switching: Option<switching::Switching>,
     healing: healing::Healing,
+    /// The copy is being compared with the guest.
+    verifying: Option<verifying::Verifying>,
+    /// The copy was found to differ: it is to be made whole again.
+    distrusted: bool,
     /// When each page and block was changed last, up to the open dirty set and what is in flight.
     last_changed: LastChanged,
     /// Since when the guest's writes are tracked for nothing but a copy that may come back.
@@ -348,6 +356,8 @@ impl Node {
             seed: None,
             switching: None,
             healing: healing::Healing::new(moved, planned.then(|| now + healing::RETURN)),
+            verifying: None,
+            distrusted: false,
             kept_since: last_changed.known().memory.map(|_| now),
             last_changed,
             arbiter,
@@ -426,6 +436,7 @@ impl Node {
             Event::Arbiter(found) => self.on_arbiter(found)?,
             Event::Link(number, event) => self.on_link(number, event)?,
             Event::Seed(number, event) => self.on_seed(number, event)?,
+            Event::Verify(number, event) => self.on_verify(number, event),
             Event::Command(command) => self.on_command(command)?,
             Event::Advice(advice) => self.on_advice(*advice)?,
             Event::Superseded(why) => {
@@ -444,6 +455,7 @@ impl Node {
         self.pause_if_wanted()?;
         self.go_on_switching(now)?;
         self.say_whether_wanted();
+        self.go_on_verifying(now)?;
         self.look_for_secondary(now)?;
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;
@@ -563,10 +575,12 @@ impl Node {
                     self.send_resting_again();
                 }
                 Action::Detach => {
-                    if !self.settings.reprotect {
+                    // A copy that was found to differ is made whole again at once, whatever is to follow other losses.
+                    if !self.settings.reprotect && !self.distrusted {
                         // Until the operator says that it goes on.
                         self.paused_secondary = self.secondary.take().or(self.paused_secondary.take());
                     }
+                    self.distrusted = false;
                     self.drop_link();
                     self.keep_or_forget()?;
                 }

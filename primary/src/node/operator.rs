@@ -3,9 +3,9 @@
 
 use colo_common::register::StopReason;
 use std::time::Instant;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
-use super::{Linking, Node, NodeError};
+use super::{Linking, Node, NodeError, VerifyProgress};
 use crate::link::Purpose;
 use crate::replicator::{End, Phase};
 
@@ -53,6 +53,19 @@ pub enum Command {
         /// Told when the secondary has it, or why it has not; nobody to be told if a signal asks.
         reply: Option<Reply>,
     },
+    /// Compare the secondary's copy with the guest, which goes on.
+    Verify {
+        /// Its memory.
+        memory: bool,
+        /// Its disk; neither stands for all there is.
+        disk: bool,
+        /// MiB that are read in a second; 0 stands for the default.
+        rate_mib: u32,
+        /// Told whether it begins.
+        reply: Reply,
+        /// Where it tells how far it is; it ends when nobody looks any more.
+        progress: watch::Sender<VerifyProgress>,
+    },
     /// Press the guest's power button.
     PowerButton,
     /// Stop the vm for good.
@@ -93,13 +106,14 @@ enum Asked {
     Pause,
     Resume,
     Switchover,
+    Verify,
     Stop,
 }
 
 /// Whether the operator can have it now; the reason if not. `proposing`: a change of the register is on its way.
 /// `ending`: the vm is to stop, or its guest has failed.
 fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(), &'static str> {
-    use Asked::{Pause, Protect, Resume, Stop, Switchover};
+    use Asked::{Pause, Protect, Resume, Stop, Switchover, Verify};
     match (asked, phase) {
         // A second stop asks for what is on its way.
         (Stop, Phase::Lost { .. }) => Err(
@@ -114,9 +128,12 @@ fn judge(asked: Asked, phase: &Phase, proposing: bool, ending: bool) -> Result<(
         (Protect, Phase::Seeding { .. } | Phase::Joining { .. } | Phase::Pairing { .. }) => {
             Err("a secondary is joining already: pause replication first")
         }
-        (Switchover, Phase::Paired { .. }) if proposing => Err("the register is being changed: try again"),
-        (Switchover, Phase::Paired { .. }) => Ok(()),
+        (Switchover | Verify, Phase::Paired { .. }) if proposing => {
+            Err("the register is being changed: try again")
+        }
+        (Switchover | Verify, Phase::Paired { .. }) => Ok(()),
         (Switchover, _) => Err("the vm is not protected: there is nobody to move it to"),
+        (Verify, _) => Err("the vm is not protected: there is no whole copy to compare with"),
         // A proposal that nobody asked to be Solo is the vm's end: of a guest that powered itself off.
         (Pause, Phase::Alone) if proposing => Err("the vm is being stopped"),
         (Pause | Resume, _) => Ok(()),
@@ -163,6 +180,11 @@ impl Node {
                     answer(reply, refused);
                 }
             },
+            Command::Verify { memory, disk, rate_mib, reply, progress } => {
+                let verdict = self.judge(Asked::Verify);
+                let begun = verdict.and_then(|()| self.begin_verification(memory, disk, rate_mib, progress));
+                answer(Some(reply), begun);
+            }
             Command::PowerButton => self.guest.power_button(),
             Command::Stop { reply } => {
                 let verdict = self.judge(Asked::Stop);

@@ -1,13 +1,13 @@
 //! What the operator can have in each phase.
 
-use super::Asked::{self, Pause, Protect, Resume, Stop, Switchover};
+use super::Asked::{self, Pause, Protect, Resume, Stop, Switchover, Verify};
 use super::{judge, may_leave};
 use crate::replicator::Phase;
 use colo_common::history::point;
 use colo_common::register::{Entry, Value};
 use colo_common::{Incarnation, NodeId, ProposalId, ReplicaId, Term};
 
-const ASKED: [Asked; 5] = [Protect, Pause, Resume, Switchover, Stop];
+const ASKED: [Asked; 6] = [Protect, Pause, Resume, Switchover, Verify, Stop];
 
 fn phases() -> [(&'static str, Phase, bool); 9] {
     let (peer, join): (NodeId, _) = ("b".parse().unwrap(), point(1, 5));
@@ -27,17 +27,17 @@ fn phases() -> [(&'static str, Phase, bool); 9] {
     ]
 }
 
-/// For each phase: protect, pause, resume, switchover, stop; `-` is done, a word is part of why not.
-const TABLE: [[&str; 5]; 9] = [
-    ["-", "-", "-", "not protected", "-"],
-    ["try again", "being stopped", "-", "not protected", "-"],
-    ["joining already", "-", "-", "not protected", "-"],
-    ["joining already", "-", "-", "not protected", "-"],
-    ["joining already", "-", "-", "not protected", "-"],
-    ["protected already", "-", "-", "-", "-"],
-    ["protected already", "-", "-", "try again", "-"],
-    ["does not run", "does not run", "does not run", "does not run", "handed back"],
-    ["does not run", "does not run", "does not run", "does not run", "-"],
+/// For each phase: protect, pause, resume, switchover, verify, stop; `-` is done, a word is part of why not.
+const TABLE: [[&str; 6]; 9] = [
+    ["-", "-", "-", "not protected", "no whole copy", "-"],
+    ["try again", "being stopped", "-", "not protected", "no whole copy", "-"],
+    ["joining already", "-", "-", "not protected", "no whole copy", "-"],
+    ["joining already", "-", "-", "not protected", "no whole copy", "-"],
+    ["joining already", "-", "-", "not protected", "no whole copy", "-"],
+    ["protected already", "-", "-", "-", "-", "-"],
+    ["protected already", "-", "-", "try again", "try again", "-"],
+    ["does not run", "does not run", "does not run", "does not run", "does not run", "handed back"],
+    ["does not run", "does not run", "does not run", "does not run", "does not run", "-"],
 ];
 
 #[test]
@@ -53,7 +53,7 @@ fn every_phase_answers_every_wish() {
 #[test]
 fn a_vm_that_is_being_stopped_can_only_be_stopped() {
     for (name, phase, proposing) in phases() {
-        for asked in [Protect, Pause, Resume, Switchover] {
+        for asked in [Protect, Pause, Resume, Switchover, Verify] {
             assert!(judge(asked, &phase, proposing, true).is_err(), "{asked:?} while {name}");
         }
     }

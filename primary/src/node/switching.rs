@@ -44,6 +44,7 @@ impl Node {
             return answer(reply, Err(CommandError::NotNow("a switchover is under way".to_owned())));
         }
         tracing::info!(vm = %self.vm, "a switchover is asked for");
+        self.end_verification("the guest is being moved to the secondary");
         self.arbiter.read();
         let plan = Switchover::new(self.since_began(now));
         self.switching = Some(Switching { plan, answered: false, next_read: now, reply });

@@ -5,7 +5,9 @@ use std::fmt;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::MAX_BODY;
-use crate::message::{MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_DIVERGED_BODY, MAX_HISTORY_BODY};
+use crate::message::{
+    MAX_CONTROL_BODY, MAX_DIGEST_BODY, MAX_DIVERGED_BODY, MAX_HISTORY_BODY, MAX_VERIFY_BODY,
+};
 use crate::pages::MAX_TABLE;
 use crate::version::{FIRST_VERSION, PROTOCOL_VERSION};
 
@@ -44,6 +46,8 @@ pub enum Kind {
     EpochEnd = 6,
     /// Blocks of the disk: a run table and the bytes of its data runs.
     Blocks = 7,
+    /// What pages or blocks hold at the epoch just sent, to be compared.
+    Verify = 8,
     /// The first word of whoever connects.
     Hello = 16,
     /// The answer of a secondary that takes the link.
@@ -70,11 +74,13 @@ pub enum Kind {
     BlockDigests = 27,
     /// Where a copy that came back may hold something else.
     Diverged = 28,
+    /// Whether they are the same in the copy.
+    Verified = 29,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::SeedBegin,
         Self::Pages,
         Self::EpochBegin,
@@ -82,6 +88,7 @@ impl Kind {
         Self::Output,
         Self::EpochEnd,
         Self::Blocks,
+        Self::Verify,
         Self::Hello,
         Self::Welcome,
         Self::Refused,
@@ -95,6 +102,7 @@ impl Kind {
         Self::BlockDigestRequest,
         Self::BlockDigests,
         Self::Diverged,
+        Self::Verified,
     ];
 
     pub(super) fn from_byte(byte: u8) -> Option<Self> {
@@ -128,6 +136,7 @@ impl Kind {
             Self::Pages | Self::Blocks | Self::State | Self::Output => MAX_BODY,
             Self::SeedBegin | Self::EpochBegin | Self::Welcome => MAX_HISTORY_BODY,
             Self::Diverged => MAX_DIVERGED_BODY,
+            Self::Verify => MAX_VERIFY_BODY,
             Self::RangeDigests | Self::BlockDigests => MAX_DIGEST_BODY,
             _ => MAX_CONTROL_BODY,
         }

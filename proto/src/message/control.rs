@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::{
     Bases, BlockDigestRequest, BlockDigests, DigestRequest, Diverged, Message, MessageError, RangeDigests,
-    bounded, check_range,
+    Verified, bounded, check_range,
 };
 use crate::frame::{Frame, Kind, MAX_BODY};
 use crate::version::{NoCommonVersion, Versions};
@@ -280,6 +280,8 @@ pub enum Control {
     BlockDigests(BlockDigests),
     /// See [`Diverged`].
     Diverged(Diverged),
+    /// See [`Verified`].
+    Verified(Verified),
     /// See [`Yield`].
     Yield(Yield),
     /// See [`Goodbye`].
@@ -305,11 +307,13 @@ impl Control {
             Kind::BlockDigestRequest => Self::BlockDigestRequest(BlockDigestRequest::decode(body)?),
             Kind::BlockDigests => Self::BlockDigests(BlockDigests::decode(body)?),
             Kind::Diverged => Self::Diverged(Diverged::decode(body)?),
+            Kind::Verified => Self::Verified(Verified::decode(body)?),
             Kind::Yield => Self::Yield(Yield::decode(body)?),
             Kind::Goodbye => Self::Goodbye(Goodbye::decode(body)?),
             Kind::SeedBegin
             | Kind::Pages
             | Kind::Blocks
+            | Kind::Verify
             | Kind::EpochBegin
             | Kind::State
             | Kind::Output

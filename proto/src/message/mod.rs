@@ -13,6 +13,8 @@
 //!     |       <==================== BlockDigests)
 //!     | == EpochBegin, Pages, Blocks, State, Output, EpochEnd => |
 //!     | <===================== Ack, Progress = |     control again
+//!     | == Verify (behind an epoch) =========> |     transfers
+//!     | <========================== Verified = |     control
 //!     | == TermChanged, Yield, Goodbye ======> |
 //! ```
 
@@ -21,6 +23,7 @@ mod control;
 mod digests;
 mod rejoin;
 mod transfer;
+mod verify;
 
 pub use control::{
     Ack, Control, Detail, Goodbye, Hello, MAX_DETAIL, MAX_WINDOW, MIN_EPOCH_BYTES, Progress, Purpose,
@@ -34,6 +37,10 @@ pub use rejoin::{Base, Bases, Diverged, MAX_DIVERGED_BODY, MAX_DIVERGED_RUNS};
 pub use transfer::{
     EpochBegin, EpochEnd, ITEM_COST, MAX_OUTPUT_ITEMS, MAX_POSITION, Output, OutputItem, Position, SeedBegin,
     SeedMode, SeedPart, TransferDigest,
+};
+pub use verify::{
+    MAX_DIFFERING_NAMED, MAX_VERIFY_BODY, MAX_VERIFY_DIGESTS, MAX_VERIFY_RANGES, Verified, Verify,
+    VerifyPart, VerifyRange,
 };
 
 use colo_common::limits::MAX_HISTORY;

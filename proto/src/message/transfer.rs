@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   seed:   SeedBegin (Pages|Blocks)*  EpochBegin(base: none) (Pages|Blocks)* State+ Output* EpochEnd
-//!   epoch:                             EpochBegin(base)       (Pages|Blocks)* State+ Output* EpochEnd
+//!   epoch:                             EpochBegin(base)       (Pages|Blocks)* State+ Output* EpochEnd Verify?
 //! ```
 //!
 //! The point of a frame's header is that of the epoch; before the `EpochBegin` of a seed it is the newest point that

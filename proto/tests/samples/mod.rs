@@ -8,7 +8,8 @@ use colo_common::{Block, Epoch, Gfn, History, Incarnation, PAGE_SIZE, ReplicaId,
 use colo_proto::message::{
     Ack, Base, Bases, BlockDigestRequest, BlockDigests, Detail, DigestRange, DigestRequest, Diverged,
     EpochBegin, EpochEnd, Hello, Output, OutputItem, PageDigest, Position, Progress, Purpose, RangeDigests,
-    Refusal, Refused, SeedBegin, SeedMode, SeedPart, TermChanged, Welcome, Yield,
+    Refusal, Refused, SeedBegin, SeedMode, SeedPart, TermChanged, Verified, Verify, VerifyPart, VerifyRange,
+    Welcome, Yield,
 };
 use colo_proto::pages::{Content, Run};
 use colo_proto::version::Versions;
@@ -154,6 +155,17 @@ pub(crate) fn block_runs() -> Vec<Run<Block>> {
 
 pub(crate) fn diverged() -> Diverged {
     Diverged { pages: vec![(Gfn(0x100), 3)], blocks: vec![(Block(0x8000_0000), 256)], last: true }
+}
+
+pub(crate) fn verify() -> Verify {
+    let digests = [[1; PAGE_SIZE], [2; PAGE_SIZE]].map(|page| PageDigest::of(&page)).to_vec();
+    let ranges = vec![VerifyRange::Skip(3), VerifyRange::Zero(0x1_0000), VerifyRange::Each(digests)];
+    Verify { part: VerifyPart::Memory, first: 0x100, ranges }
+}
+
+pub(crate) fn verified() -> Verified {
+    let (compared, differing, places) = (0x1_0002, 2, vec![0x103, 0x1_0104]);
+    Verified { point: point(3, 1000), part: VerifyPart::Disk, compared, differing, places }
 }
 
 pub(crate) fn yields() -> Yield {

@@ -1,12 +1,13 @@
 //! Following a runner: links, seeds, epochs, and what becomes of them.
 
-use colo_common::{ReplicaId, Term};
+use colo_common::{Point, ReplicaId, Term};
 use colo_primary::metrics;
 use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::{
-    Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Welcome,
+    Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Verified,
+    Verify, VerifyPart, Welcome,
 };
 use colo_proto::v1::EventKind;
 use colo_proto::version::Versions;
@@ -156,6 +157,7 @@ impl Follower {
                     persister.order(persist::Job::BlockDigests(number, request));
                 }
             }
+            LinkEvent::Verify(point, list, room) => self.verify(number, point, list, room),
             LinkEvent::Yield(word) => {
                 tracing::warn!(vm = %self.vm, "the runner yields (failed: {})", word.failed);
                 self.yielded += u32::from(word.failed);
@@ -308,6 +310,27 @@ impl Follower {
         self.act(rest);
     }
 
+    /// Goes to whoever has the epoch of its point next, right behind that.
+    fn verify(&mut self, link: u64, point: Point, list: Verify, room: OwnedSemaphorePermit) {
+        match self.replica.copy() {
+            Copy::Whole { staged, .. } if *staged == point => {}
+            _ => {
+                let why = format!("a copy at {point} is to be compared, which is not the newest here");
+                return self.refuse(WireRefusal::OutOfPlace, &why);
+            }
+        }
+        match (list.part, &self.applier, &self.persister) {
+            (VerifyPart::Memory, Some(applier), _) => {
+                applier.order(apply::Job::Verify(link, point, list, Some(room)));
+            }
+            (VerifyPart::Disk, _, Some(persister)) => {
+                persister.order(persist::Job::Verify(link, point, list, Some(room)));
+            }
+            // It is about to run the guest.
+            _ => {}
+        }
+    }
+
     /// What the guest sends tells its addresses, which are announced if it runs on here.
     fn learn_addresses(&mut self, output: &Output) {
         let Some(learner) = self.warm.as_mut().and_then(|warm| warm.learner.as_mut()) else { return };
@@ -349,6 +372,7 @@ impl Follower {
                     self.say(Say::Digests(digests));
                 }
             }
+            Applied::Verified(number, found) => self.say_verified(number, found),
             Applied::Failed(why) => {
                 self.refuse(WireRefusal::Failed, &format!("an epoch cannot be applied: {why}"));
                 self.end = Some(super::Outcome::Failed(format!("an epoch cannot be applied: {why}")));
@@ -380,7 +404,19 @@ impl Follower {
                     self.say(Say::BlockDigests(digests));
                 }
             }
+            Persisted::Verified(number, found) => self.say_verified(number, found),
             Persisted::Failed(why) => self.on_store_failed(&why),
+        }
+    }
+
+    fn say_verified(&mut self, number: u64, found: Verified) {
+        if self.link.as_ref().is_some_and(|link| link.number == number) {
+            if found.differing > 0 {
+                let what = format!("{} pages or blocks of this copy differ from the guest", found.differing);
+                tracing::error!(vm = %self.vm, at = %found.point, "{what}");
+                self.board.error(what);
+            }
+            self.say(Say::Verified(found));
         }
     }
 

@@ -170,6 +170,23 @@ impl Admin {
         self.call(CALL_LIMIT, |mut client| async move { client.switchover(request).await })
     }
 
+    /// Compares a runner's copy with its guest, and answers what was found.
+    ///
+    /// # Errors
+    /// It says no, or ends early; both in its words.
+    pub fn verify(&self, request: v1::VerifyReplicaRequest) -> anyhow::Result<v1::VerifyProgress> {
+        self.call(CALL_LIMIT, |mut client| async move {
+            let mut steps = client.verify_replica(request).await?.into_inner();
+            loop {
+                let ended = || Status::unavailable("the progress ends");
+                let step = steps.message().await?.ok_or_else(ended)?;
+                if step.done {
+                    return Ok(Response::new(step));
+                }
+            }
+        })
+    }
+
     /// Has a secondary run the guest.
     ///
     /// # Errors

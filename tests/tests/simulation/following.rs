@@ -181,6 +181,7 @@ impl Follower {
                 }
             }
             Ok(Step::Whole(epoch)) => self.on_epoch(*epoch, common),
+            Ok(Step::Verify(at, _)) => panic!("no runner here has a copy compared, and one is at {at}"),
             Err(e) => {
                 if matches!(e, colo_secondary::staging::StagingError::TooLarge { .. }) {
                     common.outside.broken(|| format!("more came than this node said that it takes: {e}"));

@@ -30,6 +30,7 @@ pub struct State {
     /// What it answers to commands, if it refuses them.
     pub refusal: Option<Status>,
     pub steps: Vec<Result<v1::ProtectProgress, Status>>,
+    pub comparison: Vec<Result<v1::VerifyProgress, Status>>,
     pub reports: Vec<v1::EpochReport>,
     /// Released console output from `kept_from` on.
     pub output: Vec<u8>,
@@ -144,6 +145,7 @@ impl Admin for Service {
     type ProtectStream = Answers<v1::ProtectProgress>;
     type ListAuditStream = Answers<v1::AuditEntry>;
     type EventsStream = Answers<v1::Event>;
+    type VerifyReplicaStream = Answers<v1::VerifyProgress>;
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         Ok(Response::new(self.state().status.clone()))
@@ -202,6 +204,16 @@ impl Admin for Service {
     ) -> Result<Response<v1::SwitchoverReply>, Status> {
         let register = self.command("switchover".to_owned())?;
         Ok(Response::new(v1::SwitchoverReply { register, elapsed_ms: 48 }))
+    }
+
+    async fn verify_replica(
+        &self,
+        request: Request<v1::VerifyReplicaRequest>,
+    ) -> Result<Response<Self::VerifyReplicaStream>, Status> {
+        let v1::VerifyReplicaRequest { memory, disk, rate_mib } = request.into_inner();
+        self.command(format!("verify {memory} {disk} {rate_mib}"))?;
+        let steps = self.state().comparison.clone();
+        Ok(Response::new(Box::pin(tokio_stream::iter(steps))))
     }
 
     async fn promote(
