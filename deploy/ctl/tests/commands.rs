@@ -178,7 +178,7 @@ fn commands_go_to_the_node_that_they_are_meant_for() {
 }
 
 fn process(node: &str, role: v1::NodeRole, address: &str) -> v1::ClusterNode {
-    let (node, vm, address) = (node.to_owned(), "web".to_owned(), address.to_owned());
+    let (node, vm, address) = (node.to_owned(), "demo".to_owned(), address.to_owned());
     v1::ClusterNode { node, vm, address, role: role.into(), ..v1::ClusterNode::default() }
 }
 
@@ -210,10 +210,10 @@ fn a_node_is_drained_when_it_does_nothing_any_more() {
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
     assert_eq!(
         out,
-        format!("a is to leave web (runner, at {})\na is empty: its processes can be ended\n", nodes[0])
+        format!("a is to leave demo (runner, at {})\na is empty: its processes can be ended\n", nodes[0])
     );
     let (_, out, _) = run(&nodes, "drain a --end");
-    assert_eq!(out, "a is there for web again\n");
+    assert_eq!(out, "a is there for demo again\n");
     let (code, _, err) = run(&nodes, "drain z");
     assert_eq!(code, 1);
     assert!(err.contains("no process of z"), "{err}");
