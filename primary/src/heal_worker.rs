@@ -24,7 +24,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Advice {
     /// This node is to protect the vm.
-    Take(NodeRecord),
+    Take(Box<NodeRecord>),
     /// The node that protects the vm is being emptied, and another one is there to replace it.
     Replace,
 }
@@ -184,7 +184,7 @@ impl Worker {
         let NodeRecord { node, address, .. } = &candidate.record;
         let what = if candidate.spare { "a spare" } else { "a node of this vm" };
         tracing::info!(vm = %self.patient.vm, "{node} at {address}, {what}, is to protect the vm");
-        tell(Advice::Take(candidate.record.clone()));
+        tell(Advice::Take(Box::new(candidate.record.clone())));
         self.told = Some((candidate, Instant::now()));
     }
 
@@ -285,7 +285,7 @@ mod tests {
         })
         .unwrap();
         let next = || match told.recv_timeout(Duration::from_secs(10)).unwrap() {
-            Advice::Take(record) => record,
+            Advice::Take(record) => *record,
             Advice::Replace => panic!("nobody protects the vm"),
         };
         assert!(told.recv_timeout(Duration::from_millis(20)).is_err(), "nobody is wanted");

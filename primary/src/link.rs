@@ -135,7 +135,8 @@ pub enum Ask {
 
 /// Makes links.
 pub trait Connector: Send + Sync {
-    /// Begins to make a link; what becomes of it is told to `outbox`.
+    /// Begins to make a link; what becomes of it is told to `outbox`. One that is still being made is given up, and nothing
+    /// more is told of it.
     fn connect(&self, request: Request, outbox: Sender<Event>);
 
     /// Offers the node at `address` to run on what this node lost to it; if that node runs the guest,

@@ -158,11 +158,13 @@ fn fill(record: &mut NodeRecord, vm: &VmId, status: &Status) {
     record.vm = Some(vm.clone());
     record.role = match status.role {
         role if role.runs() => NodeRole::Runner,
-        Role::Following | Role::Receiving if status.link.is_some() => NodeRole::Follower,
+        // With or without a link: it is the copy that the register names, and it may be about to take over.
+        Role::Following => NodeRole::Follower,
+        Role::Receiving if status.link.is_some() => NodeRole::Follower,
         _ => NodeRole::Waiting,
     };
     record.copy = if status.role.runs() { status.tip } else { status.marks.staged.or(status.stale) };
-    if record.role != NodeRole::Waiting {
+    if status.role.runs() || status.link.is_some() {
         // It changes with each epoch, and only a copy that waits is chosen by it.
         record.copy = None;
     }

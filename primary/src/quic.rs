@@ -10,10 +10,10 @@ use colo_vmm::PagePool;
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 use crate::encode::{Encoder, PageCount};
@@ -43,21 +43,27 @@ pub struct QuicConnector {
     endpoint: quinn::Endpoint,
     pairing: PairingClient,
     watch: Watch,
+    /// Ends the newest attempt when it is dropped: what is tried no more must not get between the next attempt and the
+    /// secondary.
+    attempt: Arc<Mutex<Option<oneshot::Sender<()>>>>,
 }
 
 impl QuicConnector {
     /// Links go out from `endpoint`, which has this node's certificate.
     pub fn new(runtime: Handle, endpoint: quinn::Endpoint, pairing: PairingClient, rhythm: Rhythm) -> Self {
-        Self { runtime, endpoint, pairing, watch: Watch::new(rhythm) }
+        Self { runtime, endpoint, pairing, watch: Watch::new(rhythm), attempt: Arc::default() }
     }
 }
 
 impl Connector for QuicConnector {
     fn connect(&self, request: Request, outbox: Sender<Event>) {
         let this = self.clone();
+        let (goes_on, given_up) = oneshot::channel();
+        *self.attempt.lock().unwrap_or_else(PoisonError::into_inner) = Some(goes_on);
         let linking = async move {
             let number = request.number;
-            let event = match this.link(request, &outbox).await {
+            let Some(ended) = this.link(request, &outbox, given_up).await else { return };
+            let event = match ended {
                 Ok(why) => LinkEvent::Down(why),
                 Err(Failed::Down(why)) => LinkEvent::Down(why),
                 Err(Failed::Refused(why)) => LinkEvent::Refused(why),
@@ -97,6 +103,15 @@ fn tell(outbox: &Sender<Event>, number: u64, event: LinkEvent) {
     drop(outbox.send(Event::Link(number, event)));
 }
 
+/// A link that nobody serves yet.
+struct Made {
+    connection: Connection,
+    say: SendStream,
+    hear: RecvStream,
+    welcomed: Welcomed,
+    end: LinkEnd,
+}
+
 /// Both directions of the control stream and what they are about.
 struct Link {
     number: u64,
@@ -106,17 +121,36 @@ struct Link {
 }
 
 impl QuicConnector {
-    /// Makes a link and serves it; answers why it ended.
-    async fn link(&self, request: Request, outbox: &Sender<Event>) -> Result<String, Failed> {
+    /// Makes a link and serves it; answers why it ended, or nothing if it was `given_up` while it was made.
+    async fn link(
+        &self,
+        request: Request,
+        outbox: &Sender<Event>,
+        given_up: oneshot::Receiver<()>,
+    ) -> Option<Result<String, Failed>> {
+        let made = tokio::select! {
+            made = self.agree_and_make(&request) => made,
+            _ = given_up => return None,
+        };
+        Some(match made {
+            Ok(made) => Ok(self.serve(made, &request, outbox).await),
+            Err(failed) => Err(failed),
+        })
+    }
+
+    async fn agree_and_make(&self, request: &Request) -> Result<Made, Failed> {
         // Has limits of its own: boot files may be large.
-        let paired = self.pairing.pair(&request).await.map_err(|e| match e {
+        let paired = self.pairing.pair(request).await.map_err(|e| match e {
             PairingError::Refused(why) => Failed::Refused(why),
             other => Failed::Down(other.to_string()),
         })?;
-        let making = self.make(&request, paired.address);
+        let making = self.make(request, paired.address);
         let made = tokio::time::timeout(HANDSHAKE_LIMIT, making).await;
-        let late = || Failed::Down(format!("{} does not answer", request.address));
-        let (connection, say, hear, welcomed, end) = made.map_err(|_| late())??;
+        made.map_err(|_| Failed::Down(format!("{} does not answer", request.address)))?
+    }
+
+    async fn serve(&self, made: Made, request: &Request, outbox: &Sender<Event>) -> String {
+        let Made { connection, say, hear, welcomed, end } = made;
         let vm = VmTag::of(&request.vm);
         let link = Link { number: request.number, vm, outbox: outbox.clone(), pool: PagePool::default() };
         let pulse = Arc::clone(&welcomed.pulse);
@@ -132,14 +166,10 @@ impl QuicConnector {
             _ = closed.wait_for(|closed| *closed) => "this node dropped it".to_owned(),
         };
         connection.close(0_u32.into(), b"");
-        Ok(why)
+        why
     }
 
-    async fn make(
-        &self,
-        request: &Request,
-        address: SocketAddr,
-    ) -> Result<(Connection, SendStream, RecvStream, Welcomed, LinkEnd), Failed> {
+    async fn make(&self, request: &Request, address: SocketAddr) -> Result<Made, Failed> {
         let connection = self.dial(address).await.map_err(Failed::Down)?;
         let pulse = Arc::new(Pulse::new(&connection));
         let lost = |e: quinn::ConnectionError| Failed::Down(format!("the connection is lost: {e}"));
@@ -175,7 +205,7 @@ impl QuicConnector {
         pulse.hear();
         let address = connection.remote_address();
         let welcomed = Welcomed { link, node: welcome.node, offer, max_epoch_bytes, address, pulse };
-        Ok((connection, say, hear, welcomed, end))
+        Ok(Made { connection, say, hear, welcomed, end })
     }
 
     async fn dial(&self, address: SocketAddr) -> Result<Connection, String> {

@@ -267,7 +267,7 @@ impl Runner {
         let (me, incarnation, tell) = (beginning.me.clone(), beginning.incarnation, outbox.clone());
         let patient = Patient { vm: vm.clone(), node: me, incarnation, needs };
         let healer = HealWorker::start(self.membership, patient, move |advice| {
-            drop(tell.send(Event::Advice(Box::new(advice))));
+            drop(tell.send(Event::Advice(advice)));
         });
         let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board.clone());
         let node = node.healed_by(healer.map_err(NodeError::Thread)?);

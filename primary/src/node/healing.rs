@@ -23,6 +23,8 @@ pub(super) struct Healing {
     lacks: bool,
     /// What the worker was told last.
     wanted: bool,
+    /// The secondary is to be replaced as soon as that can be done.
+    replace: bool,
     /// Who protects the vm, as the worker was told.
     protected_by: Option<NodeId>,
     /// Who was named, and when.
@@ -34,7 +36,15 @@ pub(super) struct Healing {
 impl Healing {
     /// Of a guest that `moved` here from another node, or not; which `returns` by then.
     pub(super) fn new(moved: bool, returns: Option<Instant>) -> Self {
-        Self { worker: None, lacks: moved, wanted: false, protected_by: None, candidate: None, returns }
+        Self {
+            worker: None,
+            lacks: moved,
+            wanted: false,
+            replace: false,
+            protected_by: None,
+            candidate: None,
+            returns,
+        }
     }
 }
 
@@ -89,20 +99,21 @@ impl Node {
         }
     }
 
-    pub(super) fn on_advice(&mut self, advice: Advice) -> Result<(), NodeError> {
+    pub(super) fn on_advice(&mut self, advice: Advice) {
         match advice {
-            Advice::Take(record) => self.on_candidate(record),
-            Advice::Replace => return self.let_go_of_secondary(),
+            Advice::Take(record) => self.on_candidate(*record),
+            Advice::Replace => self.healing.replace = true,
         }
-        Ok(())
     }
 
     /// The secondary's node is being emptied: the vm goes on alone for as long as another one takes to be whole.
-    fn let_go_of_secondary(&mut self) -> Result<(), NodeError> {
-        // What is not safe now is asked for again once the vm is paired again.
-        self.healing.protected_by = None;
+    pub(super) fn let_go_if_replaced(&mut self) -> Result<(), NodeError> {
         let busy = self.replicator.is_proposing() || self.switching.is_some() || self.stopping;
-        if busy || !matches!(self.replicator.phase(), Phase::Paired { .. }) {
+        if !self.healing.replace || busy {
+            return Ok(());
+        }
+        self.healing.replace = false;
+        if !matches!(self.replicator.phase(), Phase::Paired { .. }) {
             return Ok(());
         }
         self.secondary = None;

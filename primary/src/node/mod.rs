@@ -80,7 +80,7 @@ pub enum Event {
     /// The node that this one lost to runs the guest; its words.
     Superseded(String),
     /// Somebody who may protect the vm; a spare is claimed for it.
-    Advice(Box<Advice>),
+    Advice(Advice),
 }
 
 /// What a node does by itself.
@@ -294,43 +294,28 @@ pub struct Node {
 impl Node {
     /// Puts a node together; [`run`](Self::run) it on a thread of its own.
     pub fn new(
-        beginning: Beginning,
+        mut beginning: Beginning,
         settings: Settings,
         arbiter: ArbiterWorker,
         connector: Arc<dyn Connector>,
         (outbox, inbox): (Sender<Event>, Receiver<Event>),
         board: Board,
     ) -> Self {
-        let Beginning {
-            vm,
-            me,
-            incarnation,
-            mut guest,
-            spec,
-            replicator,
-            release,
-            disk,
-            outlet,
-            moved,
-            promotions,
-            former,
-            planned,
-            last_changed,
-        } = beginning;
-        wake_by(&mut *guest, outbox.clone());
-        let (dirty, now) = (nothing_changed(&*guest, disk.as_deref()), Instant::now());
-        begin_account(&board, &replicator);
+        wake_by(&mut *beginning.guest, outbox.clone());
+        let dirty = nothing_changed(&*beginning.guest, beginning.disk.as_deref());
+        let now = Instant::now();
+        begin_account(&board, &beginning.replicator);
         Self {
-            vm,
-            me,
-            incarnation,
-            guest,
-            spec,
-            replicator,
-            release,
-            outlet,
-            moved,
-            disk,
+            vm: beginning.vm,
+            me: beginning.me,
+            incarnation: beginning.incarnation,
+            guest: beginning.guest,
+            spec: beginning.spec,
+            replicator: beginning.replicator,
+            release: beginning.release,
+            outlet: beginning.outlet,
+            moved: beginning.moved,
+            disk: beginning.disk,
             tracking: DiskTracking::Off,
             agreed_epoch_bytes: u64::MAX,
             disk_bytes: 0,
@@ -347,7 +332,7 @@ impl Node {
             failure: None,
             peer: None,
             linking: Linking::Idle,
-            secondary: settings.secondary.clone().or(former.filter(|_| settings.reprotect)),
+            secondary: settings.secondary.clone().or(beginning.former.filter(|_| settings.reprotect)),
             paused_secondary: None,
             pause_wanted: false,
             send_all: false,
@@ -355,11 +340,11 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
-            healing: healing::Healing::new(moved, planned.then(|| now + healing::RETURN)),
+            healing: healing::Healing::new(beginning.moved, beginning.planned.then(|| now + healing::RETURN)),
             verifying: None,
             distrusted: false,
-            kept_since: last_changed.known().memory.map(|_| now),
-            last_changed,
+            kept_since: beginning.last_changed.known().memory.map(|_| now),
+            last_changed: beginning.last_changed,
             arbiter,
             next_read: now + READ_INTERVAL,
             next_offer: (now, READ_INTERVAL),
@@ -368,7 +353,7 @@ impl Node {
             outbox,
             board,
             sent: VecDeque::new(),
-            promotions,
+            promotions: beginning.promotions,
             began: now,
             fenced: None,
             end: None,
@@ -438,7 +423,7 @@ impl Node {
             Event::Seed(number, event) => self.on_seed(number, event)?,
             Event::Verify(number, event) => self.on_verify(number, event),
             Event::Command(command) => self.on_command(command)?,
-            Event::Advice(advice) => self.on_advice(*advice)?,
+            Event::Advice(advice) => self.on_advice(advice),
             Event::Superseded(why) => {
                 tracing::info!(vm = %self.vm, "the kept guest is given up: {why}");
                 let actions = self.replicator.give_up();
@@ -454,6 +439,7 @@ impl Node {
         self.end_failed()?;
         self.pause_if_wanted()?;
         self.go_on_switching(now)?;
+        self.let_go_if_replaced()?;
         self.say_whether_wanted();
         self.go_on_verifying(now)?;
         self.look_for_secondary(now)?;

@@ -1,7 +1,7 @@
 //! How a follower keeps its account: after every event, and for every epoch that it has staged and applied.
 
-use colo_common::Point;
-use colo_common::register::Entry;
+use colo_common::register::{Entry, Value};
+use colo_common::{Point, ReplicaId};
 use colo_primary::node::status::{Devices, DiskAccount, NetworkAccount, Overlay, Policy, Report, Role};
 use colo_proto::message::SeedMode;
 use std::sync::Arc;
@@ -58,12 +58,21 @@ impl Follower {
         self.arbiter.read();
     }
 
+    /// Whether a whole copy protects the vm: its runner is there, or the register names it as far as this node knows.
+    fn counts(&self, copy: ReplicaId) -> bool {
+        let named = self.board.status().register.as_ref().is_none_or(|entry| match &entry.value {
+            Value::Paired { replica, .. } => *replica == copy,
+            _ => entry.term < self.replica.fence(),
+        });
+        self.link.is_some() || named
+    }
+
     /// Writes down what has changed.
     pub(super) fn tell(&mut self) {
         let role = match self.replica.copy() {
             _ if matches!(self.end, Some(Outcome::Run(..))) || self.replica.is_proposing() => Role::Promoting,
             _ if self.end.is_some() => Role::Stopped,
-            Copy::Whole { .. } => Role::Following,
+            Copy::Whole { replica, .. } if self.counts(*replica) => Role::Following,
             Copy::Inconsistent if self.link.is_some() => Role::Receiving,
             _ => Role::Waiting,
         };

@@ -99,8 +99,9 @@ fn a_drained_node_is_left_by_its_guest_and_replaced_as_a_secondary() {
             let status = cluster.status("b").filter(|status| status.role() == Role::Paired);
             Ok(status.and_then(|status| status.link).filter(|link| link.peer == "s").map(drop))
         })?;
-        let left = cluster.status("a").map(|status| status.role());
-        ensure!(left == Some(Role::Waiting), "a is {left:?}");
+        cluster.until("a to be left", || {
+            Ok(cluster.status("a").filter(|status| status.role() == Role::Waiting).map(drop))
+        })?;
         check_goes_on(cluster)?;
         // It is chosen again once it may be.
         cluster.kill("s")?;
