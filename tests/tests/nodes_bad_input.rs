@@ -253,6 +253,43 @@ fn a_certificate_of_another_authority() {
     .unwrap();
 }
 
+/// A spare that goes by another one's name is refused.
+#[test]
+fn two_spares_of_one_name() {
+    scenario(synthetic(), |cluster| {
+        cluster.start_spare("s")?;
+        cluster.until("the spare to wait", || {
+            let log = fs::read_to_string(cluster.directory().join("s.log"))?;
+            Ok(log.contains("waiting as a spare").then_some(()))
+        })?;
+        let edit = |text: String| text.replace("node = \"t\"", "node = \"s\"").replace("vm = \"demo\"\n", "");
+        cluster.is_refused("t", false, edit, &["is registered as s/@spare", "a name of its own"])
+    })
+    .unwrap();
+}
+
+/// A secondary that goes by its runner's name is told so, and the register stays as it is.
+#[test]
+fn two_nodes_of_one_name() {
+    scenario(synthetic(), |cluster| {
+        let (path, command) = cluster.prepare("b", false, None)?;
+        let text = fs::read_to_string(&path)?;
+        fs::write(&path, text.replace("node = \"b\"", "node = \"a\""))?;
+        cluster.start("b", command, false)?;
+        cluster.start_primary("a", Some("b"))?;
+        let before = cluster.register()?;
+        let error = cluster.until("an error", || Ok(error_of(cluster, "a")))?;
+        ensure!(
+            error.contains("named a and so is the runner") && error.contains("a name of its own"),
+            "{error}"
+        );
+        ensure!(cluster.status("a").context("a does not answer")?.role() == Role::Alone, "it is not alone");
+        ensure!(cluster.register()? == before, "the register has changed");
+        cluster.until_released(1000)
+    })
+    .unwrap();
+}
+
 fn error_of(cluster: &Cluster, node: &str) -> Option<String> {
     let error = cluster.status(node)?.last_error;
     (!error.is_empty() && !error.contains("no control plane answers")).then_some(error)

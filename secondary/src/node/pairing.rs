@@ -62,6 +62,14 @@ pub(super) struct Agreement {
 /// Why a guest is not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum PairError {
+    /// The runner goes by this node's own name: the register could not tell them apart.
+    #[error(
+        "this node is named {node} and so is the runner: give every node a name of its own, as `node` of its configuration"
+    )]
+    SameName {
+        /// The name.
+        node: NodeId,
+    },
     /// A copy of another guest is here.
     #[error("this node holds, or is sent, a copy of this vm with another description ({held:016x}, offered {offered:016x}): stop the other guest, or remove {} to begin anew", directory.display())]
     OtherSpec {
@@ -138,6 +146,9 @@ pub enum PairError {
 
 impl Follower {
     pub(super) fn pair(&mut self, request: &PairRequest) -> Result<PairAnswer, PairError> {
+        if request.node == self.me {
+            return Err(PairError::SameName { node: self.me.clone() });
+        }
         // What was agreed on with it before does not count any more.
         self.agreed.retain(|agreed| agreed.incarnation != request.incarnation);
         let missing = self.agree(request)?;
