@@ -4,6 +4,10 @@
 //!
 //! `COLO_SIM_SEEDS` says how many seeds are run, `COLO_SEED` repeats one with its trace.
 
+#[path = "simulation/calamities.rs"]
+mod calamities;
+#[path = "simulation/cluster.rs"]
+mod cluster;
 #[path = "simulation/common.rs"]
 mod common;
 #[path = "simulation/cutting.rs"]
@@ -14,6 +18,8 @@ mod faults;
 mod follower;
 #[path = "simulation/following.rs"]
 mod following;
+#[path = "simulation/healing.rs"]
+mod healing;
 #[path = "simulation/image_file.rs"]
 mod image_file;
 #[path = "simulation/joining.rs"]
@@ -26,12 +32,16 @@ mod outside;
 mod persister;
 #[path = "simulation/plan.rs"]
 mod plan;
+#[path = "simulation/presence.rs"]
+mod presence;
 #[path = "simulation/promoting.rs"]
 mod promoting;
 #[path = "simulation/runner.rs"]
 mod runner;
 #[path = "simulation/seeding.rs"]
 mod seeding;
+#[path = "simulation/spares.rs"]
+mod spares;
 #[path = "simulation/switching.rs"]
 mod switching;
 #[path = "simulation/world.rs"]
@@ -43,7 +53,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Instant;
-use world::run;
+use world::Ran;
 
 /// Seeds of a run of the tests.
 const SEEDS: u64 = 3000;
@@ -112,6 +122,9 @@ const LEAST: [(&str, u64); 47] = [
     ("stores read back", 500),
     ("writes to the disk shipped", 100_000),
 ];
+/// The same of clusters.
+const CLUSTER_SEEDS: u64 = 1000;
+const CLUSTER_LEAST: [(&str, u64); 0] = [];
 /// Seeds in which the policy changes often.
 const POLICY_SEEDS: u64 = 1500;
 /// Seeds until a rule that was left out must have been noticed.
@@ -135,8 +148,11 @@ fn quiet() {
     });
 }
 
+/// What a seed is run by: one vm and its nodes, or a cluster.
+type Run = fn(u64, Mutations, bool) -> Ran;
+
 /// Runs a seed; a panic is a broken rule as well.
-fn outcome(seed: u64, mutations: Mutations) -> (Option<String>, Counts) {
+fn outcome(run: Run, seed: u64, mutations: Mutations) -> (Option<String>, Counts) {
     match catch_unwind(AssertUnwindSafe(|| run(seed, mutations, false))) {
         Ok(outcome) => (outcome.broken, outcome.counts),
         Err(panic) => {
@@ -152,7 +168,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Seeds from `first` on, until one breaks a rule. Answers it, how many were run, and what happened in them.
-fn search(first: u64, seeds: u64, mutations: Mutations) -> (Option<(u64, String)>, u64, Counts) {
+fn search(run: Run, first: u64, seeds: u64, mutations: Mutations) -> (Option<(u64, String)>, u64, Counts) {
     let (next, found) = (AtomicU64::new(first), Mutex::new(None::<(u64, String)>));
     let all = Mutex::new(Counts::default());
     std::thread::scope(|scope| {
@@ -163,7 +179,7 @@ fn search(first: u64, seeds: u64, mutations: Mutations) -> (Option<(u64, String)
                     if seed >= first + seeds {
                         return;
                     }
-                    let (broken, counts) = outcome(seed, mutations);
+                    let (broken, counts) = outcome(run, seed, mutations);
                     all.lock().expect("no panic").merge(&counts);
                     if let Some(why) = broken {
                         found.lock().expect("no panic").get_or_insert((seed, why));
@@ -179,47 +195,57 @@ fn search(first: u64, seeds: u64, mutations: Mutations) -> (Option<(u64, String)
 }
 
 /// A seed with the last steps that led to what it broke.
-fn retrace(seed: u64, why: &str, mutations: Mutations) -> String {
+fn retrace(run: Run, seed: u64, why: &str, mutations: Mutations) -> String {
     // It may end in a panic again.
     drop(catch_unwind(AssertUnwindSafe(|| run(seed, mutations, true))));
     format!("seed {seed}: {why}\n{}", trace())
 }
 
-#[test]
-fn no_rule_is_broken_whatever_goes_wrong() {
+/// Runs `most` seeds, or as the environment says, and wants `least` of what happens in that many.
+fn all_hold(run: Run, most: u64, least: &[(&str, u64)]) {
     quiet();
     if let Some(seed) = number("COLO_SEED") {
-        let (broken, counts) = outcome(seed, Mutations::default());
+        let (broken, counts) = outcome(run, seed, Mutations::default());
         println!(
             "{}\n{counts:?}",
-            retrace(seed, broken.as_deref().unwrap_or("no rule broken"), Mutations::default())
+            retrace(run, seed, broken.as_deref().unwrap_or("no rule broken"), Mutations::default())
         );
         return assert_eq!(broken, None);
     }
-    let (seeds, begin) = (number("COLO_SIM_SEEDS").unwrap_or(SEEDS), Instant::now());
+    let (seeds, begin) = (number("COLO_SIM_SEEDS").unwrap_or(most), Instant::now());
     let first = number("COLO_SIM_FIRST").unwrap_or(0);
-    let (found, ran, counts) = search(first, seeds, Mutations::default());
+    let (found, ran, counts) = search(run, first, seeds, Mutations::default());
     let rate = ran as f64 / begin.elapsed().as_secs_f64();
     println!("{ran} seeds, {rate:.0} a second");
     for (what, times) in &counts.0 {
         println!("{times:10} {what}");
     }
     if let Some((seed, why)) = found {
-        panic!("{}", retrace(seed, &why, Mutations::default()));
+        panic!("{}", retrace(run, seed, &why, Mutations::default()));
     }
-    if ran >= SEEDS {
-        for (what, least) in LEAST {
+    if ran >= most {
+        for &(what, least) in least {
             assert!(counts.of(what) >= least, "only {} {what} in {ran} seeds", counts.of(what));
         }
     }
 }
 
 #[test]
+fn no_rule_is_broken_whatever_goes_wrong() {
+    all_hold(world::run, SEEDS, &LEAST);
+}
+
+#[test]
+fn a_cluster_heals_whatever_goes_wrong() {
+    all_hold(cluster::run, CLUSTER_SEEDS, &CLUSTER_LEAST);
+}
+
+#[test]
 fn what_was_found_once_stays_mended() {
     quiet();
     for (seed, what) in PINNED {
-        if let (Some(why), _) = outcome(seed, Mutations::default()) {
-            panic!("{what}\n{}", retrace(seed, &why, Mutations::default()));
+        if let (Some(why), _) = outcome(world::run, seed, Mutations::default()) {
+            panic!("{what}\n{}", retrace(world::run, seed, &why, Mutations::default()));
         }
     }
 }
@@ -234,7 +260,7 @@ const FAILURES: &str = "failed_guest_left";
 fn is_noticed(name: &str, mutations: Mutations) -> String {
     quiet();
     let begin = Instant::now();
-    let (found, ran, _) = search(0, number("COLO_SIM_SEEDS").unwrap_or(MUTATED_SEEDS), mutations);
+    let (found, ran, _) = search(world::run, 0, number("COLO_SIM_SEEDS").unwrap_or(MUTATED_SEEDS), mutations);
     let (seed, why) = found.unwrap_or_else(|| panic!("{name} went unnoticed in {ran} seeds"));
     format!("{name}: seed {seed} of {ran}, {:.1} s: {why}", begin.elapsed().as_secs_f64())
 }
@@ -258,14 +284,14 @@ fn no_rule_is_broken_while_the_policy_changes() {
     quiet();
     let mutations = Mutations { often_other_policy: true, ..Mutations::default() };
     let failing = Mutations { often_failing: true, ..Mutations::default() };
-    if let (Some((seed, why)), ..) = search(0, POLICY_SEEDS, failing) {
-        panic!("{}", retrace(seed, &why, failing));
+    if let (Some((seed, why)), ..) = search(world::run, 0, POLICY_SEEDS, failing) {
+        panic!("{}", retrace(world::run, seed, &why, failing));
     }
     let first = number("COLO_SIM_FIRST").unwrap_or(0);
-    let (found, ran, counts) = search(first, POLICY_SEEDS, mutations);
+    let (found, ran, counts) = search(world::run, first, POLICY_SEEDS, mutations);
     println!("{ran} seeds, {} changes of policy", counts.of("policy changes"));
     if let Some((seed, why)) = found {
-        panic!("{}", retrace(seed, &why, mutations));
+        panic!("{}", retrace(world::run, seed, &why, mutations));
     }
 }
 

@@ -105,6 +105,7 @@ impl Follower {
         self.link = Some(link);
         self.detector.heard();
         self.planned = false;
+        self.followed = true;
         self.runner_at = Some(index(&node));
         if let Purpose::Link(replica) = purpose {
             match self.replica.accept_link(&node, term, replica) {
@@ -243,6 +244,7 @@ impl Follower {
         common.note(self.x, || format!("is seeded ({mode:?}) by {node} in {term}"));
         let keep = mode.memory != SeedPart::All;
         self.persister.order(Job::Begin(if keep { Base::Stored } else { Base::Empty }));
+        self.waits_for_disk(common);
         // The flush; what the thread tells meanwhile waits in the inbox.
         let mut told = Vec::new();
         while self.persister.waiting() > 0 {
