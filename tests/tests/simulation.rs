@@ -2,7 +2,8 @@
 //! over virtual time, with every fault that design.md section 2 is about. What the nodes add to the parts are threads,
 //! sockets and clocks; the drivers here take their place, step by step.
 //!
-//! `COLO_SIM_SEEDS` says how many seeds are run, `COLO_SEED` repeats one with its trace.
+//! `COLO_SIM_SEEDS` says how many seeds are run, `COLO_SIM_FIRST` from which on, and `COLO_SEED` repeats one with its
+//! trace. With `COLO_SIM_SECONDS` seeds are run until that time is over, also after one broke a rule: `make soak`.
 
 #[path = "simulation/calamities.rs"]
 mod calamities;
@@ -52,7 +53,7 @@ use plan::Mutations;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, Once};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use world::Ran;
 
 /// Seeds of a run of the tests.
@@ -131,6 +132,8 @@ const POLICY_SEEDS: u64 = 1500;
 const MUTATED_SEEDS: u64 = 9000;
 /// Cores of a small test machine.
 const THREADS: usize = 2;
+/// Seeds that break a rule until a long run ends: more of them say nothing new.
+const TOLD: usize = 20;
 
 /// Threads whose panics are told with the seed.
 const SIMULATED: &str = "simulated";
@@ -167,31 +170,62 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Seeds from `first` on, until one breaks a rule. Answers it, how many were run, and what happened in them.
-fn search(run: Run, first: u64, seeds: u64, mutations: Mutations) -> (Option<(u64, String)>, u64, Counts) {
-    let (next, found) = (AtomicU64::new(first), Mutex::new(None::<(u64, String)>));
-    let all = Mutex::new(Counts::default());
+/// Which seeds are run.
+struct Extent {
+    first: u64,
+    seeds: u64,
+    until: Option<Instant>,
+    /// No more once so many have broken a rule.
+    enough: usize,
+}
+
+impl Extent {
+    fn until_one_breaks(first: u64, seeds: u64) -> Self {
+        Self { first, seeds, until: None, enough: 1 }
+    }
+
+    fn of_environment(most: u64) -> Self {
+        let first = number("COLO_SIM_FIRST").unwrap_or(0);
+        let time = number("COLO_SIM_SECONDS").map(Duration::from_secs);
+        let seeds = number("COLO_SIM_SEEDS").unwrap_or(if time.is_some() { u64::MAX - first } else { most });
+        let until = time.map(|time| Instant::now() + time);
+        Self { first, seeds, until, enough: if time.is_some() { TOLD } else { 1 } }
+    }
+}
+
+/// What came of some seeds.
+#[derive(Default)]
+struct Found {
+    broken: Vec<(u64, String)>,
+    ran: u64,
+    counts: Counts,
+}
+
+/// Runs seeds, on all threads.
+fn search(run: Run, extent: &Extent, mutations: Mutations) -> Found {
+    let (next, found) = (AtomicU64::new(extent.first), Mutex::new(Found::default()));
+    let last = extent.first.saturating_add(extent.seeds);
+    let is_over = || extent.until.is_some_and(|until| Instant::now() > until);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             let search = || {
-                while found.lock().expect("no panic").is_none() {
+                while !is_over() && found.lock().expect("no panic").broken.len() < extent.enough {
                     let seed = next.fetch_add(1, Ordering::SeqCst);
-                    if seed >= first + seeds {
+                    if seed >= last {
                         return;
                     }
                     let (broken, counts) = outcome(run, seed, mutations);
-                    all.lock().expect("no panic").merge(&counts);
-                    if let Some(why) = broken {
-                        found.lock().expect("no panic").get_or_insert((seed, why));
-                    }
+                    let mut found = found.lock().expect("no panic");
+                    found.ran += 1;
+                    found.counts.merge(&counts);
+                    found.broken.extend(broken.map(|why| (seed, why)));
                 }
             };
             let thread = std::thread::Builder::new().name(SIMULATED.to_owned());
             thread.spawn_scoped(scope, search).expect("a thread");
         }
     });
-    let ran = next.load(Ordering::SeqCst).min(first + seeds) - first;
-    (found.into_inner().expect("no panic"), ran, all.into_inner().expect("no panic"))
+    found.into_inner().expect("no panic")
 }
 
 /// A seed with the last steps that led to what it broke.
@@ -212,18 +246,20 @@ fn all_hold(run: Run, most: u64, least: &[(&str, u64)]) {
         );
         return assert_eq!(broken, None);
     }
-    let (seeds, begin) = (number("COLO_SIM_SEEDS").unwrap_or(most), Instant::now());
-    let first = number("COLO_SIM_FIRST").unwrap_or(0);
-    let (found, ran, counts) = search(run, first, seeds, Mutations::default());
+    let (extent, begin) = (Extent::of_environment(most), Instant::now());
+    let Found { broken, ran, counts } = search(run, &extent, Mutations::default());
     let rate = ran as f64 / begin.elapsed().as_secs_f64();
-    println!("{ran} seeds, {rate:.0} a second");
+    println!("{ran} seeds from {} on, {rate:.0} a second, {} broke a rule", extent.first, broken.len());
     for (what, times) in &counts.0 {
         println!("{times:10} {what}");
     }
-    if let Some((seed, why)) = found {
-        panic!("{}", retrace(run, seed, &why, Mutations::default()));
+    for (seed, why) in broken.iter().skip(1) {
+        println!("seed {seed}: {why}");
     }
-    if ran >= most {
+    if let Some((seed, why)) = broken.first() {
+        panic!("{}", retrace(run, *seed, why, Mutations::default()));
+    }
+    if ran >= most && extent.first == 0 {
         for &(what, least) in least {
             assert!(counts.of(what) >= least, "only {} {what} in {ran} seeds", counts.of(what));
         }
@@ -257,23 +293,24 @@ const POLICIES: [&str; 2] = ["keep_id_on_switch", "memory_acks_until_stored"];
 const FAILURES: &str = "failed_guest_left";
 
 /// Each rule left out is noticed.
-fn is_noticed(name: &str, mutations: Mutations) -> String {
+fn is_noticed(name: &str, run: Run, mutations: Mutations) -> String {
     quiet();
     let begin = Instant::now();
-    let (found, ran, _) = search(world::run, 0, number("COLO_SIM_SEEDS").unwrap_or(MUTATED_SEEDS), mutations);
-    let (seed, why) = found.unwrap_or_else(|| panic!("{name} went unnoticed in {ran} seeds"));
+    let seeds = number("COLO_SIM_SEEDS").unwrap_or(MUTATED_SEEDS);
+    let Found { broken, ran, .. } = search(run, &Extent::until_one_breaks(0, seeds), mutations);
+    let (seed, why) = broken.first().unwrap_or_else(|| panic!("{name} went unnoticed in {ran} seeds"));
     format!("{name}: seed {seed} of {ran}, {:.1} s: {why}", begin.elapsed().as_secs_f64())
 }
 
 macro_rules! noticed {
-    ($($name:ident: $($part:ident).+;)*) => {$(
+    ($run:expr; $($name:ident: $($part:ident).+;)*) => {$(
         #[test]
         fn $name() {
             let mut mutations = Mutations::default();
             mutations.$($part).+ = true;
             mutations.often_other_policy = POLICIES.contains(&stringify!($name));
             mutations.often_failing = stringify!($name) == FAILURES;
-            println!("{}", is_noticed(stringify!($name), mutations));
+            println!("{}", is_noticed(stringify!($name), $run, mutations));
         }
     )*};
 }
@@ -284,14 +321,13 @@ fn no_rule_is_broken_while_the_policy_changes() {
     quiet();
     let mutations = Mutations { often_other_policy: true, ..Mutations::default() };
     let failing = Mutations { often_failing: true, ..Mutations::default() };
-    if let (Some((seed, why)), ..) = search(world::run, 0, POLICY_SEEDS, failing) {
-        panic!("{}", retrace(world::run, seed, &why, failing));
-    }
-    let first = number("COLO_SIM_FIRST").unwrap_or(0);
-    let (found, ran, counts) = search(world::run, first, POLICY_SEEDS, mutations);
-    println!("{ran} seeds, {} changes of policy", counts.of("policy changes"));
-    if let Some((seed, why)) = found {
-        panic!("{}", retrace(world::run, seed, &why, mutations));
+    for mutations in [failing, mutations] {
+        let extent = Extent::until_one_breaks(number("COLO_SIM_FIRST").unwrap_or(0), POLICY_SEEDS);
+        let Found { broken, ran, counts } = search(world::run, &extent, mutations);
+        println!("{ran} seeds, {} changes of policy", counts.of("policy changes"));
+        if let Some((seed, why)) = broken.first() {
+            panic!("{}", retrace(world::run, *seed, why, mutations));
+        }
     }
 }
 
@@ -299,7 +335,7 @@ fn no_rule_is_broken_while_the_policy_changes() {
 // the store has what was staged before), `promote_any_replica` and `seed_keeps_active` (the nodes ask for a whole copy,
 // and the store forgets `active`, beside the rule), `start_for_another` (the nodes have no such command), and
 // `take_any_hand_back` (needs a chain of three that no seed within reach has).
-noticed! {
+noticed! { world::run;
     release_while_pairing: runner.release_while_pairing;
     hold_from_proposal: runner.hold_from_proposal;
     void_join_counts: runner.void_join_counts;
@@ -333,4 +369,12 @@ noticed! {
     blocks_stored_late: blocks_stored_late;
     skipped_blocks_dropped: skipped_blocks_dropped;
     file_never_synced: file_never_synced;
+}
+
+// What a cluster adds.
+noticed! { cluster::run;
+    nobody_heals: nobody_heals;
+    endless_patience: endless_patience;
+    spares_stay: spares_stay;
+    endless_leases: endless_leases;
 }

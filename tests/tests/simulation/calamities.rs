@@ -19,10 +19,11 @@ const WRONG: u64 = 10 * 365 * 86_400_000;
 impl Cluster {
     /// What the seed lets happen in this tick.
     pub(crate) fn faults(&mut self) {
-        self.arbiter_faults();
-        self.path_faults();
-        for host in 0..self.plan.hosts {
-            self.host_faults(host);
+        let quiet = self.now < self.plan.quiet;
+        if !quiet {
+            self.arbiter_faults();
+            self.path_faults();
+            (0..self.plan.hosts).for_each(|host| self.host_faults(host));
         }
         for x in 0..self.units.len() {
             match self.units[x].life {
@@ -32,6 +33,7 @@ impl Cluster {
                         self.start(x);
                     }
                 }
+                _ if quiet => {}
                 Life::Spare { .. } => {
                     if self.chance(self.plan.rates.crash) {
                         self.counts.add("crashes of a spare", 1);

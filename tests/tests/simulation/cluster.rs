@@ -4,8 +4,8 @@
 
 use colo_common::Incarnation;
 use colo_common::arbiter::scripted::{Fate, ScriptedArbiter};
-use colo_common::membership::scripted::ScriptedMembership;
 use colo_common::membership::Claim;
+use colo_common::membership::scripted::ScriptedMembership;
 use colo_tests::seed::Seed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,11 +15,20 @@ use crate::plan::{ClusterPlan, Mutations, Plan, Time};
 use crate::presence::{LEASE, Presence};
 use crate::world::{Ran, Role, World};
 
+/// Between two looks whether a vm is one that nobody may run.
+const LOOK: Time = 25;
+/// A vm that is one for so long stays one: there is no need to wait for the end.
+const LOST_FOR_GOOD: Time = 500;
+
 /// What the process of a node does.
 pub(crate) enum Life {
-    Down { since: Time },
+    Down {
+        since: Time,
+    },
     /// Bound to no vm.
-    Spare { next_look: Time },
+    Spare {
+        next_look: Time,
+    },
     /// Its part is in that vm's world.
     Bound(usize),
 }
@@ -43,6 +52,8 @@ pub(crate) struct Cluster {
     pub(crate) worlds: Vec<World>,
     /// Vms that were seen to be protected again, or stopped, after the faults.
     done: Vec<bool>,
+    /// Since when nobody may run a vm, at each look.
+    lost_since: Vec<Option<Time>>,
     pub(crate) units: Vec<Unit>,
     pub(crate) arbiter: Arc<ScriptedArbiter>,
     pub(crate) membership: ScriptedMembership,
@@ -51,7 +62,7 @@ pub(crate) struct Cluster {
     pub(crate) cut_off: Vec<(Time, Fate)>,
     /// Processes that died without a word, and when their leases run out.
     dead: Vec<(Time, Incarnation)>,
-    /// To which vm a spare's process was granted.
+    /// To which vm a spare's process was granted, until its lease runs out: the claim ends with that.
     granted: BTreeMap<(String, Incarnation), usize>,
     pub(crate) counts: Counts,
     broken: Option<String>,
@@ -60,7 +71,9 @@ pub(crate) struct Cluster {
 /// Runs a seed to its end.
 pub(crate) fn run(number: u64, mutations: Mutations, traced: bool) -> Ran {
     let mut cluster = Cluster::new(number, mutations, traced);
-    while cluster.broken.is_none() && cluster.now < cluster.plan.limit && !cluster.done.iter().all(|&done| done)
+    while cluster.broken.is_none()
+        && cluster.now < cluster.plan.limit
+        && !cluster.done.iter().all(|&done| done)
     {
         cluster.tick();
     }
@@ -98,6 +111,7 @@ impl Cluster {
             seed,
             mutations,
             done: vec![false; worlds.len()],
+            lost_since: vec![None; worlds.len()],
             worlds,
             units,
             arbiter,
@@ -168,6 +182,8 @@ impl Cluster {
             {
                 self.counts.add("leases of the living run out", 1);
                 self.membership.expire_process(presence.process);
+                let process = presence.process;
+                self.granted.retain(|(_, of), _| *of != process);
             }
         }
         if self.outage || self.mutations.endless_leases {
@@ -234,10 +250,8 @@ impl Cluster {
                 let name = self.worlds[vm].common.vm().clone();
                 self.break_rule(format!("{name}: {why}"));
             }
-            if !self.done[vm] && self.now > self.plan.faults_end && self.worlds[vm].is_done() {
-                self.done[vm] = true;
-                let took = self.now - self.plan.faults_end;
-                self.counts.add(Self::took(took), 1);
+            if !self.done[vm] && self.now > self.plan.faults_end {
+                self.look_whether_done(vm);
             }
         }
         for x in 0..self.units.len() {
@@ -247,6 +261,26 @@ impl Cluster {
             if serves != usize::from(bound) {
                 self.break_rule(format!("node {x} serves {serves} vms, and is bound: {bound}"));
             }
+        }
+    }
+
+    fn look_whether_done(&mut self, vm: usize) {
+        let (now, faults_end) = (self.now, self.plan.faults_end);
+        if self.worlds[vm].is_done() {
+            self.done[vm] = true;
+            self.counts.add(Self::took(now - faults_end), 1);
+            return;
+        }
+        if !(now - faults_end).is_multiple_of(LOOK) {
+            return;
+        }
+        let Some(why) = self.worlds[vm].why_nobody() else {
+            self.lost_since[vm] = None;
+            return;
+        };
+        if now - *self.lost_since[vm].get_or_insert(now) > LOST_FOR_GOOD {
+            self.done[vm] = true;
+            self.counts.add(why, 1);
         }
     }
 

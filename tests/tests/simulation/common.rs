@@ -252,14 +252,7 @@ pub(crate) struct ArbiterClient {
 impl ArbiterClient {
     /// Of a process on this node.
     pub(crate) fn of(node: usize) -> Self {
-        Self {
-            node,
-            proposal: None,
-            read: false,
-            busy_until: 0,
-            answers: VecDeque::new(),
-            noted: None,
-        }
+        Self { node, proposal: None, read: false, busy_until: 0, answers: VecDeque::new(), noted: None }
     }
 
     pub(crate) fn propose(&mut self, proposal: Proposal) {

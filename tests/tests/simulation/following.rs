@@ -24,6 +24,10 @@ use crate::plan::{BLOCKS, FRAMES, PROMOTE_DELAY};
 impl Follower {
     /// Something came by a link: `receiver::Receiver` and `Follower::on_link`.
     pub(crate) fn on_message(&mut self, number: u64, message: Msg, common: &mut Common) {
+        if self.taking.is_some() {
+            // Its inbox is read no more.
+            return;
+        }
         if let Msg::Hello { node, term, purpose } = message {
             return self.on_caller(number, node, term, purpose, common);
         }

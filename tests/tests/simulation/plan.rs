@@ -45,6 +45,8 @@ const FAULTS_END: Time = 450;
 /// When a guest that can be protected must be protected.
 const LIMIT: Time = FAULTS_END + 1200;
 
+/// How long most clusters have for their first copies.
+const QUIET: Time = 150;
 /// The same of a cluster.
 const CLUSTER_FAULTS_END: Time = 900;
 /// Two minutes, in which every vm of a cluster is protected again that can be. The longest way there: a spare waits
@@ -217,6 +219,8 @@ pub(crate) struct ClusterPlan {
     pub(crate) vms: usize,
     pub(crate) hosts: usize,
     pub(crate) nodes: usize,
+    /// Until when only the arbiter fails: a vm that was never protected is lost with its first host, which teaches little.
+    pub(crate) quiet: Time,
     pub(crate) faults_end: Time,
     pub(crate) limit: Time,
     pub(crate) arbiter: Faults,
@@ -254,6 +258,7 @@ impl ClusterPlan {
             vms,
             hosts: nodes.min(MAX_HOSTS),
             nodes,
+            quiet: if seed.below(4) == 0 { 0 } else { QUIET },
             faults_end: CLUSTER_FAULTS_END,
             limit: CLUSTER_FAULTS_END + HEALED_WITHIN,
             arbiter: arbiter(seed),
@@ -266,7 +271,7 @@ impl Plan {
     /// Of a vm in a cluster, where hosts and paths fail as a whole, and which heals itself.
     pub(crate) fn in_cluster(mut self, cluster: &ClusterPlan) -> Self {
         let Rates { crash, .. } = self.rates;
-        let none = Rates { outage: 0, one_way: 0, partition: 0, freeze: 0, stop: 0, ..self.rates };
+        let none = Rates { outage: 0, one_way: 0, partition: 0, freeze: 0, ..self.rates };
         self.rates = Rates { crash: crash / 2, ..none };
         (self.auto_failover, self.solo_on_loss) = (true, true);
         (self.nodes, self.faults_end, self.limit) = (cluster.nodes, cluster.faults_end, cluster.limit);

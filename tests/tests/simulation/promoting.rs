@@ -97,14 +97,14 @@ impl Follower {
     }
 
     pub(crate) fn take_over(&mut self, start: Start, entry: Entry, common: &mut Common) {
+        if let Some(link) = self.link.take() {
+            common.close(link.number, 1);
+        }
         if self.waits_for_disk(common) {
             self.taking = Some((start, entry));
             return;
         }
         common.note(self.x, || format!("runs by {start:?}: {entry}"));
-        if let Some(link) = self.link.take() {
-            common.close(link.number, 1);
-        }
         self.asked = false;
         let outcome = match start {
             Start::Promote(point) => self.promote_from(point, entry, common),

@@ -77,7 +77,10 @@ pub(crate) struct World {
 /// Runs a seed to its end.
 pub(crate) fn run(number: u64, mutations: Mutations, traced: bool) -> Ran {
     let mut world = World::new(number, mutations, traced);
-    while world.common.outside.broken.is_none() && world.common.now < world.common.plan.limit && !world.is_done() {
+    while world.common.outside.broken.is_none()
+        && world.common.now < world.common.plan.limit
+        && !world.is_done()
+    {
         world.tick();
     }
     world.conclude();
@@ -168,7 +171,9 @@ impl World {
             };
             let (told, bare) = (runner.told_unprotected(common), Duration::from_millis(node.bare));
             if told != bare {
-                common.outside.broken(|| format!("node {x} says that it was bare {told:?}, and it was {bare:?}"));
+                common
+                    .outside
+                    .broken(|| format!("node {x} says that it was bare {told:?}, and it was {bare:?}"));
             }
             let runs = !matches!(runner.replicator.phase(), Phase::Lost { .. } | Phase::Over);
             if runs && !matches!(runner.replicator.register().value, Value::Paired { .. }) {
@@ -409,8 +414,7 @@ impl World {
         let last_changed = LastChanged::none(FRAMES, BLOCKS);
         let secondary = Some((x + 1) % nodes.len());
         let release = Release::default();
-        let beginning =
-            Beginning {
+        let beginning = Beginning {
             replicator,
             guest,
             disk,
@@ -476,10 +480,10 @@ impl World {
         if self.common.now < self.common.plan.limit || self.common.outside.broken.is_some() {
             return;
         }
-        let register = self.common.arbiter.peek(self.common.vm());
-        match self.why_nobody(register.as_ref()) {
+        match self.why_nobody() {
             Some(why) => self.common.count(why),
             None => {
+                let register = self.common.arbiter.peek(self.common.vm());
                 let roles: Vec<String> = (0..self.nodes.len()).map(|x| self.describe(x)).collect();
                 self.common
                     .outside
@@ -488,9 +492,10 @@ impl World {
         }
     }
 
-    fn why_nobody(&self, register: Option<&Entry>) -> Option<&'static str> {
+    /// Why nobody may run the guest, or protect it, if that is so.
+    pub(crate) fn why_nobody(&self) -> Option<&'static str> {
         let boot = self.common.plan.boot;
-        let register = register?;
+        let register = self.common.arbiter.peek(self.common.vm())?;
         if self.common.counts.of("ring overruns") > self.overruns + MANY_OVERRUNS {
             return Some("ended overrunning");
         }
