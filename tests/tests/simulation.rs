@@ -124,8 +124,50 @@ const LEAST: [(&str, u64); 47] = [
     ("writes to the disk shipped", 100_000),
 ];
 /// The same of clusters.
-const CLUSTER_SEEDS: u64 = 1000;
-const CLUSTER_LEAST: [(&str, u64); 0] = [];
+const CLUSTER_SEEDS: u64 = 1500;
+const CLUSTER_LEAST: [(&str, u64); 41] = [
+    ("acks", 180_000),
+    ("candidates that failed", 3_600),
+    ("claims refused", 900),
+    ("claims without an answer", 1_100),
+    ("clock jumps", 1_800),
+    ("copies whole", 3_000),
+    ("crashes in a promotion", 200),
+    ("crashes of a spare", 330),
+    ("disk promises", 190),
+    ("ended protected", 950),
+    ("ended stopped", 200),
+    ("hand-backs", 25),
+    ("healed by a node that came back", 1_050),
+    ("healed by a spare", 1_100),
+    ("hosts cut off from all", 180),
+    ("hosts cut off from the arbiter", 350),
+    ("hosts frozen", 950),
+    ("hosts that died", 1_400),
+    ("late words to the membership", 1_800),
+    ("leases of the living run out", 480),
+    ("memory handed over", 380),
+    ("one-way partitions", 320),
+    ("outages", 380),
+    ("partitions", 310),
+    ("pauses", 430),
+    ("policy changes", 1_450),
+    ("promotes by the operator", 1_000),
+    ("promotions", 950),
+    ("protects by the operator", 220),
+    ("resyncs", 460),
+    ("resyncs of what was written", 530),
+    ("slow disks", 1_450),
+    ("spares bound", 3_400),
+    ("spares claimed", 3_800),
+    ("spares that go on where they left off", 800),
+    ("spares that let go", 270),
+    ("spares that nobody followed", 85),
+    ("stops by the operator", 55),
+    ("switchovers", 380),
+    ("switchovers fenced", 16),
+    ("switchovers given up", 60),
+];
 /// Seeds in which the policy changes often.
 const POLICY_SEEDS: u64 = 1500;
 /// Seeds until a rule that was left out must have been noticed.

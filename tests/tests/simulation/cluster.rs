@@ -216,8 +216,8 @@ impl Cluster {
         let Life::Bound(vm) = self.units[x].life else { return };
         let node = &self.worlds[vm].nodes[x];
         if matches!(node.role, Role::Down { .. }) {
-            if node.let_go && self.units[x].home.is_none() && !self.mutations.spares_stay {
-                return self.be_spare_again(x);
+            if node.let_go && self.units[x].home.is_none() {
+                return self.be_spare_again(x, vm);
             }
             return self.die(x);
         }

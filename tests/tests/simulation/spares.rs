@@ -107,7 +107,11 @@ impl Cluster {
     }
 
     /// `Secondary::be_spare_again`: the claim is given up, and the next process has a name of its own.
-    pub(crate) fn be_spare_again(&mut self, x: usize) {
+    pub(crate) fn be_spare_again(&mut self, x: usize, of: usize) {
+        if self.mutations.spares_stay {
+            let process = incarnation(&mut self.worlds[of].common);
+            return self.bind(x, of, process, false);
+        }
         self.counts.add("spares that let go", 1);
         if let Some(claim) = self.units[x].claim.take() {
             // Without an answer it ends with the record of this process, next.
