@@ -124,6 +124,9 @@ impl Cluster {
             broken: None,
             plan,
         };
+        for x in (0..cluster.units.len()).filter(|&x| cluster.units[x].home.is_none()) {
+            cluster.worlds.iter_mut().for_each(|world| world.spares[x] = true);
+        }
         (0..cluster.units.len()).for_each(|x| cluster.start(x));
         cluster
     }

@@ -7,6 +7,7 @@ use colo_primary::release::Release;
 use colo_secondary::detector::Detector;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::image::Image;
+use colo_secondary::node::is_needless;
 use colo_secondary::persist::{Restored, StoredState};
 use colo_secondary::rejoin::Rejoin;
 use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Start, Stored};
@@ -89,6 +90,9 @@ pub(crate) struct Follower {
     pub(crate) end: Option<Outcome>,
     /// A runner has claimed it, which is there for others if that one does not come.
     pub(crate) claimed: bool,
+    /// No configuration binds it to the vm.
+    pub(crate) spare: bool,
+    pub(crate) needless_since: Option<Time>,
     pub(crate) followed: bool,
     began: Time,
     /// What it is to run once its disk has done what went before.
@@ -167,6 +171,8 @@ impl Follower {
             forgets_running: false,
             end: None,
             claimed: false,
+            spare: false,
+            needless_since: None,
             followed: false,
             began: common.now,
             taking: None,
@@ -256,12 +262,27 @@ impl Follower {
 
     /// `Follower::leave_if_unfollowed`.
     fn leave_if_unfollowed(&mut self, common: &mut Common) {
-        let waits = self.claimed && !self.followed && self.end.is_none();
-        if waits && common.now - self.began > CLAIM_LIMIT {
-            common.count("spares that nobody followed");
-            common.note(self.x, || "lets go: no runner has come".to_owned());
-            self.end = Some(Outcome::Unfollowed);
+        if self.end.is_some() {
+            return;
         }
+        let unfollowed = Some(self.began).filter(|_| self.claimed && !self.followed);
+        let stays = common.mutations.needless_stay || !self.spare || self.link.is_some();
+        let needless = self.needless_since.filter(|_| !stays);
+        let late = |since: Time| common.now - since > CLAIM_LIMIT;
+        let why = match (unfollowed.is_some_and(late), needless.is_some_and(late)) {
+            (true, _) => "spares that nobody followed",
+            (_, true) => "spares that nobody needed",
+            _ => return,
+        };
+        common.count(why);
+        common.note(self.x, || format!("lets go ({why})"));
+        self.end = Some(Outcome::Unfollowed);
+    }
+
+    /// `Follower::look_whether_needed`.
+    pub(crate) fn look_whether_needed(&mut self, found: Option<&Entry>, common: &Common) {
+        let needless = is_needless(&self.me, found) && self.link.is_none();
+        self.needless_since = needless.then(|| self.needless_since.unwrap_or(common.now));
     }
 
     /// Where the node waits for its store, it does nothing else; its heartbeats go on.

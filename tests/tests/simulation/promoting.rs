@@ -65,6 +65,7 @@ impl Follower {
             return;
         }
         self.observed = true;
+        self.look_whether_needed(found.as_ref(), common);
         if let Some(entry) = found.as_ref().filter(|entry| matches!(entry.value, Value::Stopped { .. }))
             && self.followed
             && self.link.is_none()

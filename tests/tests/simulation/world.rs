@@ -70,6 +70,8 @@ pub(crate) struct World {
     pub(crate) overruns: u64,
     /// Nodes whose process is bound to another vm.
     pub(crate) elsewhere: [bool; MAX_NODES],
+    /// Nodes that no configuration binds to this vm.
+    pub(crate) spares: [bool; MAX_NODES],
     /// Where the vm begins.
     pub(crate) home: usize,
 }
@@ -110,7 +112,15 @@ impl World {
         if common.mutations.file_never_synced {
             nodes.iter().for_each(|node| node.durable.file.lie());
         }
-        Self { nodes, common, goal: None, overruns: 0, elsewhere: [false; MAX_NODES], home }
+        Self {
+            nodes,
+            common,
+            goal: None,
+            overruns: 0,
+            elsewhere: [false; MAX_NODES],
+            spares: [false; MAX_NODES],
+            home,
+        }
     }
 
     /// A virtual millisecond.
@@ -331,7 +341,8 @@ impl World {
         let Self { nodes, common, .. } = self;
         let node = &mut nodes[x];
         match Follower::start(x, incarnation, &node.durable, left, common) {
-            Ok(follower) => {
+            Ok(mut follower) => {
+                follower.spare = self.spares[x];
                 let copy = follower.replica.copy().clone();
                 node.role = Role::Follower(Box::new(follower));
                 common.net.processes[x] = Some(incarnation);
