@@ -4,7 +4,7 @@ RUN := ./deploy/make.sh
 
 # Each target is whole in itself, and two at a time would only wait for each other's build.
 .NOTPARALLEL:
-.PHONY: help setup guest build test check demo demo-cluster chaos bench clean
+.PHONY: help setup guest build test check demo demo-cluster chaos soak bench clean
 
 help:
 	@echo 'make demo    kill the host of a guest and show that the guest goes on; writes target/demo/summary.json'
@@ -14,6 +14,8 @@ help:
 	@echo '             target/demo-cluster/summary.json (SECONDS=n between two steps is passed on)'
 	@echo 'make chaos   let nodes, etcd and networks fail under a protected guest; writes target/chaos/summary.json'
 	@echo '             (RUNS=n SEED=n SECONDS=n are passed on; needs root and /dev/kvm)'
+	@echo 'make soak    run both simulations, one vm and whole clusters, until the time is over; says which seeds broke a rule'
+	@echo '             (SECONDS=n for both together, SEEDS=n of each at most, FIRST=n the first one)'
 	@echo 'make test    all tests; those that boot a guest need /dev/kvm'
 	@echo 'make check   formatting, clippy, licences and sources of dependencies'
 	@echo '             (COLO_ADVISORIES=1: security advisories too, from the network)'
@@ -28,6 +30,9 @@ help:
 
 setup guest build test check bench clean:
 	@$(RUN) $@
+
+soak:
+	@$(RUN) $@ '$(SECONDS)' '$(SEEDS)' '$(FIRST)'
 
 demo-cluster:
 	@$(RUN) $@ $(if $(SECONDS),--seconds '$(SECONDS)')

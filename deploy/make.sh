@@ -8,6 +8,7 @@
 #   make.sh demo [ARGUMENT OF colo-demo ...]
 #   make.sh demo-cluster [ARGUMENT OF colo-demo-cluster ...]
 #   make.sh chaos [ARGUMENT OF colo-chaos ...]
+#   make.sh soak [SECONDS [SEEDS [FIRST SEED]]]
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -29,7 +30,7 @@ clone_id=''
 
 main() {
     case $target in
-        setup | guest | build | test | check | demo | demo-cluster | chaos | bench) trap 'finish $?' EXIT ;;
+        setup | guest | build | test | check | demo | demo-cluster | chaos | soak | bench) trap 'finish $?' EXIT ;;
         clean) clean; return ;;
         *) usage ;;
     esac
@@ -44,6 +45,7 @@ main() {
         demo) step set-up set_up; step set-up guest_if_kvm up initramfs service; build; step demo demo "$@" ;;
         demo-cluster) step set-up set_up; step set-up guest_if_kvm up service; build; step demo demo_cluster "$@" ;;
         chaos) step set-up set_up; step set-up guest_if_kvm up service; build; step chaos chaos "$@" ;;
+        soak) step set-up set_up; build; soak "$@" ;;
         bench) step set-up set_up; step set-up guest_if_kvm; build; step bench bench ;;
     esac
 }
@@ -246,6 +248,17 @@ demo_cluster() {
 
 chaos() {
     "$CARGO_TARGET_DIR/release/colo-chaos" --summary "$clone/target/chaos/summary.json" "$@"
+}
+
+# Both simulations, each for half of the time. Seeds that `make test` runs are not run again unless FIRST says so.
+soak() {
+    local seconds=${1:-600} simulation
+    export COLO_SIM_SECONDS=$((seconds / 2)) COLO_SIM_FIRST=${3:-$EPOCHSECONDS}
+    if [ -n "${2:-}" ]; then export COLO_SIM_SEEDS=$2; fi
+    for simulation in no_rule_is_broken_whatever_goes_wrong a_cluster_heals_whatever_goes_wrong; do
+        try "$simulation" cargo test "${own[@]}" --test simulation -- --exact --nocapture "$simulation"
+    done
+    [ ${#bad[@]} -eq 0 ] || { echo "a rule was broken: ${bad[*]}; COLO_SEED=n repeats a seed with its trace"; return 1; }
 }
 
 bench() {

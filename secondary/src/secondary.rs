@@ -259,6 +259,7 @@ impl Secondary {
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
         let mut settings = settings(config, quic_port, &self.directory);
         settings.claimed = self.claim.is_some();
+        settings.spare = self.standby.bind.is_some();
         let left = left.and_then(|left| keep_left(&mut store, left));
         let mut loaded = crate::node::load(&mut store, &settings, left).map_err(|why| {
             let path = self.directory.path().display();
@@ -339,7 +340,7 @@ impl Secondary {
                 self.be_spare_again()
             }
             Outcome::Unfollowed => {
-                tracing::warn!(%vm, "no runner has come for this spare");
+                tracing::warn!(%vm, "no runner needs this spare: it has not come, or another node follows");
                 self.be_spare_again()
             }
             Outcome::Run(beginning, promotion) => {
@@ -421,6 +422,7 @@ fn settings(config: &SecondaryConfig, quic_port: u16, directory: &VmDirectory) -
         boot_directory: directory.boot(),
         intent: directory.intent(),
         claimed: false,
+        spare: false,
         disk: config.disk.as_ref().map(|disk| disk.path.clone()),
     }
 }

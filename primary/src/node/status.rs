@@ -19,6 +19,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
 use crate::release::Size;
+use crate::replicator::Phase;
 
 /// What a node does for its vm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,6 +52,19 @@ pub enum Role {
 }
 
 impl Role {
+    /// Of a runner whose protection stands there.
+    pub fn of(phase: &Phase) -> Self {
+        match phase {
+            Phase::Alone => Self::Alone,
+            Phase::Seeding { .. } => Self::Seeding,
+            Phase::Joining { .. } => Self::Joining,
+            Phase::Pairing { .. } => Self::Pairing,
+            Phase::Paired { .. } => Self::Paired,
+            Phase::Lost { .. } => Self::Lost,
+            Phase::Over => Self::Stopped,
+        }
+    }
+
     /// Whether the guest is this node's to run.
     pub fn runs(self) -> bool {
         matches!(self, Self::Alone | Self::Seeding | Self::Joining | Self::Pairing | Self::Paired)
@@ -259,7 +273,7 @@ impl Status {
     }
 
     /// The role says whether the guest is protected from now on.
-    pub(super) fn judge_protection(&mut self, now: Instant) {
+    pub fn judge_protection(&mut self, now: Instant) {
         let bare = self.role.runs() && self.role != Role::Paired;
         match self.unprotected_since {
             None if bare => self.unprotected_since = Some(now),

@@ -73,7 +73,7 @@ impl Node {
         tracing::debug!(term = term.0, epoch = epoch.0, wire_bytes = sent.wire_bytes, ?ack, "acked");
         self.board.report(Report {
             point: sent.point,
-            role: role_in(self.replicator.phase()),
+            role: Role::of(self.replicator.phase()),
             pages: sent.pages.data,
             zero_pages: sent.pages.zero,
             wire_bytes: sent.wire_bytes,
@@ -90,7 +90,7 @@ impl Node {
     /// Writes down what has changed.
     pub(super) fn tell(&mut self) {
         let phase = self.replicator.phase();
-        let role = if self.end.is_some() { Role::Stopped } else { role_in(phase) };
+        let role = if self.end.is_some() { Role::Stopped } else { Role::of(phase) };
         let replica = match phase {
             Phase::Paired { replica, .. } => Some(*replica),
             _ => None,
@@ -130,18 +130,6 @@ impl Node {
                 status.input_done = input;
             }
         });
-    }
-}
-
-fn role_in(phase: &Phase) -> Role {
-    match phase {
-        Phase::Alone => Role::Alone,
-        Phase::Seeding { .. } => Role::Seeding,
-        Phase::Joining { .. } => Role::Joining,
-        Phase::Pairing { .. } => Role::Pairing,
-        Phase::Paired { .. } => Role::Paired,
-        Phase::Lost { .. } => Role::Lost,
-        Phase::Over => Role::Stopped,
     }
 }
 

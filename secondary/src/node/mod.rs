@@ -11,6 +11,7 @@
 
 mod asked;
 mod following;
+mod leaving;
 mod pairing;
 mod promoting;
 mod starting;
@@ -50,6 +51,7 @@ use crate::rejoin::Rejoin;
 use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::judge_epoch;
+pub use leaving::is_needless;
 pub use pairing::{Loaded, PairAnswer, PairError, load, offered};
 pub use promoting::{HandBack, Promotion};
 pub use starting::{FirstLook, Known, first_look};
@@ -60,8 +62,6 @@ pub use tray::Tray;
 const TICK: Duration = Duration::from_millis(10);
 /// How often the register is read while nobody is followed: a dead process' request may land late.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a spare waits for the runner that claimed it.
-const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 /// How often the runner is told how far this node is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -112,6 +112,8 @@ pub struct Settings {
     pub intent: PathBuf,
     /// A runner has claimed this node, which is there for others if that one does not come.
     pub claimed: bool,
+    /// No configuration binds this node to the vm: it is there for others once nobody needs it.
+    pub spare: bool,
     /// Image file of the guest's disk; needed if it has one.
     pub disk: Option<PathBuf>,
 }
@@ -124,7 +126,7 @@ pub enum Outcome {
     Left,
     /// Nobody runs the vm any more, and this node is not to.
     Superseded(Entry),
-    /// The runner that claimed this spare has not come.
+    /// The runner that claimed this spare has not come, or is protected by another node.
     Unfollowed,
     /// It can do nothing more.
     Failed(String),
@@ -214,6 +216,8 @@ pub struct Follower {
     again: bool,
     /// A runner was followed by this process.
     followed: bool,
+    /// Since when the vm is protected without this node, as far as it has read.
+    needless_since: Option<Instant>,
     began: Instant,
     arbiter: ArbiterWorker,
     next_read: Instant,
@@ -315,6 +319,7 @@ impl Follower {
             observed: false,
             again,
             followed: false,
+            needless_since: None,
             began: now,
             arbiter,
             next_read: now,
@@ -414,14 +419,6 @@ impl Follower {
             self.tell_progress();
         }
         self.tell();
-    }
-
-    /// A claim is no promise: its runner may have died.
-    fn leave_if_unfollowed(&mut self, now: Instant) {
-        let waits = self.settings.claimed && !self.followed && self.end.is_none();
-        if waits && now.saturating_duration_since(self.began) > CLAIM_LIMIT {
-            self.end = Some(Outcome::Unfollowed);
-        }
     }
 
     fn read(&mut self) {

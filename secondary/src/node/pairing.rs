@@ -510,6 +510,7 @@ mod tests {
             boot_directory: boot_directory.to_owned(),
             intent: boot_directory.join("disk.intent"),
             claimed: false,
+            spare: false,
             disk: None,
         }
     }

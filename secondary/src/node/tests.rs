@@ -1,5 +1,6 @@
 //! A follower without a runner and without its thread: what one thing that it is told makes of it.
 
+use super::leaving::CLAIM_LIMIT;
 use super::{Event, Follower, Outcome, Parts, Settings, Tray};
 use crate::agreement::PairRequest;
 use crate::persist::Persister;
@@ -9,7 +10,7 @@ use crate::store::{MemoryDisk, Store};
 use colo_common::arbiter::file::FileArbiter;
 use colo_common::register::{Entry, Value};
 use colo_common::vmdir::VmDirectory;
-use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, ProposalId, Term, VmId};
+use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, ProposalId, ReplicaId, Term, VmId};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
 use colo_primary::guest_files::boot_file_path;
@@ -21,7 +22,7 @@ use colo_vmm::{BootFile, BootSource, GuestKind, GuestSpec, WireSpec};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Of this process.
 const ME: Incarnation = Incarnation(1);
@@ -66,6 +67,7 @@ fn follower(place: &Path) -> Follower {
         boot_directory: place.to_owned(),
         intent: place.join("disk.intent"),
         claimed: false,
+        spare: false,
         disk: Some(place.join("disk.img")),
     };
     Follower::new(parts, settings, (outbox, inbox))
@@ -124,4 +126,27 @@ fn nothing_runs_over_a_store_that_failed_while_the_register_was_asked() {
         Some(Outcome::Failed(why)) => assert!(why.contains("its store has failed: no space"), "{why}"),
         _ => panic!("it did not fail"),
     }
+}
+
+#[test]
+fn a_spare_leaves_a_vm_that_others_protect_and_no_other_one() {
+    let place = tempfile::tempdir().unwrap();
+    let mut follower = follower(place.path());
+    let paired = |secondary: &str| {
+        let (primary, secondary) = (node("a"), node(secondary));
+        let value = Value::Paired { primary, secondary, replica: ReplicaId(7) };
+        Entry { term: Term(2), proposal: ProposalId(1), value }
+    };
+    let alone = Value::Solo { node: node("a"), incarnation: ME };
+    let later = Instant::now() + 2 * CLAIM_LIMIT;
+    let mut leaves = |spare: bool, found: &Entry| {
+        follower.settings.spare = spare;
+        follower.look_whether_needed(Some(found));
+        follower.leave_if_unfollowed(later);
+        matches!(follower.end.take(), Some(Outcome::Unfollowed))
+    };
+    assert!(leaves(true, &paired("c")), "others protect it");
+    assert!(!leaves(false, &paired("c")), "the configuration binds it");
+    assert!(!leaves(true, &paired("b")), "it is the secondary");
+    assert!(!leaves(true, &Entry { value: alone, ..paired("c") }), "the runner looks for somebody");
 }

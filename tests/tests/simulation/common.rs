@@ -1,7 +1,9 @@
 //! What all nodes of a simulated cluster share: time, chance, the network, the arbiter, and the account of what happened.
 
 use colo_common::arbiter::Arbiter;
-use colo_common::arbiter::scripted::ScriptedArbiter;
+use colo_common::arbiter::scripted::{Fate, ScriptedArbiter};
+use colo_common::membership::scripted::ScriptedMembership;
+use colo_common::membership::{Claim, MembershipError};
 use colo_common::register::{Answer, Proposal};
 use colo_common::{Incarnation, NodeId, Point, Term, VmId};
 use colo_primary::arbiter_worker::Found;
@@ -13,13 +15,18 @@ use colo_vmm::{BootFile, BootSource, Disk, GuestSpec, MachineState, PagePool, Pr
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::net::{Msg, Net, Way};
 use crate::outside::Outside;
-use crate::plan::{FRAMES, Mutations, Plan, RETRY, Time};
+use crate::plan::{FRAMES, HASTE, MAX_NODES, Mutations, Plan, RETRY, Time};
 
 /// Lines of the trace that are kept.
-const TRACE: usize = 80;
+const TRACE: usize = 120;
+/// The vms of a cluster.
+const VMS: [&str; 3] = ["web", "mail", "shop"];
+/// Some moment for wall clocks to begin at.
+const WALL_CLOCK: u64 = 1_700_000_000_000;
 
 thread_local! {
     /// The trace of the seed that this thread runs: it outlives a panic.
@@ -38,13 +45,23 @@ pub(crate) struct Common {
     pub(crate) plan: Plan,
     pub(crate) mutations: Mutations,
     pub(crate) net: Net,
-    pub(crate) arbiter: ScriptedArbiter,
+    pub(crate) arbiter: Arc<ScriptedArbiter>,
+    /// Who is there, in a cluster.
+    pub(crate) membership: Option<ScriptedMembership>,
+    /// Claims of which the claimant has heard that they were granted.
+    pub(crate) claimed: Vec<Claim>,
+    /// What becomes of all that a node asks the arbiter, if it cannot speak to it both ways.
+    pub(crate) cut_off: [Option<Fate>; MAX_NODES],
+    /// Milliseconds that each node's wall clock is wrong by.
+    pub(crate) wrong_by: [i64; MAX_NODES],
     pub(crate) outside: Outside,
     pub(crate) counts: Counts,
     traced: bool,
     vm: VmId,
     spec: GuestSpec,
     pub(crate) pool: PagePool,
+    /// Where virtual time begins, for parts that want an instant.
+    began: Instant,
     /// Processes and copies are numbered, so that a seed repeats itself.
     drawn: u128,
 }
@@ -77,6 +94,18 @@ impl Common {
         if mutations.often_failing {
             plan.fail_often();
         }
+        let arbiter = Arc::new(ScriptedArbiter::seeded(seed.next_u64(), plan.arbiter));
+        Self::of(0, (seed, plan), arbiter, mutations, traced)
+    }
+
+    /// Of one vm of a cluster, whose processes draw numbers of their own.
+    pub(crate) fn of(
+        vm: usize,
+        (seed, plan): (Seed, Plan),
+        arbiter: Arc<ScriptedArbiter>,
+        mutations: Mutations,
+        traced: bool,
+    ) -> Self {
         let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
         let boot = BootSource::Flat { image, address: 1 << 16 };
         let mut spec = GuestSpec::new("simulated", FRAMES * 4096, boot);
@@ -84,18 +113,34 @@ impl Common {
         Self {
             now: 0,
             net: Net::new(plan.latency),
-            arbiter: ScriptedArbiter::seeded(seed.next_u64(), plan.arbiter),
+            arbiter,
+            membership: None,
+            claimed: Vec::new(),
+            cut_off: [None; MAX_NODES],
+            wrong_by: [0; MAX_NODES],
             seed,
             mutations,
             outside: Outside::default(),
             counts: Counts::default(),
             traced,
-            vm: "web".parse().expect("a name"),
+            vm: VMS[vm].parse().expect("a name"),
             spec,
             pool: PagePool::default(),
-            drawn: 1000,
+            began: Instant::now(),
+            drawn: 1000 + ((vm as u128) << 32),
             plan,
         }
+    }
+
+    /// Asks who is there, as far as this node can.
+    pub(crate) fn ask_membership<T>(
+        &self,
+        node: usize,
+        ask: impl FnOnce(&ScriptedMembership) -> Result<T, MembershipError>,
+    ) -> Result<T, MembershipError> {
+        let membership = self.membership.as_ref().expect("a cluster");
+        membership.script(self.cut_off[node]);
+        ask(membership)
     }
 
     pub(crate) fn count(&mut self, what: &'static str) {
@@ -105,7 +150,7 @@ impl Common {
     /// Notes a line of the trace, if there is one.
     pub(crate) fn note(&mut self, node: usize, line: impl FnOnce() -> String) {
         if self.traced {
-            let line = format!("{:5} {} {}", self.now, name(node), line());
+            let line = format!("{:5} {} {} {}", self.now, self.vm, name(node), line());
             LINES.with_borrow_mut(|lines| {
                 if lines.len() == TRACE {
                     lines.pop_front();
@@ -157,6 +202,19 @@ impl Common {
         Arc::new(GuestMemory::new(self.spec.memory_bytes).expect("memory for a guest"))
     }
 
+    /// This instant of virtual time, as it is for parts that only count.
+    pub(crate) fn instant(&self) -> Instant {
+        self.began + Duration::from_millis(self.now)
+    }
+
+    /// What a node's wall clock shows, which may be anything.
+    pub(crate) fn wall_clock(&self, node: usize) -> SystemTime {
+        let right = Duration::from_millis(WALL_CLOCK + self.now * HASTE);
+        let wrong = Duration::from_millis(self.wrong_by[node].unsigned_abs());
+        let right = SystemTime::UNIX_EPOCH + right;
+        if self.wrong_by[node] < 0 { right - wrong } else { right + wrong }
+    }
+
     pub(crate) fn chance(&mut self, rate: u64) -> bool {
         rate > 0 && self.seed.below(10_000) < rate
     }
@@ -171,17 +229,18 @@ impl Common {
 }
 
 pub(crate) fn name(node: usize) -> NodeId {
-    ["a", "b", "c"][node].parse().expect("a name")
+    ["a", "b", "c", "d", "e", "f", "g", "h"][node].parse().expect("a name")
 }
 
 pub(crate) fn index(node: &NodeId) -> usize {
-    (0..3).find(|&at| name(at) == *node).expect("a node of the cluster")
+    (0..MAX_NODES).find(|&at| name(at) == *node).expect("a node of the cluster")
 }
 
 /// Mirrors `arbiter_worker`: one call at a time, a proposal in front of reads, and no end of trying. What is asked
 /// takes effect before the answer is there.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ArbiterClient {
+    node: usize,
     proposal: Option<Proposal>,
     read: bool,
     busy_until: Time,
@@ -191,6 +250,11 @@ pub(crate) struct ArbiterClient {
 }
 
 impl ArbiterClient {
+    /// Of a process on this node.
+    pub(crate) fn of(node: usize) -> Self {
+        Self { node, proposal: None, read: false, busy_until: 0, answers: VecDeque::new(), noted: None }
+    }
+
     pub(crate) fn propose(&mut self, proposal: Proposal) {
         self.proposal = Some(proposal);
     }
@@ -228,6 +292,7 @@ impl ArbiterClient {
     fn call(&mut self, common: &mut Common) {
         let answered = common.now + 1 + common.seed.below(2 * common.plan.latency);
         self.busy_until = answered.max(common.now + RETRY);
+        common.arbiter.script(common.cut_off[self.node]);
         let found = match self.proposal.take() {
             Some(proposal) => match common.arbiter.propose(&common.vm, &proposal) {
                 Ok(answer) => Some(Found::Answer(proposal.id, answer)),

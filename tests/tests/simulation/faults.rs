@@ -1,6 +1,6 @@
 //! What goes wrong, what the operator does meanwhile, and what a good operator does in the end.
 
-use colo_common::register::{StopReason, Value};
+use colo_common::register::{Entry, StopReason, Value};
 use colo_common::{Gfn, PAGE_SIZE};
 use colo_primary::link::Purpose;
 use colo_primary::replicator::Phase;
@@ -8,7 +8,7 @@ use colo_secondary::replica::{AckPolicy, Copy};
 use colo_vmm::ProtectedGuest;
 
 use crate::common::index;
-use crate::plan::{FAULTS_END, Rates};
+use crate::plan::Rates;
 use crate::runner::Runner;
 use crate::world::{Role, World};
 
@@ -75,7 +75,7 @@ impl World {
         }
     }
 
-    fn node_faults(&mut self, x: usize, rates: &Rates) {
+    pub(crate) fn node_faults(&mut self, x: usize, rates: &Rates) {
         let promotes = self.follower(x).is_some_and(|follower| follower.replica.is_proposing());
         if self.common.chance(rates.crash) || (promotes && self.common.chance(rates.crash_in_promotion)) {
             let how = match &self.nodes[x].role {
@@ -154,7 +154,7 @@ impl World {
             runner.pause(common);
         }
         if common.chance(rates.pause) {
-            runner.secondary = runner.secondary.take().or(runner.paused_secondary.take());
+            runner.go_on_replicating();
         }
         if common.chance(rates.protect) {
             let to = (x + 1 + common.seed.below(others as u64 - 1) as usize) % others;
@@ -175,7 +175,7 @@ impl World {
     }
 
     /// A runner that lost its vm to one who runs it is told so by that one's answer: `Node::offer_hand_back`.
-    fn leave_if_superseded(&mut self, x: usize, one_in: u64) {
+    pub(crate) fn leave_if_superseded(&mut self, x: usize, one_in: u64) {
         let Some(runner) = self.runner(x) else { return };
         let Phase::Lost { to } = runner.replicator.phase() else { return };
         let runs = self.runner(index(to.value.runner())).is_some();
@@ -190,10 +190,10 @@ impl World {
     }
 
     /// As the operator's service manager does it.
-    fn restart(&mut self, x: usize) {
+    pub(crate) fn restart(&mut self, x: usize) {
         self.common.count("restarts");
         let ran = self.nodes[x].durable.runner.is_some();
-        if x == 0 && self.common.arbiter.peek(self.common.vm()).is_none() {
+        if x == self.home && self.common.arbiter.peek(self.common.vm()).is_none() {
             // It never got so far.
             self.start_primary(x, false);
         } else if ran && self.common.seed.below(3) == 0 {
@@ -222,29 +222,39 @@ impl World {
         if self.common.seed.below(10) == 0 {
             self.common.arbiter.deliver_late();
         }
-        if !(self.common.now - FAULTS_END).is_multiple_of(LOOK) {
+        if !(self.common.now - self.common.plan.faults_end).is_multiple_of(LOOK) {
             return;
         }
         let register = self.common.arbiter.peek(self.common.vm());
         for x in 0..self.nodes.len() {
             match &self.nodes[x].role {
-                Role::Down { .. } => {
-                    let ran = self.nodes[x].durable.runner.is_some_and(|known| known.active.is_some());
-                    let primary = match register.as_ref().map(|entry| &entry.value) {
-                        None => x == 0,
-                        // Now and then the wrong one.
-                        Some(Value::Solo { node, .. }) => {
-                            index(node) == x && ran && self.common.seed.below(8) > 0
-                        }
-                        _ => false,
-                    };
-                    if primary { self.start_primary(x, false) } else { self.start_secondary(x) }
-                }
-                Role::Follower(follower) if follower.store_failed => self.crash(x, "restarts of a full node"),
-                Role::Follower(_) => self.repair_follower(x, register.as_ref().map(|entry| &entry.value)),
+                Role::Down { .. } => self.revive(x, register.as_ref()),
                 Role::Runner(_) => self.repair_runner(x),
-                Role::Starting(_) => {}
+                _ => self.tend(x),
             }
+        }
+    }
+
+    /// Starts a process again, of the binary that can do something.
+    pub(crate) fn revive(&mut self, x: usize, register: Option<&Entry>) {
+        let ran = self.nodes[x].durable.runner.is_some_and(|known| known.active.is_some());
+        let primary = match register.map(|entry| &entry.value) {
+            None => x == self.home,
+            // Now and then the wrong one.
+            Some(Value::Solo { node, .. }) => index(node) == x && ran && self.common.seed.below(8) > 0,
+            _ => false,
+        };
+        if primary { self.start_primary(x, false) } else { self.start_secondary(x) }
+    }
+
+    /// What a process needs that cannot help itself, and what the operator has to take back.
+    pub(crate) fn tend(&mut self, x: usize) {
+        let register = self.common.arbiter.peek(self.common.vm());
+        match &mut self.nodes[x].role {
+            Role::Follower(follower) if follower.store_failed => self.crash(x, "restarts of a full node"),
+            Role::Follower(_) => self.repair_follower(x, register.as_ref().map(|entry| &entry.value)),
+            Role::Runner(runner) => runner.go_on_replicating(),
+            Role::Starting(_) | Role::Down { .. } => {}
         }
     }
 
@@ -303,6 +313,11 @@ impl Runner {
         self.paused_secondary = self.secondary.take().or(self.paused_secondary.take());
         let actions = self.replicator.go_solo();
         self.act(actions, common);
+    }
+
+    /// `Command::Resume`.
+    fn go_on_replicating(&mut self) {
+        self.secondary = self.secondary.take().or(self.paused_secondary.take());
     }
 
     /// `Node::protect_by`.

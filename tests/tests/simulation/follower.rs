@@ -1,14 +1,16 @@
 //! A node that follows: `secondary::node::Follower` without its threads and clocks. Each step names the function there
 //! that it mirrors.
 
+use colo_common::register::Entry;
 use colo_common::{History, Incarnation, NodeId, PAGE_SIZE, Point, ReplicaId, Term};
 use colo_primary::release::Release;
 use colo_secondary::detector::Detector;
 use colo_secondary::disk::DiskImage;
 use colo_secondary::image::Image;
+use colo_secondary::node::is_needless;
 use colo_secondary::persist::{Restored, StoredState};
 use colo_secondary::rejoin::Rejoin;
-use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Stored};
+use colo_secondary::replica::{AckPolicy, Copy, Replica, Rules, Start, Stored};
 use colo_secondary::staging::{StagedEpoch, StagedPart, Staging};
 use colo_secondary::store::{Base, MemoryDisk, PageContent, Store, StoreError, StoredCopy};
 use colo_vmm::memory::Page;
@@ -20,7 +22,7 @@ use std::sync::Arc;
 use crate::common::{ArbiterClient, Common, name};
 use crate::image_file::ImageFile;
 use crate::persister::{Persisted, Persister};
-use crate::plan::{BLOCKS, FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
+use crate::plan::{BLOCKS, CLAIM_LIMIT, FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
 use crate::runner::Beginning;
 use crate::switching::Left;
 
@@ -48,6 +50,8 @@ pub(crate) struct Link {
 /// How it ends: `node::Outcome`.
 pub(crate) enum Outcome {
     Run(Box<Beginning>),
+    Superseded,
+    Unfollowed,
     Failed(String),
 }
 
@@ -84,6 +88,15 @@ pub(crate) struct Follower {
     /// `Follower::forget_running` is to be done to the vm's directory.
     pub(crate) forgets_running: bool,
     pub(crate) end: Option<Outcome>,
+    /// A runner has claimed it, which is there for others if that one does not come.
+    pub(crate) claimed: bool,
+    /// No configuration binds it to the vm.
+    pub(crate) spare: bool,
+    pub(crate) needless_since: Option<Time>,
+    pub(crate) followed: bool,
+    began: Time,
+    /// What it is to run once its disk has done what went before.
+    pub(crate) taking: Option<(Start, Entry)>,
 }
 
 /// What of a node outlives its processes.
@@ -153,10 +166,16 @@ impl Follower {
             hand_back: None,
             reading: false,
             observed: false,
-            arbiter: ArbiterClient::default(),
+            arbiter: ArbiterClient::of(x),
             next_read: common.now,
             forgets_running: false,
             end: None,
+            claimed: false,
+            spare: false,
+            needless_since: None,
+            followed: false,
+            began: common.now,
+            taking: None,
         };
         if let Some(Left { base: Some(base), changed, history, .. }) = left {
             common.count("memory handed over");
@@ -199,15 +218,23 @@ impl Follower {
 
     /// A turn of `Follower::run`, and of its apply and persist threads.
     pub(crate) fn tick(&mut self, common: &mut Common) {
+        if let Some((start, entry)) = self.taking.take() {
+            return self.take_over(start, entry, common);
+        }
         while let Some(found) = self.arbiter.poll(common) {
             self.on_arbiter(found, common);
+            if self.taking.is_some() || self.end.is_some() {
+                return;
+            }
         }
         for _ in 0..common.plan.apply_speed {
             self.apply_one(common);
         }
         // A slow store does not get to it in every tick.
         let turns = common.plan.persist_speed.max(u64::from(common.seed.below(3) == 0));
-        for _ in 0..turns {
+        let works = common.now >= self.persister.stalled;
+        self.persister.wall_clock = common.wall_clock(self.x);
+        for _ in 0..turns * u64::from(works) {
             if let Some(persisted) = self.persister.work(common.mutations) {
                 if let (Persisted::Point(_, epoch), Some(guest)) = (&persisted, &self.guest) {
                     let (memory, disk) = (Arc::clone(guest.memory()), Arc::clone(&self.disk));
@@ -225,11 +252,44 @@ impl Follower {
 
     /// `Follower::settle`.
     pub(crate) fn settle(&mut self, common: &mut Common) {
+        self.leave_if_unfollowed(common);
         self.suspect_if_due(common);
         if common.now >= self.next_read && self.link.is_none() {
             self.next_read = common.now + READ_INTERVAL;
             self.read();
         }
+    }
+
+    /// `Follower::leave_if_unfollowed`.
+    fn leave_if_unfollowed(&mut self, common: &mut Common) {
+        if self.end.is_some() {
+            return;
+        }
+        let unfollowed = Some(self.began).filter(|_| self.claimed && !self.followed);
+        let stays = common.mutations.needless_stay || !self.spare || self.link.is_some();
+        let needless = self.needless_since.filter(|_| !stays);
+        let late = |since: Time| common.now - since > CLAIM_LIMIT;
+        let why = match (unfollowed.is_some_and(late), needless.is_some_and(late)) {
+            (true, _) => "spares that nobody followed",
+            (_, true) => "spares that nobody needed",
+            _ => return,
+        };
+        common.count(why);
+        common.note(self.x, || format!("lets go ({why})"));
+        self.end = Some(Outcome::Unfollowed);
+    }
+
+    /// `Follower::look_whether_needed`.
+    pub(crate) fn look_whether_needed(&mut self, found: Option<&Entry>, common: &Common) {
+        let needless = is_needless(&self.me, found) && self.link.is_none();
+        self.needless_since = needless.then(|| self.needless_since.unwrap_or(common.now));
+    }
+
+    /// Where the node waits for its store, it does nothing else; its heartbeats go on.
+    pub(crate) fn waits_for_disk(&self, common: &mut Common) -> bool {
+        let stalled = self.persister.stalled;
+        common.net.busy[self.x] = stalled;
+        stalled > common.now
     }
 
     pub(crate) fn read(&mut self) {

@@ -24,6 +24,10 @@ use crate::plan::{BLOCKS, FRAMES, PROMOTE_DELAY};
 impl Follower {
     /// Something came by a link: `receiver::Receiver` and `Follower::on_link`.
     pub(crate) fn on_message(&mut self, number: u64, message: Msg, common: &mut Common) {
+        if self.taking.is_some() {
+            // Its inbox is read no more.
+            return;
+        }
         if let Msg::Hello { node, term, purpose } = message {
             return self.on_caller(number, node, term, purpose, common);
         }
@@ -105,6 +109,7 @@ impl Follower {
         self.link = Some(link);
         self.detector.heard();
         self.planned = false;
+        self.followed = true;
         self.runner_at = Some(index(&node));
         if let Purpose::Link(replica) = purpose {
             match self.replica.accept_link(&node, term, replica) {
@@ -244,6 +249,7 @@ impl Follower {
         common.note(self.x, || format!("is seeded ({mode:?}) by {node} in {term}"));
         let keep = mode.memory != SeedPart::All;
         self.persister.order(Job::Begin(if keep { Base::Stored } else { Base::Empty }));
+        self.waits_for_disk(common);
         // The flush; what the thread tells meanwhile waits in the inbox.
         let mut told = Vec::new();
         while self.persister.waiting() > 0 {

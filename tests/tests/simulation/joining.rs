@@ -25,6 +25,7 @@ impl Runner {
             Linking::Waiting { until } if common.now >= until => self.linking = Linking::Idle,
             Linking::Connecting { since, link, .. } if common.now - since > HANDSHAKE_LIMIT => {
                 common.close(link, 0);
+                self.candidate_failed(false, common);
                 self.linking = Linking::Waiting { until: common.now + BACKOFF };
             }
             _ => {}
@@ -99,6 +100,7 @@ impl Runner {
                 if self.replicator.covered() > before {
                     self.lost_since = None;
                 }
+                common.outside.acked(self.replicator.acked());
                 self.act(actions, common);
             }
             Err(e) => {
@@ -125,6 +127,7 @@ impl Runner {
             }
             Msg::Refused(why) => {
                 common.count("links refused");
+                self.candidate_failed(true, common);
                 common.close(link, 0);
                 common.note(self.x, || format!("link {link} is refused: {why}"));
                 if matches!(purpose, Purpose::Link(_)) && common.plan.solo_on_loss {
@@ -134,7 +137,10 @@ impl Runner {
                     self.linking = Linking::Waiting { until: common.now + REFUSED_BACKOFF };
                 }
             }
-            _ => common.close(link, 0),
+            _ => {
+                self.candidate_failed(false, common);
+                common.close(link, 0);
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use colo_proto::message::{BlockDigestRequest, BlockDigests, DigestRequest, Diver
 use colo_tests::seed::Seed;
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::plan::{HANDSHAKE_LIMIT, SUSPECT_AFTER, Time};
+use crate::plan::{HANDSHAKE_LIMIT, MAX_NODES, SUSPECT_AFTER, Time};
 
 /// What travels.
 #[derive(Debug)]
@@ -81,10 +81,12 @@ pub(crate) struct Net {
     next: u64,
     latency: u64,
     /// Until when nothing passes from one node to another.
-    blocked: [[Time; 3]; 3],
-    pub(crate) processes: [Option<Incarnation>; 3],
+    blocked: [[Time; MAX_NODES]; MAX_NODES],
+    pub(crate) processes: [Option<Incarnation>; MAX_NODES],
     /// Until when a node's process stands still.
-    pub(crate) frozen: [Time; 3],
+    pub(crate) frozen: [Time; MAX_NODES],
+    /// Until when a node's thread waits for its disk; its heartbeats go on.
+    pub(crate) busy: [Time; MAX_NODES],
     /// Messages that were lost with their link.
     pub(crate) lost: u64,
     /// Links of a node that had another one to the same peer.
@@ -93,9 +95,9 @@ pub(crate) struct Net {
 
 impl Net {
     pub(crate) fn new(latency: u64) -> Self {
-        let (links, processes) = (BTreeMap::new(), [None; 3]);
-        let (blocked, frozen) = ([[0; 3]; 3], [0; 3]);
-        Self { links, next: 1, latency, blocked, processes, frozen, lost: 0, doubled: 0 }
+        let (links, processes) = (BTreeMap::new(), [None; MAX_NODES]);
+        let (blocked, frozen, busy) = ([[0; MAX_NODES]; MAX_NODES], [0; MAX_NODES], [0; MAX_NODES]);
+        Self { links, next: 1, latency, blocked, processes, frozen, busy, lost: 0, doubled: 0 }
     }
 
     /// A runner begins to make a link; the hello is on its way.
@@ -184,8 +186,8 @@ impl Net {
     }
 
     pub(crate) fn heal(&mut self) {
-        self.blocked = [[0; 3]; 3];
-        self.frozen = [0; 3];
+        self.blocked = [[0; MAX_NODES]; MAX_NODES];
+        self.frozen = [0; MAX_NODES];
     }
 
     pub(crate) fn is_blocked(&self, from: usize, to: usize, now: Time) -> bool {
@@ -194,7 +196,7 @@ impl Net {
 
     /// The next message that arrives now: link, node and its end.
     pub(crate) fn deliver(&mut self, now: Time) -> Option<(u64, usize, Msg)> {
-        let Self { links, blocked, processes, frozen, .. } = self;
+        let Self { links, blocked, processes, frozen, busy, .. } = self;
         for (&number, link) in links {
             for way in WAYS {
                 let side = usize::from(way != Way::Hear);
@@ -202,7 +204,8 @@ impl Net {
                 let node = to.node;
                 let hello = matches!(link.streams[way as usize].front(), Some((_, Msg::Hello { .. })));
                 let listens = hello || (to.open && to.process == processes[node]);
-                let through = listens && frozen[node] <= now && blocked[from.node][node] <= now;
+                let works = frozen[node] <= now && busy[node] <= now;
+                let through = listens && works && blocked[from.node][node] <= now;
                 let gone = to.closing.is_some_and(|at| at <= now);
                 let stream = &mut link.streams[way as usize];
                 if through && !gone && stream.front().is_some_and(|(due, _)| *due <= now) {

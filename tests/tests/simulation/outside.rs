@@ -43,6 +43,8 @@ pub(crate) struct Outside {
     lives: Vec<Life>,
     stints: Vec<Stint>,
     cuts: BTreeMap<Point, Instant>,
+    /// The newest point that a runner knows to be acked, while it was protected.
+    acked: Option<Point>,
     /// The node that was about to run the guest, and may have written so.
     activating: Option<usize>,
     pub(crate) broken: Option<String>,
@@ -67,6 +69,11 @@ impl Outside {
         self.activating = Some(node);
     }
 
+    /// A runner that is protected takes an ack: whoever is promoted from now on has that point.
+    pub(crate) fn acked(&mut self, point: Option<Point>) {
+        self.acked = self.acked.max(point);
+    }
+
     /// A guest begins from nothing. Only the node that ran it last may do that.
     pub(crate) fn boot(&mut self, node: usize) -> usize {
         let activated = self.activating.take() == Some(node);
@@ -74,6 +81,7 @@ impl Outside {
             let ran = last.node;
             self.broken(|| format!("node {node} boots a guest that ran last on node {ran}"));
         }
+        self.acked = None;
         self.lives.push(Life::default());
         self.stints.push(Stint { node, life: self.lives.len() - 1, parent: None });
         self.stints.len() - 1
@@ -93,6 +101,9 @@ impl Outside {
             self.broken(|| format!("node {node} promotes {point}, which was never cut"));
             return self.boot(node);
         };
+        if let Some(acked) = self.acked.filter(|acked| *acked > point) {
+            self.broken(|| format!("node {node} promotes {point}, and {acked} was acked"));
+        }
         self.check_guest("what is promoted", point, guest);
         if machine(state) != cut.machine {
             self.broken(|| format!("node {node} promotes {point} with the machine of another"));

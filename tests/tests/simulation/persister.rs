@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::plan::Mutations;
+use crate::plan::{Mutations, Time};
 
 /// `persist::MAX_FOLDED`, and some of the time less: the thread takes what there is.
 const MAX_FOLDED: usize = 6;
@@ -45,6 +45,10 @@ pub(crate) struct Persister {
     failed: bool,
     /// A mutation: epochs whose blocks are not stored yet.
     late: Vec<ToStore>,
+    /// Until when its disk does nothing.
+    pub(crate) stalled: Time,
+    /// The node's wall clock, which nothing is decided by.
+    pub(crate) wall_clock: SystemTime,
     /// The process is to die within one of the next writes.
     pub(crate) dying: bool,
     /// It has.
@@ -53,7 +57,16 @@ pub(crate) struct Persister {
 
 impl Persister {
     pub(crate) fn new(store: Store) -> Self {
-        Self { store, jobs: VecDeque::new(), failed: false, late: Vec::new(), dying: false, died: false }
+        Self {
+            store,
+            jobs: VecDeque::new(),
+            failed: false,
+            late: Vec::new(),
+            stalled: 0,
+            wall_clock: SystemTime::UNIX_EPOCH,
+            dying: false,
+            died: false,
+        }
     }
 
     pub(crate) fn order(&mut self, job: Job) {
@@ -143,7 +156,7 @@ impl Persister {
                 }
                 let state = StoredState::new(epoch, held).encode();
                 let blocks = newest(std::slice::from_ref(&first));
-                self.store.complete(mark(epoch, &state, &blocks), None)?;
+                self.store.complete(mark(epoch, &state, &blocks, self.wall_clock), None)?;
                 return Ok(Some(Persisted::Point(*replica, Arc::clone(epoch))));
             }
             Job::StoreId(id) => {
@@ -171,7 +184,7 @@ impl Persister {
         }
         let state = StoredState::new(&last.epoch, &last.held).encode();
         let with = if mutations.blocks_stored_late { &self.late } else { &epochs };
-        self.store.persist(pages, mark(&last.epoch, &state, &newest(with)))?;
+        self.store.persist(pages, mark(&last.epoch, &state, &newest(with), self.wall_clock))?;
         let persisted = Persisted::Point(last.replica, Arc::clone(&last.epoch));
         if mutations.blocks_stored_late {
             self.late = epochs;
@@ -196,6 +209,11 @@ fn newest(epochs: &[ToStore]) -> Vec<BlockRun<'_>> {
     newest.into_runs()
 }
 
-fn mark<'a>(epoch: &'a StagedEpoch, state: &'a [u8], blocks: &'a [BlockRun<'a>]) -> Mark<'a> {
-    Mark { point: epoch.point, history: &epoch.history, state, blocks, now: SystemTime::UNIX_EPOCH }
+fn mark<'a>(
+    epoch: &'a StagedEpoch,
+    state: &'a [u8],
+    blocks: &'a [BlockRun<'a>],
+    now: SystemTime,
+) -> Mark<'a> {
+    Mark { point: epoch.point, history: &epoch.history, state, blocks, now }
 }

@@ -11,6 +11,10 @@ use colo_vmm::synthetic::{End, Program, SyntheticConfig, Tracking};
 /// Virtual milliseconds.
 pub(crate) type Time = u64;
 
+/// Nodes of a cluster at most.
+pub(crate) const MAX_NODES: usize = 8;
+/// Milliseconds of limits that the nodes have in seconds, to a tick.
+pub(crate) const HASTE: u64 = 30;
 /// Between two cuts; the nodes' default, shortened as all other times are here.
 pub(crate) const INTERVAL: Time = 4;
 /// Silence after which an end takes its link for lost.
@@ -34,10 +38,24 @@ pub(crate) const FOLDED: usize = 4;
 pub(crate) const PROMOTE_DELAY: Time = 12;
 pub(crate) const STARTUP_GRACE: Time = 30;
 pub(crate) const SUSPECT_AGAIN: Time = 6;
+/// How long a spare waits for the runner that claimed it.
+pub(crate) const CLAIM_LIMIT: Time = 30_000 / HASTE;
 /// How long faults go on.
-pub(crate) const FAULTS_END: Time = 450;
+const FAULTS_END: Time = 450;
 /// When a guest that can be protected must be protected.
-pub(crate) const LIMIT: Time = FAULTS_END + 1200;
+const LIMIT: Time = FAULTS_END + 1200;
+
+/// How long most clusters have for their first copies.
+const QUIET: Time = 150;
+/// The same of a cluster.
+const CLUSTER_FAULTS_END: Time = 900;
+/// Two minutes, in which every vm of a cluster is protected again that can be. The longest way there: a spare waits
+/// for the runner that claimed it and has died (30 s), the records of the dead go with their leases (5 s), whoever failed
+/// during the faults is left out for up to 16 s, and a candidate that does not come is waited for (10 s); and each of
+/// them may come after the other.
+const HEALED_WITHIN: Time = 120_000 / HASTE;
+/// Hosts of a cluster at most; what is more in nodes stands beside others.
+const MAX_HOSTS: usize = 5;
 
 /// Frames of the guest's memory.
 pub(crate) const FRAMES: u64 = 64;
@@ -79,6 +97,16 @@ pub(crate) struct Mutations {
     pub(crate) skipped_blocks_dropped: bool,
     /// The image file is never synced, whoever says so.
     pub(crate) file_never_synced: bool,
+    /// Nobody is looked for who could protect a vm.
+    pub(crate) nobody_heals: bool,
+    /// Whoever was chosen to protect a vm is waited for without end.
+    pub(crate) endless_patience: bool,
+    /// A spare that was claimed stays with that vm, whatever becomes of it.
+    pub(crate) spares_stay: bool,
+    /// What was wrong once. So does one that others follow in the place of.
+    pub(crate) needless_stay: bool,
+    /// What is known of a node that died is never forgotten.
+    pub(crate) endless_leases: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
     /// Not a mutation: guests fail often while they are protected, and links break.
@@ -112,6 +140,9 @@ pub(crate) struct Rates {
 /// All that a seed decides beforehand.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
+    /// How long faults go on, and when a guest that can be protected must be.
+    pub(crate) faults_end: Time,
+    pub(crate) limit: Time,
     pub(crate) nodes: usize,
     pub(crate) policy: AckPolicy,
     pub(crate) boot: bool,
@@ -143,6 +174,8 @@ impl Plan {
         let least = 2 * steps * u64::from(guest.program.writes + 3) + 4 + ENDING;
         let limit = [pages / 2, pages * 3 / 4, 4 * FRAMES][seed.below(3) as usize].max(least);
         Self {
+            faults_end: FAULTS_END,
+            limit: LIMIT,
             nodes: 2 + usize::from(seed.below(3) == 0),
             policy,
             boot: seed.below(2) == 0,
@@ -179,6 +212,72 @@ impl Plan {
         let Rates { input, .. } = self.rates;
         self.rates =
             Rates { corrupt: 60, break_link: 150, crash: 30, partition: 40, input, ..Rates::default() };
+    }
+}
+
+/// What a seed decides about the cluster that its vms are in.
+#[derive(Clone, Debug)]
+pub(crate) struct ClusterPlan {
+    pub(crate) vms: usize,
+    pub(crate) hosts: usize,
+    pub(crate) nodes: usize,
+    /// Until when only the arbiter fails: a vm that was never protected is lost with its first host, which teaches little.
+    pub(crate) quiet: Time,
+    pub(crate) faults_end: Time,
+    pub(crate) limit: Time,
+    pub(crate) arbiter: Faults,
+    pub(crate) rates: ClusterRates,
+}
+
+/// How often something happens to each host, path or spare, in 10 000 ticks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ClusterRates {
+    pub(crate) crash: u64,
+    pub(crate) outage: u64,
+    pub(crate) partition: u64,
+    pub(crate) one_way: u64,
+    pub(crate) freeze: u64,
+    pub(crate) slow: u64,
+    pub(crate) clock: u64,
+}
+
+impl ClusterPlan {
+    pub(crate) fn of(seed: &mut Seed) -> Self {
+        let vms = 1 + seed.below(3) as usize;
+        // For each vm a runner and a follower, and one node that may be missing.
+        let nodes = 2 * vms + 1 + (seed.below(3) as usize).min(MAX_NODES - 2 * vms - 1);
+        let mut of = |one_in: u64, most: u64| if seed.below(one_in) == 0 { 1 + seed.below(most) } else { 0 };
+        let rates = ClusterRates {
+            crash: of(2, 20),
+            outage: of(3, 40),
+            partition: of(3, 60),
+            one_way: of(3, 60),
+            freeze: of(3, 20),
+            slow: of(3, 30),
+            clock: of(3, 40),
+        };
+        Self {
+            vms,
+            hosts: nodes.min(MAX_HOSTS),
+            nodes,
+            quiet: if seed.below(4) == 0 { 0 } else { QUIET },
+            faults_end: CLUSTER_FAULTS_END,
+            limit: CLUSTER_FAULTS_END + HEALED_WITHIN,
+            arbiter: arbiter(seed),
+            rates,
+        }
+    }
+}
+
+impl Plan {
+    /// Of a vm in a cluster, where hosts and paths fail as a whole, and which heals itself.
+    pub(crate) fn in_cluster(mut self, cluster: &ClusterPlan) -> Self {
+        let Rates { crash, .. } = self.rates;
+        let none = Rates { outage: 0, one_way: 0, partition: 0, freeze: 0, ..self.rates };
+        self.rates = Rates { crash: crash / 2, ..none };
+        (self.auto_failover, self.solo_on_loss) = (true, true);
+        (self.nodes, self.faults_end, self.limit) = (cluster.nodes, cluster.faults_end, cluster.limit);
+        self
     }
 }
 

@@ -1,7 +1,7 @@
 //! Taking the guest over, simulated: `secondary::node::promoting`, function by function.
 
 use colo_common::Point;
-use colo_common::register::{Answer, Entry};
+use colo_common::register::{Answer, Entry, Value};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
@@ -65,6 +65,15 @@ impl Follower {
             return;
         }
         self.observed = true;
+        self.look_whether_needed(found.as_ref(), common);
+        if let Some(entry) = found.as_ref().filter(|entry| matches!(entry.value, Value::Stopped { .. }))
+            && self.followed
+            && self.link.is_none()
+        {
+            common.note(self.x, || format!("has nothing to follow any more: {entry}"));
+            self.end = Some(Outcome::Superseded);
+            return;
+        }
         let actions = self.replica.observe(found.as_ref());
         self.act(actions, common);
         if let Some((node, process, lost_to)) = self.hand_back.take()
@@ -89,10 +98,14 @@ impl Follower {
     }
 
     pub(crate) fn take_over(&mut self, start: Start, entry: Entry, common: &mut Common) {
-        common.note(self.x, || format!("runs by {start:?}: {entry}"));
         if let Some(link) = self.link.take() {
             common.close(link.number, 1);
         }
+        if self.waits_for_disk(common) {
+            self.taking = Some((start, entry));
+            return;
+        }
+        common.note(self.x, || format!("runs by {start:?}: {entry}"));
         self.asked = false;
         let outcome = match start {
             Start::Promote(point) => self.promote_from(point, entry, common),
@@ -156,6 +169,8 @@ impl Follower {
             release,
             promotions,
             secondary: self.runner_at,
+            moved: true,
+            planned: self.planned,
             last_changed: std::mem::replace(&mut self.rejoin, Rejoin::new(FRAMES, BLOCKS))
                 .into_last_changed(),
         }))

@@ -8,6 +8,7 @@ use colo_primary::changes::Changes;
 use colo_primary::encode::Encoder;
 use colo_primary::epoch::disk_share;
 use colo_primary::last_changed::LastChanged;
+use colo_primary::node::status::{Role, Status};
 use colo_primary::release::Release;
 use colo_primary::replicator::{Action, Carried, End, Entitled, Phase, Replicator};
 use colo_secondary::disk::DiskImage;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::{ArbiterClient, Common};
+use crate::healing::{Healing, RETURN};
 use crate::image_file::ImageFile;
 use crate::net::{Msg, Way};
 use crate::outside::Outlet;
@@ -78,6 +80,10 @@ pub(crate) struct Runner {
     next_offer: Time,
     pub(crate) promotions: u32,
     began: Time,
+    /// In a cluster, whoever may protect the vm is found without an operator.
+    pub(crate) healing: Option<Healing>,
+    /// The account that operators see, as far as it is about protection.
+    pub(crate) status: Status,
     pub(crate) end: Option<End>,
 }
 
@@ -114,6 +120,10 @@ pub(crate) struct Beginning {
     pub(crate) promotions: u32,
     pub(crate) secondary: Option<usize>,
     pub(crate) last_changed: LastChanged,
+    /// It ran elsewhere before.
+    pub(crate) moved: bool,
+    /// That node moved it here on purpose.
+    pub(crate) planned: bool,
 }
 
 impl Runner {
@@ -128,6 +138,8 @@ impl Runner {
             promotions,
             secondary,
             last_changed,
+            moved,
+            planned,
         } = beginning;
         replicator.mutate(common.mutations.runner);
         if last_changed.known().memory.is_some() {
@@ -140,7 +152,7 @@ impl Runner {
         // What no two runs have in common: without it, two histories might say the same.
         guest.console_input(format!("node {x} at {}\n", common.now).as_bytes());
         let now = common.now;
-        Self {
+        let mut runner = Self {
             x,
             incarnation,
             replicator,
@@ -173,13 +185,20 @@ impl Runner {
             switching: None,
             kept_since: last_changed.known().memory.map(|_| now),
             last_changed,
-            arbiter: ArbiterClient::default(),
+            arbiter: ArbiterClient::of(x),
             next_read: now + READ_INTERVAL,
             next_offer: now,
             promotions,
             began: now,
+            healing: common.membership.is_some().then(|| {
+                let lacks = moved || secondary.is_some();
+                Healing::new(lacks, planned.then_some(now + RETURN), common)
+            }),
+            status: Status::default(),
             end: None,
-        }
+        };
+        runner.keep_account(common);
+        runner
     }
 
     /// A turn of `Node::run`: the guest moves, then what came meanwhile is handled.
@@ -191,6 +210,7 @@ impl Runner {
         }
         self.copy(common);
         self.disk.fold(common);
+        self.look_for_candidates(common);
         self.settle(common);
     }
 
@@ -202,6 +222,7 @@ impl Runner {
         self.ask_guest(common);
         self.end_failed(common);
         self.go_on_switching(common);
+        self.say_whether_wanted(common);
         self.look_for_secondary(common);
         if common.now >= self.next_read {
             self.next_read = common.now + READ_INTERVAL;
@@ -215,6 +236,19 @@ impl Runner {
         self.cut_if_due(common);
         self.ship_if_possible(common);
         self.let_out(common);
+        self.keep_account(common);
+    }
+
+    /// `Node::tell`, as far as it is about protection.
+    fn keep_account(&mut self, common: &Common) {
+        self.status.role = Role::of(self.replicator.phase());
+        self.status.judge_protection(common.instant());
+    }
+
+    /// Time without protection, as the status tells it.
+    pub(crate) fn told_unprotected(&self, common: &Common) -> Duration {
+        let open = self.status.unprotected_since.map(|since| common.instant() - since);
+        self.status.unprotected_before + open.unwrap_or_default()
     }
 
     /// `Node::ask_guest`.

@@ -9,11 +9,8 @@ use std::time::Duration;
 
 use crate::common::Common;
 use crate::net::{Msg, Way};
-use crate::plan::Time;
+use crate::plan::{HASTE, Time};
 use crate::runner::Runner;
-
-/// A real second of a switchover's limits in a time in which a link is lost after some milliseconds.
-const HASTE: u64 = 30;
 
 /// `switching::Switching`.
 pub(crate) struct Switching {
@@ -29,7 +26,7 @@ pub(crate) struct Left {
     pub(crate) history: History,
 }
 
-fn clock(now: Time) -> Duration {
+pub(crate) fn clock(now: Time) -> Duration {
     Duration::from_millis(now * HASTE)
 }
 

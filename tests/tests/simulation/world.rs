@@ -16,9 +16,10 @@ use colo_vmm::ProtectedGuest;
 use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
 use crate::follower::{Durable, Follower, Outcome};
 use crate::net::{Msg, Way};
-use crate::plan::{BLOCKS, FAULTS_END, FRAMES, LIMIT, Mutations, Time};
+use crate::plan::{BLOCKS, FRAMES, MAX_NODES, Mutations, Time};
 use crate::runner::{Beginning, GuestDisk, Runner};
 use crate::switching::Left;
+use std::time::Duration;
 
 /// A guest whose rings are overrun so often after the faults cannot be protected.
 const MANY_OVERRUNS: u64 = 3;
@@ -47,6 +48,10 @@ pub(crate) struct Node {
     pub(crate) role: Role,
     /// Under the policy `disk`: what the store must show after a crash, if the register still names that copy.
     promise: Option<(ReplicaId, Option<Point>)>,
+    /// Its process has let go of the vm by itself.
+    pub(crate) let_go: bool,
+    /// How long this runner's guest was without protection, by the world's account.
+    bare: Time,
 }
 
 /// What came of a seed.
@@ -63,60 +68,94 @@ pub(crate) struct World {
     goal: Option<Point>,
     /// Ring overruns until the faults ended.
     pub(crate) overruns: u64,
+    /// Nodes whose process is bound to another vm.
+    pub(crate) elsewhere: [bool; MAX_NODES],
+    /// Nodes that no configuration binds to this vm.
+    pub(crate) spares: [bool; MAX_NODES],
+    /// Where the vm begins.
+    pub(crate) home: usize,
 }
 
 /// Runs a seed to its end.
 pub(crate) fn run(number: u64, mutations: Mutations, traced: bool) -> Ran {
     let mut world = World::new(number, mutations, traced);
-    while world.common.outside.broken.is_none() && world.common.now < LIMIT && !world.is_done() {
+    while world.common.outside.broken.is_none()
+        && world.common.now < world.common.plan.limit
+        && !world.is_done()
+    {
         world.tick();
     }
     world.conclude();
-    let (lost, doubled) = (world.common.net.lost, world.common.net.doubled);
-    let (bytes, frames) = world.common.outside.released();
-    let common = &mut world.common;
-    for (what, times) in [
-        ("messages lost", lost),
-        ("links doubled", doubled),
-        ("bytes released", bytes),
-        ("packets released", frames),
-    ] {
-        common.counts.add(what, times);
-    }
-    common.counts.add("ticks", common.now);
-    Ran { broken: common.outside.broken.take(), counts: common.counts.clone() }
+    let counts = world.counted();
+    Ran { broken: world.common.outside.broken.take(), counts }
 }
 
 impl World {
     fn new(number: u64, mutations: Mutations, traced: bool) -> Self {
-        let common = Common::new(number, mutations, traced);
+        let mut world = Self::empty(0, Common::new(number, mutations, traced));
+        world.start_primary(0, false);
+        (1..world.nodes.len()).for_each(|x| world.start_secondary(x));
+        world
+    }
+
+    /// Nodes of which none is up.
+    pub(crate) fn empty(home: usize, common: Common) -> Self {
         let policy = common.plan.policy;
         let node = || Node {
             durable: Durable { policy, ..Durable::default() },
             role: Role::Down { since: 0 },
             promise: None,
+            let_go: false,
+            bare: 0,
         };
         let nodes: Vec<Node> = (0..common.plan.nodes).map(|_| node()).collect();
-        if mutations.file_never_synced {
+        if common.mutations.file_never_synced {
             nodes.iter().for_each(|node| node.durable.file.lie());
         }
-        let mut world = Self { nodes, common, goal: None, overruns: 0 };
-        world.start_primary(0, false);
-        (1..world.nodes.len()).for_each(|x| world.start_secondary(x));
-        world
+        Self {
+            nodes,
+            common,
+            goal: None,
+            overruns: 0,
+            elsewhere: [false; MAX_NODES],
+            spares: [false; MAX_NODES],
+            home,
+        }
     }
 
     /// A virtual millisecond.
     fn tick(&mut self) {
         self.common.now += 1;
         let now = self.common.now;
-        if now < FAULTS_END {
+        if now < self.common.plan.faults_end {
             self.faults();
-        } else if now == FAULTS_END {
+        } else if now == self.common.plan.faults_end {
             self.heal();
         } else {
             self.repair();
         }
+        self.turns();
+    }
+
+    /// How often what happened, with what is counted elsewhere.
+    pub(crate) fn counted(&self) -> Counts {
+        let Common { net, outside, counts, now, .. } = &self.common;
+        let (mut counts, (bytes, frames)) = (counts.clone(), outside.released());
+        for (what, times) in [
+            ("messages lost", net.lost),
+            ("links doubled", net.doubled),
+            ("bytes released", bytes),
+            ("packets released", frames),
+            ("ticks", *now),
+        ] {
+            counts.add(what, times);
+        }
+        counts
+    }
+
+    /// What arrives now, and then a turn of every node.
+    pub(crate) fn turns(&mut self) {
+        let now = self.common.now;
         while let Some((link, node, message)) = self.common.net.down(now) {
             self.deliver(link, node, message);
         }
@@ -124,11 +163,33 @@ impl World {
             self.deliver(link, node, message);
         }
         for x in 0..self.nodes.len() {
-            if self.common.net.frozen[x] <= now {
+            if self.common.net.frozen[x] <= now && self.common.net.busy[x] <= now {
                 self.turn(x);
             }
         }
+        self.account();
         self.check();
+    }
+
+    /// Time without protection, by what the register was when the runner heard of it last.
+    fn account(&mut self) {
+        let Self { nodes, common, .. } = self;
+        for (x, node) in nodes.iter_mut().enumerate() {
+            let Role::Runner(runner) = &node.role else {
+                node.bare = 0;
+                continue;
+            };
+            let (told, bare) = (runner.told_unprotected(common), Duration::from_millis(node.bare));
+            if told != bare {
+                common
+                    .outside
+                    .broken(|| format!("node {x} says that it was bare {told:?}, and it was {bare:?}"));
+            }
+            let runs = !matches!(runner.replicator.phase(), Phase::Lost { .. } | Phase::Over);
+            if runs && !matches!(runner.replicator.register().value, Value::Paired { .. }) {
+                node.bare += 1;
+            }
+        }
     }
 
     fn deliver(&mut self, link: u64, x: usize, message: Msg) {
@@ -143,6 +204,9 @@ impl World {
                 // Kept with `keep_spec` when a runner first agrees with this node on the guest.
                 durable.spec |= matches!(message, Msg::Hello { .. });
                 follower.on_message(link, message, common);
+            }
+            Role::Down { .. } if self.elsewhere[x] && matches!(message, Msg::Hello { .. }) => {
+                common.send(link, Way::Hear, Msg::Refused("it follows another vm".to_owned()));
             }
             _ if matches!(message, Msg::Hello { .. }) => {
                 common.send(link, Way::Hear, Msg::Down("no follower answers there".to_owned()));
@@ -188,6 +252,10 @@ impl World {
                         let runner = Runner::new(x, incarnation, *beginning, common);
                         *role = Role::Runner(Box::new(runner));
                     }
+                    Some(Outcome::Superseded | Outcome::Unfollowed) => {
+                        self.crash(x, "processes that let go");
+                        self.nodes[x].let_go = true;
+                    }
                     Some(Outcome::Failed(why)) => {
                         common.note(x, || format!("ends: {why}"));
                         self.crash(x, "processes that gave up");
@@ -213,7 +281,8 @@ impl World {
         let Role::Runner(runner) = role else { return };
         self.nodes[x].durable.spec = true;
         self.nodes[x].promise = None;
-        self.start_with(x, Some(runner.remains()));
+        let incarnation = incarnation(&mut self.common);
+        self.start_with(x, incarnation, Some(runner.remains()));
     }
 
     fn offer_hand_back(&mut self, me: &NodeId, process: Incarnation, to: &NodeId, lost_to: Term) {
@@ -249,20 +318,31 @@ impl World {
         node.durable.disk.crash(lost);
         node.durable.file.crash(lost);
         node.role = Role::Down { since: common.now };
+        node.let_go = false;
         common.net.processes[x] = None;
+        common.net.busy[x] = 0;
     }
 
     /// `colo-secondary start`.
     pub(crate) fn start_secondary(&mut self, x: usize) {
-        self.start_with(x, None);
+        let incarnation = incarnation(&mut self.common);
+        self.start_with(x, incarnation, None);
     }
 
-    fn start_with(&mut self, x: usize, left: Option<Left>) {
+    /// A spare's process is bound to the vm; by a claim, or because the register names its node.
+    pub(crate) fn bind(&mut self, x: usize, process: Incarnation, claimed: bool) {
+        self.start_with(x, process, None);
+        if let Role::Follower(follower) = &mut self.nodes[x].role {
+            follower.claimed = claimed;
+        }
+    }
+
+    fn start_with(&mut self, x: usize, incarnation: Incarnation, left: Option<Left>) {
         let Self { nodes, common, .. } = self;
-        let incarnation = incarnation(common);
         let node = &mut nodes[x];
         match Follower::start(x, incarnation, &node.durable, left, common) {
-            Ok(follower) => {
+            Ok(mut follower) => {
+                follower.spare = self.spares[x];
                 let copy = follower.replica.copy().clone();
                 node.role = Role::Follower(Box::new(follower));
                 common.net.processes[x] = Some(incarnation);
@@ -305,7 +385,7 @@ impl World {
     pub(crate) fn start_primary(&mut self, x: usize, again: bool) {
         let incarnation = incarnation(&mut self.common);
         let allowed = Allowed { boot_after_crash: self.common.plan.boot, start_again: again };
-        let mut arbiter = ArbiterClient::default();
+        let mut arbiter = ArbiterClient::of(x);
         arbiter.read();
         self.common.net.processes[x] = Some(incarnation);
         self.nodes[x].role = Role::Starting(Box::new(Starting { incarnation, arbiter, allowed }));
@@ -345,8 +425,18 @@ impl World {
         let last_changed = LastChanged::none(FRAMES, BLOCKS);
         let secondary = Some((x + 1) % nodes.len());
         let release = Release::default();
-        let beginning =
-            Beginning { replicator, guest, disk, stint, release, promotions: 0, secondary, last_changed };
+        let beginning = Beginning {
+            replicator,
+            guest,
+            disk,
+            stint,
+            release,
+            promotions: 0,
+            secondary,
+            last_changed,
+            moved: false,
+            planned: false,
+        };
         nodes[x].role = Role::Runner(Box::new(Runner::new(x, incarnation, beginning, common)));
     }
 
@@ -374,8 +464,8 @@ impl World {
     }
 
     /// After the faults: protected again, and going on; or stopped for good.
-    fn is_done(&mut self) -> bool {
-        if self.common.now <= FAULTS_END {
+    pub(crate) fn is_done(&mut self) -> bool {
+        if self.common.now <= self.common.plan.faults_end {
             return false;
         }
         let register = self.common.arbiter.peek(self.common.vm());
@@ -397,14 +487,14 @@ impl World {
     }
 
     /// A cluster that is neither must be one in which nobody may run the guest.
-    fn conclude(&mut self) {
-        if self.common.now < LIMIT || self.common.outside.broken.is_some() {
+    pub(crate) fn conclude(&mut self) {
+        if self.common.now < self.common.plan.limit || self.common.outside.broken.is_some() {
             return;
         }
-        let register = self.common.arbiter.peek(self.common.vm());
-        match self.why_nobody(register.as_ref()) {
+        match self.why_nobody() {
             Some(why) => self.common.count(why),
             None => {
+                let register = self.common.arbiter.peek(self.common.vm());
                 let roles: Vec<String> = (0..self.nodes.len()).map(|x| self.describe(x)).collect();
                 self.common
                     .outside
@@ -413,9 +503,10 @@ impl World {
         }
     }
 
-    fn why_nobody(&self, register: Option<&Entry>) -> Option<&'static str> {
+    /// Why nobody may run the guest, or protect it, if that is so.
+    pub(crate) fn why_nobody(&self) -> Option<&'static str> {
         let boot = self.common.plan.boot;
-        let register = register?;
+        let register = self.common.arbiter.peek(self.common.vm())?;
         if self.common.counts.of("ring overruns") > self.overruns + MANY_OVERRUNS {
             return Some("ended overrunning");
         }
