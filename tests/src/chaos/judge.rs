@@ -14,13 +14,15 @@ use crate::service::linear::{Verdict, check};
 /// What is known of a fault when it is over.
 pub struct Step {
     pub(super) fault: Fault,
-    roles: Roles,
+    pub(super) roles: Roles,
     /// Just before it.
     pub(super) struck: Instant,
     pub(super) repaired: Instant,
     /// When the guest was protected and the third node waited again.
     pub(super) whole: Instant,
     pub(super) answered_before_repair: bool,
+    /// The third node had protected the guest by then.
+    pub(super) healed: bool,
     /// From the fault to the suspicion, and from there to the first vCPU.
     pub(super) promotion: Option<(Duration, Duration)>,
     pub(super) history: Option<History>,
@@ -64,6 +66,7 @@ impl Step {
             repaired: struck,
             whole: struck,
             answered_before_repair: false,
+            healed: false,
             promotion: None,
             history: None,
         }
@@ -127,7 +130,9 @@ fn outcome(step: &Step, entries: &[Entry], order: &[String]) -> (String, bool) {
         Expected::Repaired => true,
         Expected::Nobody => untouched,
     };
-    (format!("{what}{}", if soon { "" } else { ", after the repair" }), good)
+    let healed = if step.healed { ", protected by the third" } else { "" };
+    let when = if soon { "" } else { ", after the repair" };
+    (format!("{what}{healed}{when}"), good)
 }
 
 /// What clients saw that no service does.
