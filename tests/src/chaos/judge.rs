@@ -57,6 +57,26 @@ pub struct Seen {
     pub late: usize,
 }
 
+impl Seen {
+    /// The guest did not go on, or it cannot be known.
+    pub fn failed(fault: &Fault, error: &anyhow::Error) -> Self {
+        Self {
+            fault: fault.to_string(),
+            expected: fault.expected(),
+            outcome: "failed".to_owned(),
+            is_expected: false,
+            violations: vec![format!("{error:#}")],
+            told: None,
+            detection: None,
+            register: None,
+            promotion: None,
+            unprotected: Duration::ZERO,
+            gap: None,
+            late: 0,
+        }
+    }
+}
+
 impl Step {
     pub(super) fn new(fault: Fault, roles: Roles, struck: Instant) -> Self {
         Self {

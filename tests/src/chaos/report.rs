@@ -74,9 +74,9 @@ impl Report {
         self.faults.entry(seen.fault.clone()).or_default().push(seen);
     }
 
-    /// A fault, or the end of a world, after which it did not go on as promised.
-    pub fn fail(&mut self, fault: &str, error: &anyhow::Error) {
-        self.violations.push(Violation { fault: fault.to_owned(), what: format!("{error:#}") });
+    /// Something broke that is no fault's: at the end of a world.
+    pub fn broken(&mut self, at: &str, error: &anyhow::Error) {
+        self.violations.push(Violation { fault: at.to_owned(), what: format!("{error:#}") });
     }
 
     /// What was expected did not happen, or a promise was broken.
@@ -173,7 +173,7 @@ fn quantiles(mut samples: Vec<Duration>) -> Option<Quantiles> {
 #[cfg(test)]
 mod tests {
     use super::{Report, Seen};
-    use crate::chaos::plan::Expected;
+    use crate::chaos::plan::{Expected, Fault, Harm, Party};
     use std::time::Duration;
 
     fn seen(outcome: &str, is_expected: bool, gap: u64) -> Seen {
@@ -209,6 +209,15 @@ mod tests {
         let error = report.verdict().unwrap_err().to_string();
         assert!(error.contains("1 promises broken; the first, kill primary: two say"), "{error}");
         assert!(report.table().contains("| 3 of 5 |"), "{}", report.table());
+        let fault = Fault::Harmed(vec![(Party::Primary, Harm::Kill)]);
+        report.add(Seen::failed(&fault, &anyhow::anyhow!("nobody answers")));
+        assert!(
+            report.table().contains("failed (1), moved (4), stayed (1) | 3 of 6 |"),
+            "{}",
+            report.table()
+        );
+        report.broken("the end of a world", &anyhow::anyhow!("the disks differ"));
+        assert!(report.verdict().unwrap_err().to_string().starts_with("3 promises broken"));
     }
 
     #[test]

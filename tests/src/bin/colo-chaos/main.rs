@@ -5,6 +5,7 @@
 use anyhow::ensure;
 use clap::Parser;
 use colo_common::config::LogConfig;
+use colo_tests::chaos::judge::Seen;
 use colo_tests::chaos::plan::{Expected, Fault, by_name, plan};
 use colo_tests::chaos::report::Report;
 use colo_tests::chaos::step::Scene;
@@ -121,7 +122,7 @@ impl Run {
             }
             Err(e) => {
                 say(&format!("         BROKEN: {e:#}"));
-                report.fail(&fault.to_string(), &e);
+                report.add(Seen::failed(fault, &e));
             }
         }
         Ok(())
@@ -130,7 +131,7 @@ impl Run {
     fn end(&mut self, report: &mut Report) {
         if let Some(Err(e)) = self.scene.take().map(Scene::end) {
             say(&format!("         BROKEN at the end: {e:#}"));
-            report.fail("the end of a world", &e);
+            report.broken("the end of a world", &e);
         }
     }
 }
