@@ -79,6 +79,11 @@ impl Report {
         self.violations.push(Violation { fault: at.to_owned(), what: format!("{error:#}") });
     }
 
+    /// How many faults were played.
+    pub fn runs(&self) -> usize {
+        self.faults.values().map(Vec::len).sum()
+    }
+
     /// What was expected did not happen, or a promise was broken.
     ///
     /// # Errors
@@ -98,8 +103,7 @@ impl Report {
     /// It cannot be written.
     pub fn write(&self, seed: u64, path: &Path) -> anyhow::Result<()> {
         let faults: Vec<Row> = self.faults.iter().map(|(name, runs)| row(name, runs)).collect();
-        let runs = faults.iter().map(|row| row.runs).sum();
-        let summary = Summary { seeds: [seed], runs, faults, violations: &self.violations };
+        let summary = Summary { seeds: [seed], runs: self.runs(), faults, violations: &self.violations };
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory)
                 .with_context(|| format!("cannot make {}", directory.display()))?;
@@ -141,6 +145,19 @@ impl Report {
     }
 }
 
+/// Marks in a page of documentation, around what a run says.
+const MARKS: (&str, &str) = ("<!-- chaos -->\n", "<!-- /chaos -->");
+
+/// The page with this text between its marks.
+///
+/// # Errors
+/// It has no such marks.
+pub fn into_page(page: &str, text: &str) -> anyhow::Result<String> {
+    let (before, rest) = page.split_once(MARKS.0).with_context(|| format!("no line {}", MARKS.0.trim()))?;
+    let (_, after) = rest.split_once(MARKS.1).with_context(|| format!("no line {}", MARKS.1))?;
+    Ok([before, MARKS.0, text, MARKS.1, after].concat())
+}
+
 fn unexpected(seen: &Seen) -> Option<String> {
     (!seen.is_expected).then(|| format!("{}: {}, where {}", seen.fault, seen.outcome, seen.expected))
 }
@@ -172,7 +189,7 @@ fn quantiles(mut samples: Vec<Duration>) -> Option<Quantiles> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Report, Seen};
+    use super::{Report, Seen, into_page};
     use crate::chaos::plan::{Expected, Fault, Harm, Party};
     use std::time::Duration;
 
@@ -231,5 +248,15 @@ mod tests {
         assert_eq!((&value["seeds"][0], &value["runs"]), (&7.into(), &1.into()));
         assert_eq!(value["faults"][0]["client_gap_ms"]["max"], 700.0);
         assert_eq!(value["violations"], serde_json::json!([]));
+    }
+
+    #[test]
+    fn a_page_has_the_last_table_between_its_marks() {
+        let page = "before\n<!-- chaos -->\nold\n<!-- /chaos -->\nafter\n";
+        let new = into_page(page, "new\n").unwrap();
+        assert_eq!(new, page.replace("old", "new"));
+        assert_eq!(into_page(&new, "old\n").unwrap(), page);
+        into_page("<!-- chaos -->\n", "new\n").unwrap_err();
+        into_page("", "new\n").unwrap_err();
     }
 }

@@ -156,7 +156,6 @@ impl World {
         self.until_protected()?;
         self.spare = self.until("the third node to wait for its turn", |world| {
             let Ok(Roles { spare, .. }) = world.roles() else { return Ok(None) };
-            let waits = |status: &StatusReply| status.role() == Role::Waiting && status.register.is_some();
             Ok(match world.cluster.status(&spare) {
                 Some(status) => waits(&status).then_some(None),
                 // One that is bound to no vm has no control plane.
@@ -273,6 +272,13 @@ impl Drop for World {
             let _ = std::fs::remove_dir_all(directory);
         }
     }
+}
+
+/// Whether a node that is bound to the vm has nobody to follow: it may still hold a whole copy of a time before.
+fn waits(status: &StatusReply) -> bool {
+    let idle = matches!(status.role(), Role::Waiting | Role::Following);
+    let linked = status.link.as_ref().is_some_and(|link| link.connected);
+    idle && !linked && status.register.is_some()
 }
 
 fn number() -> u32 {
