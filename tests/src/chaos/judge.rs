@@ -158,8 +158,8 @@ fn outcome(step: &Step, entries: &[Entry], order: &[String]) -> (String, bool) {
 /// What clients saw that no service does.
 fn broken(history: &History) -> Vec<String> {
     let mut broken = Vec::new();
-    let trouble = (history.resets, history.timeouts, history.refused.0);
-    if trouble != (0, 0, 0) {
+    let trouble = (history.resets, history.timeouts, &history.refused);
+    if trouble != (0, 0, &(0, None)) {
         broken.push(format!("clients' resets, timeouts and refusals: {trouble:?}"));
     }
     match check(&history.operations) {
