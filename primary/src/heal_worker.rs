@@ -7,6 +7,7 @@ use colo_common::telemetry::in_node;
 use colo_common::{Incarnation, NodeId, VmId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::heal::{Candidate, Healer, Needs};
@@ -17,6 +18,9 @@ const LOOK: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks whether the node that protects the vm is being emptied.
 const WATCH: Duration = Duration::from_secs(1);
+/// The same for a node that follows the vm already. The one that was lost a moment ago is the first to be asked, since it
+/// lacks least, and may be frozen or cut off.
+const RETURN: Duration = Duration::from_secs(3);
 /// While nobody is wanted.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -43,6 +47,7 @@ enum Order {
 #[derive(Clone, Debug)]
 pub struct HealWorker {
     orders: Sender<Order>,
+    copying: Arc<AtomicBool>,
 }
 
 /// Whose vm it is and what it needs.
@@ -69,6 +74,7 @@ impl HealWorker {
     ) -> std::io::Result<Self> {
         let (orders, inbox) = crossbeam_channel::unbounded();
         let name = format!("heal-{}", patient.vm);
+        let copying = Arc::<AtomicBool>::default();
         let worker = Worker {
             membership,
             patient,
@@ -78,9 +84,10 @@ impl HealWorker {
             told: None,
             silent: false,
             began: Instant::now(),
+            copying: Arc::clone(&copying),
         };
         std::thread::Builder::new().name(name).spawn(in_node(move || worker.run(&inbox, &tell)))?;
-        Ok(Self { orders })
+        Ok(Self { orders, copying })
     }
 
     /// Says whether somebody is wanted, and by which entry of the register the vm runs.
@@ -98,6 +105,11 @@ impl HealWorker {
     pub fn failed(&self, node: NodeId, process: Incarnation) {
         drop(self.orders.send(Order::Failed(node, process)));
     }
+
+    /// Says whether a copy is on its way to whoever was named: that takes the time it takes, and nobody else is looked for.
+    pub fn copies(&self, now: bool) {
+        self.copying.store(now, Ordering::Relaxed);
+    }
 }
 
 struct Worker {
@@ -112,6 +124,8 @@ struct Worker {
     /// The membership does not answer, which was logged.
     silent: bool,
     began: Instant,
+    /// A copy is on its way.
+    copying: Arc<AtomicBool>,
 }
 
 impl Worker {
@@ -161,8 +175,11 @@ impl Worker {
 
     /// Names the best there is, unless one that was named still has its time.
     fn look(&mut self, entry: &Entry, tell: &impl Fn(Advice)) {
-        if let Some((candidate, at)) = &self.told {
-            if at.elapsed() < PATIENCE {
+        if let Some((candidate, at)) = &mut self.told {
+            if self.copying.load(Ordering::Relaxed) {
+                *at = Instant::now();
+            }
+            if at.elapsed() < if candidate.spare { PATIENCE } else { RETURN } {
                 return;
             }
             let NodeRecord { node, incarnation, .. } = &candidate.record;
@@ -238,10 +255,11 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use super::{Advice, HealWorker, Patient};
+    use super::{Advice, HealWorker, LOOK, PATIENCE, Patient, RETURN};
     use crate::heal::Needs;
     use colo_common::Incarnation;
     use colo_common::ProposalId;
+    use colo_common::VmId;
     use colo_common::arbiter::Arbiter;
     use colo_common::arbiter::file::FileArbiter;
     use colo_common::membership::file::FileMembership;
@@ -305,5 +323,28 @@ mod tests {
         registered[usize::from(second.node.as_str() == "t")].update(emptied).unwrap();
         assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(Advice::Replace));
         drop(free);
+    }
+
+    #[test]
+    fn a_copy_takes_its_time_and_a_node_that_does_not_come_back_is_replaced_soon() {
+        let place = tempfile::tempdir().unwrap();
+        let membership: Arc<dyn Membership> = Arc::new(FileMembership::open(place.path()).unwrap());
+        let vm: VmId = "web".parse().unwrap();
+        let lost = NodeRecord { role: NodeRole::Waiting, vm: Some(vm.clone()), ..spare("b") };
+        let _registered = [lost, spare("s")].map(|record| membership.register(record).unwrap());
+        let value = Value::Solo { node: "a".parse().unwrap(), incarnation: Incarnation(1) };
+        let proposal = Proposal { id: ProposalId(1), expected: None, value };
+        FileArbiter::open(place.path()).unwrap().propose(&vm, &proposal).unwrap();
+        let (tell, told) = crossbeam_channel::unbounded();
+        let needs = Needs { memory: 1 << 20, hypervisor: "kvm".to_owned(), protocol: 3 };
+        let patient = Patient { vm, node: "a".parse().unwrap(), incarnation: Incarnation(1), needs };
+        let worker = HealWorker::start(membership, patient, move |named| drop(tell.send(named))).unwrap();
+        worker.want(Some(proposal.entry()));
+        told.recv_timeout(PATIENCE).unwrap();
+        worker.copies(true);
+        assert!(told.recv_timeout(RETURN + LOOK * 2).is_err(), "another node is named during a copy");
+        worker.copies(false);
+        assert!(told.recv_timeout(RETURN / 2).is_err(), "the node that was named has its time again");
+        told.recv_timeout(RETURN).unwrap();
     }
 }

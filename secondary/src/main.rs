@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 use colo_common::VmId;
 use colo_common::config::LogConfig;
 use colo_common::telemetry;
+use colo_secondary::offline;
 use colo_secondary::secondary::Options;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -41,27 +42,24 @@ enum Command {
     },
     /// Reads and checks everything in the store of a secondary that does not run.
     Scrub {
-        /// Configuration file (TOML).
-        #[arg(long)]
-        config: PathBuf,
+        #[command(flatten)]
+        of: Of,
         /// Bytes read per second at most, in MiB; 0 is as fast as the disk.
         #[arg(long, default_value_t = 0)]
         rate: u64,
     },
     /// Lists the audit trail of a secondary that does not run, oldest first; of one that runs, `coloctl audit` does.
     Audit {
-        /// Configuration file (TOML).
-        #[arg(long)]
-        config: PathBuf,
+        #[command(flatten)]
+        of: Of,
         /// Only so many entries, the newest.
         #[arg(long, value_name = "ENTRIES")]
         last: Option<u64>,
     },
     /// Writes the guest's disk, as a secondary that does not run has it, into a raw image file.
     ExportDisk {
-        /// Configuration file (TOML).
-        #[arg(long)]
-        config: PathBuf,
+        #[command(flatten)]
+        of: Of,
         /// The file to write; there must be none.
         #[arg(long)]
         to: PathBuf,
@@ -71,10 +69,45 @@ enum Command {
         /// Configuration file (TOML) of a secondary that does not run.
         #[arg(long, conflicts_with = "image", required_unless_present = "image")]
         config: Option<PathBuf>,
+        #[command(flatten)]
+        kind: Kind,
         /// A raw image file instead.
         #[arg(long)]
         image: Option<PathBuf>,
     },
+}
+
+/// A secondary that does not run.
+#[derive(clap::Args)]
+struct Of {
+    /// Configuration file (TOML).
+    #[arg(long)]
+    config: PathBuf,
+    #[command(flatten)]
+    kind: Kind,
+}
+
+/// What a configuration file is.
+#[derive(clap::Args)]
+struct Kind {
+    /// The file is a primary's, which has a [standby].
+    #[arg(long)]
+    standby: bool,
+    /// The file is a spare's, which was bound to this vm.
+    #[arg(long)]
+    vm: Option<VmId>,
+}
+
+impl Kind {
+    fn of(self, config: PathBuf) -> offline::Of {
+        offline::Of { config, standby: self.standby, vm: self.vm }
+    }
+}
+
+impl Of {
+    fn node(self) -> offline::Of {
+        self.kind.of(self.config)
+    }
 }
 
 fn main() -> ExitCode {
@@ -84,13 +117,13 @@ fn main() -> ExitCode {
             let options = Options { again, of_primary: standby, handover, bind };
             colo_secondary::secondary::start(&config, options)
         }
-        Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),
-        Command::Audit { config, last } => colo_secondary::offline::audit(&config, last),
-        Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
-        Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),
+        Command::Scrub { of, rate } => offline::scrub(&of.node(), rate << 20),
+        Command::Audit { of, last } => offline::audit(&of.node(), last),
+        Command::ExportDisk { of, to } => offline::export_disk(&of.node(), &to),
+        Command::DiskDigest { config: Some(config), kind, .. } => offline::disk_digest(&kind.of(config)),
         Command::DiskDigest { image, .. } => {
             telemetry::init(&LogConfig::default());
-            colo_secondary::offline::image_digest(&image.unwrap_or_default())
+            offline::image_digest(&image.unwrap_or_default())
         }
     };
     done.unwrap_or_else(|e| {

@@ -8,19 +8,30 @@ use colo_common::telemetry;
 use colo_common::vmdir::VmDirectory;
 use colo_vmm::disk::{Disk, FileDisk};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use crate::disk::{DiskImage, content_digest, export};
 use crate::store::{Store, StoredCopy};
 
+/// A node that does not run.
+#[derive(Clone, Debug)]
+pub struct Of {
+    /// Its configuration file.
+    pub config: PathBuf,
+    /// That is a primary's, with a `[standby]`.
+    pub standby: bool,
+    /// The vm that it was bound to, if the configuration is a spare's.
+    pub vm: Option<VmId>,
+}
+
 /// Checks the store of a secondary that does not run.
 ///
 /// # Errors
 /// The store cannot be opened, or something in it is damaged.
-pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
-    let (_, directory, mut store) = open(path)?;
+pub fn scrub(of: &Of, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
+    let (_, directory, mut store) = open(of)?;
     let summary = store.summary();
     let has_disk = summary.active.is_some() && store.disk_bytes().is_some();
     if !matches!(summary.copy, StoredCopy::Whole(_)) && !has_disk {
@@ -43,18 +54,17 @@ pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// It runs, or has kept none.
-pub fn audit(path: &Path, last: Option<u64>) -> anyhow::Result<ExitCode> {
-    let config = SecondaryConfig::load(path)?;
-    telemetry::init(&config.log);
-    colo_primary::audit::print(&VmDirectory::open(&config.directory, &vm_of(&config)?)?, last)
+pub fn audit(of: &Of, last: Option<u64>) -> anyhow::Result<ExitCode> {
+    let (config, vm) = of.load()?;
+    colo_primary::audit::print(&VmDirectory::open(&config.directory, &vm)?, last)
 }
 
 /// Writes the guest's disk into a raw image file.
 ///
 /// # Errors
 /// There is no disk of one point here, its image file cannot be used, or the new file cannot be written.
-pub fn export_disk(path: &Path, to: &Path) -> anyhow::Result<ExitCode> {
-    let (config, _directory, mut store) = open(path)?;
+pub fn export_disk(of: &Of, to: &Path) -> anyhow::Result<ExitCode> {
+    let (config, _directory, mut store) = open(of)?;
     let (disk, at) = disk(&config, &mut store)?;
     export(disk.as_ref(), to).with_context(|| {
         format!("cannot write the disk to {}: name a new file with room for it", to.display())
@@ -67,8 +77,8 @@ pub fn export_disk(path: &Path, to: &Path) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// There is no disk of one point here, or its image file cannot be used.
-pub fn disk_digest(path: &Path) -> anyhow::Result<ExitCode> {
-    let (config, _directory, mut store) = open(path)?;
+pub fn disk_digest(of: &Of) -> anyhow::Result<ExitCode> {
+    let (config, _directory, mut store) = open(of)?;
     let (disk, at) = disk(&config, &mut store)?;
     print_digest(&at, disk.as_ref())
 }
@@ -87,22 +97,34 @@ fn print_digest(at: &str, disk: &dyn Disk) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The vm that a configuration is of.
-fn vm_of(config: &SecondaryConfig) -> anyhow::Result<VmId> {
-    let Some(vm) = &config.vm else {
-        bail!(
-            "the configuration is a spare's: in a copy of it, name the vm (vm = \"NAME\"), and the directory and disk that it has here"
-        )
-    };
-    Ok(vm.clone())
+impl Of {
+    /// The configuration of the vm's follower, and the vm; what is logged from here on is logged as it says.
+    fn load(&self) -> anyhow::Result<(SecondaryConfig, VmId)> {
+        let Self { config: path, standby, vm } = self;
+        let config =
+            if *standby { SecondaryConfig::load_standby(path) } else { SecondaryConfig::load(path) }?;
+        telemetry::init(&config.log);
+        let vm = match (&config.vm, vm) {
+            (Some(own), Some(vm)) if own != vm => {
+                bail!("{} is of the vm {own}, not of {vm}: leave --vm out", path.display())
+            }
+            (Some(own), _) => own.clone(),
+            (None, Some(vm)) => vm.clone(),
+            (None, None) => bail!(
+                "{} is a spare's: say by --vm which vm's copy is meant; each has a directory of its name in {}",
+                path.display(),
+                config.directory.display()
+            ),
+        };
+        Ok((config.bound_to(&vm), vm))
+    }
 }
 
 /// The configuration, and the store with nobody else at it.
-fn open(path: &Path) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
-    let config = SecondaryConfig::load(path)?;
-    telemetry::init(&config.log);
-    let directory = VmDirectory::open(&config.directory, &vm_of(&config)?)?;
-    let store = Store::open(&directory.store(), &vm_of(&config)?)?;
+fn open(of: &Of) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
+    let (config, vm) = of.load()?;
+    let directory = VmDirectory::open(&config.directory, &vm)?;
+    let store = Store::open(&directory.store(), &vm)?;
     Ok((config, directory, store))
 }
 
@@ -119,4 +141,45 @@ fn disk(config: &SecondaryConfig, store: &mut Store) -> anyhow::Result<(Arc<Disk
     };
     let Some(bytes) = store.disk_bytes() else { bail!("the guest that is stored has no disk") };
     Ok((store.open_disk(&image.path, bytes)?, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Of;
+    use std::path::Path;
+
+    const SPARE: &str = "node = \"c\"\ndirectory = \"/c\"\n[arbiter]\ndirectory = \"/r\"\n[disk]\npath = \"/images/{vm}.raw\"\n";
+
+    fn of(text: &str, standby: bool, vm: Option<&str>, place: &Path) -> Of {
+        let config = place.join("node.toml");
+        std::fs::write(&config, text).unwrap();
+        Of { config, standby, vm: vm.map(|vm| vm.parse().unwrap()) }
+    }
+
+    #[test]
+    fn a_primary_that_follows_is_read_by_its_own_configuration() {
+        let place = tempfile::tempdir().unwrap();
+        let primary = "node = \"a\"\nvm = \"web\"\ndirectory = \"/a\"\n[guest]\nkind = \"synthetic\"\n\
+                       memory_mib = 16\n[arbiter]\ndirectory = \"/r\"\n";
+        let with = format!("{primary}[standby]\n");
+        let (config, vm) = of(&with, true, None, place.path()).load().unwrap();
+        assert_eq!((config.directory.as_path(), vm.as_str()), (Path::new("/a"), "web"));
+        of(&with, false, None, place.path()).load().unwrap_err();
+        let error = of(primary, true, None, place.path()).load().unwrap_err().to_string();
+        assert!(error.contains("standby"), "{error}");
+    }
+
+    #[test]
+    fn a_spare_has_a_copy_for_each_vm() {
+        let place = tempfile::tempdir().unwrap();
+        let (config, vm) = of(SPARE, false, Some("web"), place.path()).load().unwrap();
+        assert_eq!((config.directory.as_path(), vm.as_str()), (Path::new("/c/web"), "web"));
+        assert_eq!(config.disk.unwrap().path, Path::new("/images/web.raw"));
+        let error = of(SPARE, false, None, place.path()).load().unwrap_err().to_string();
+        assert!(error.contains("--vm"), "{error}");
+        let bound = format!("vm = \"mail\"\n{SPARE}");
+        let error = of(&bound, false, Some("web"), place.path()).load().unwrap_err().to_string();
+        assert!(error.contains("of the vm mail, not of web"), "{error}");
+        of(&bound, false, Some("mail"), place.path()).load().unwrap();
+    }
 }

@@ -54,6 +54,8 @@ struct Place {
     file_from_start: bool,
     /// It was configured to start the guest, and not to follow.
     primary: bool,
+    /// It was configured to be bound to no vm.
+    spare: bool,
 }
 
 /// The nodes of one vm.
@@ -140,7 +142,8 @@ impl Cluster {
         if primary && let Some(image) = &self.options.disk {
             copy_disk(image, &self.directory.join(config::disk_of(node)))?;
         }
-        self.place(node)?.primary = primary;
+        let place = self.place(node)?;
+        (place.primary, place.spare) = (primary, false);
         let path = self.config_of(node);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         let mut command = Command::new(process::program(program)?);
@@ -176,6 +179,7 @@ impl Cluster {
         let text = std::fs::read_to_string(&path)?;
         let unbound: Vec<&str> = text.lines().filter(|line| !line.starts_with("vm = ")).collect();
         std::fs::write(&path, unbound.join("\n"))?;
+        self.place(node)?.spare = true;
         self.start(node, command, false)
     }
 
@@ -303,6 +307,11 @@ impl Cluster {
         Ok(self.places.get(node).with_context(|| format!("there is no node {node}"))?.primary)
     }
 
+    /// Whether `node` was last configured to be bound to no vm.
+    pub fn is_spare(&self, node: &str) -> bool {
+        self.places.get(node).is_some_and(|place| place.spare)
+    }
+
     /// What a node says about itself; nothing if it does not answer.
     pub fn status(&self, node: &str) -> Option<StatusReply> {
         self.admin(node).ok()?.status().ok()
@@ -388,6 +397,7 @@ impl Cluster {
                 reader: None,
                 file_from_start: false,
                 primary: false,
+                spare: false,
             };
             self.places.insert(node.to_owned(), place);
         }

@@ -76,6 +76,7 @@ impl Node {
         // While a copy is on its way, whoever was named still is.
         let seeding =
             !wanted && self.peer.is_some() && matches!(self.replicator.phase(), Phase::Seeding { .. });
+        self.healing.worker.iter().for_each(|worker| worker.copies(seeding));
         if wanted == self.healing.wanted || seeding {
             return;
         }

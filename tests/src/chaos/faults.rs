@@ -85,7 +85,10 @@ impl World {
 
     fn harm(&mut self, hit: &Hit) -> anyhow::Result<()> {
         match (hit.harm, &hit.who) {
-            (Harm::Kill, Who::Node(node)) => self.cluster.kill(node).map(drop),
+            (Harm::Kill, Who::Node(node)) => {
+                self.note_end(node);
+                self.cluster.kill(node).map(drop)
+            }
             (Harm::Freeze, Who::Node(node)) => self.cluster.signal(node, libc::SIGSTOP),
             (Harm::Kill, Who::Members(members)) => members.iter().try_for_each(|n| self.etcd.kill(*n)),
             (Harm::Freeze, Who::Members(members)) => members.iter().try_for_each(|n| self.etcd.freeze(*n)),

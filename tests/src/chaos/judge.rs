@@ -14,13 +14,15 @@ use crate::service::linear::{Verdict, check};
 /// What is known of a fault when it is over.
 pub struct Step {
     pub(super) fault: Fault,
-    roles: Roles,
+    pub(super) roles: Roles,
     /// Just before it.
     pub(super) struck: Instant,
     pub(super) repaired: Instant,
     /// When the guest was protected and the third node waited again.
     pub(super) whole: Instant,
     pub(super) answered_before_repair: bool,
+    /// The third node had protected the guest by then.
+    pub(super) healed: bool,
     /// From the fault to the suspicion, and from there to the first vCPU.
     pub(super) promotion: Option<(Duration, Duration)>,
     pub(super) history: Option<History>,
@@ -55,6 +57,26 @@ pub struct Seen {
     pub late: usize,
 }
 
+impl Seen {
+    /// The guest did not go on, or it cannot be known.
+    pub fn failed(fault: &Fault, error: &anyhow::Error) -> Self {
+        Self {
+            fault: fault.to_string(),
+            expected: fault.expected(),
+            outcome: "failed".to_owned(),
+            is_expected: false,
+            violations: vec![format!("{error:#}")],
+            told: None,
+            detection: None,
+            register: None,
+            promotion: None,
+            unprotected: Duration::ZERO,
+            gap: None,
+            late: 0,
+        }
+    }
+}
+
 impl Step {
     pub(super) fn new(fault: Fault, roles: Roles, struck: Instant) -> Self {
         Self {
@@ -64,6 +86,7 @@ impl Step {
             repaired: struck,
             whole: struck,
             answered_before_repair: false,
+            healed: false,
             promotion: None,
             history: None,
         }
@@ -127,14 +150,16 @@ fn outcome(step: &Step, entries: &[Entry], order: &[String]) -> (String, bool) {
         Expected::Repaired => true,
         Expected::Nobody => untouched,
     };
-    (format!("{what}{}", if soon { "" } else { ", after the repair" }), good)
+    let healed = if step.healed { ", protected by the third" } else { "" };
+    let when = if soon { "" } else { ", after the repair" };
+    (format!("{what}{healed}{when}"), good)
 }
 
 /// What clients saw that no service does.
 fn broken(history: &History) -> Vec<String> {
     let mut broken = Vec::new();
-    let trouble = (history.resets, history.timeouts, history.refused.0);
-    if trouble != (0, 0, 0) {
+    let trouble = (history.resets, history.timeouts, &history.refused);
+    if trouble != (0, 0, &(0, None)) {
         broken.push(format!("clients' resets, timeouts and refusals: {trouble:?}"));
     }
     match check(&history.operations) {

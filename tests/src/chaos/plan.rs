@@ -86,6 +86,12 @@ impl Fault {
         all.iter().find(|(hit, _)| *hit == party).map(|(_, harm)| *harm)
     }
 
+    /// Whether the third node can protect the guest while it lasts.
+    pub fn heals(&self) -> bool {
+        let changes = matches!(self.expected(), Expected::Stays | Expected::Moves | Expected::Either);
+        changes && self.harm(Party::Spare).is_none()
+    }
+
     /// What must come of it, where acks mean memory.
     pub fn expected(&self) -> Expected {
         let Self::Harmed(_) = self else { return Expected::Either };
@@ -253,5 +259,16 @@ mod tests {
         assert_eq!(expected("kill primary + freeze secondary"), Expected::Repaired);
         assert_eq!(expected("lose acks"), Expected::Either);
         assert_eq!(Fault::Harmed(vec![(Party::Secondary, Harm::Deaf)]).expected(), Expected::Repaired);
+    }
+
+    #[test]
+    fn the_third_node_heals_what_leaves_it_and_the_arbiter_alone() {
+        let heals = |name: &str| by_name(name).unwrap().heals();
+        for name in ["kill primary", "freeze secondary", "cut link", "mute primary + kill etcd-member"] {
+            assert!(heals(name), "{name}");
+        }
+        for name in ["kill spare", "cut primary + deafen spare", "kill primary + freeze etcd-majority"] {
+            assert!(!heals(name), "{name}");
+        }
     }
 }

@@ -74,9 +74,14 @@ impl Report {
         self.faults.entry(seen.fault.clone()).or_default().push(seen);
     }
 
-    /// A fault, or the end of a world, after which it did not go on as promised.
-    pub fn fail(&mut self, fault: &str, error: &anyhow::Error) {
-        self.violations.push(Violation { fault: fault.to_owned(), what: format!("{error:#}") });
+    /// Something broke that is no fault's: at the end of a world.
+    pub fn broken(&mut self, at: &str, error: &anyhow::Error) {
+        self.violations.push(Violation { fault: at.to_owned(), what: format!("{error:#}") });
+    }
+
+    /// How many faults were played.
+    pub fn runs(&self) -> usize {
+        self.faults.values().map(Vec::len).sum()
     }
 
     /// What was expected did not happen, or a promise was broken.
@@ -98,8 +103,7 @@ impl Report {
     /// It cannot be written.
     pub fn write(&self, seed: u64, path: &Path) -> anyhow::Result<()> {
         let faults: Vec<Row> = self.faults.iter().map(|(name, runs)| row(name, runs)).collect();
-        let runs = faults.iter().map(|row| row.runs).sum();
-        let summary = Summary { seeds: [seed], runs, faults, violations: &self.violations };
+        let summary = Summary { seeds: [seed], runs: self.runs(), faults, violations: &self.violations };
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory)
                 .with_context(|| format!("cannot make {}", directory.display()))?;
@@ -141,6 +145,19 @@ impl Report {
     }
 }
 
+/// Marks in a page of documentation, around what a run says.
+const MARKS: (&str, &str) = ("<!-- chaos -->\n", "<!-- /chaos -->");
+
+/// The page with this text between its marks.
+///
+/// # Errors
+/// It has no such marks.
+pub fn into_page(page: &str, text: &str) -> anyhow::Result<String> {
+    let (before, rest) = page.split_once(MARKS.0).with_context(|| format!("no line {}", MARKS.0.trim()))?;
+    let (_, after) = rest.split_once(MARKS.1).with_context(|| format!("no line {}", MARKS.1))?;
+    Ok([before, MARKS.0, text, MARKS.1, after].concat())
+}
+
 fn unexpected(seen: &Seen) -> Option<String> {
     (!seen.is_expected).then(|| format!("{}: {}, where {}", seen.fault, seen.outcome, seen.expected))
 }
@@ -172,8 +189,8 @@ fn quantiles(mut samples: Vec<Duration>) -> Option<Quantiles> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Report, Seen};
-    use crate::chaos::plan::Expected;
+    use super::{Report, Seen, into_page};
+    use crate::chaos::plan::{Expected, Fault, Harm, Party};
     use std::time::Duration;
 
     fn seen(outcome: &str, is_expected: bool, gap: u64) -> Seen {
@@ -209,6 +226,15 @@ mod tests {
         let error = report.verdict().unwrap_err().to_string();
         assert!(error.contains("1 promises broken; the first, kill primary: two say"), "{error}");
         assert!(report.table().contains("| 3 of 5 |"), "{}", report.table());
+        let fault = Fault::Harmed(vec![(Party::Primary, Harm::Kill)]);
+        report.add(Seen::failed(&fault, &anyhow::anyhow!("nobody answers")));
+        assert!(
+            report.table().contains("failed (1), moved (4), stayed (1) | 3 of 6 |"),
+            "{}",
+            report.table()
+        );
+        report.broken("the end of a world", &anyhow::anyhow!("the disks differ"));
+        assert!(report.verdict().unwrap_err().to_string().starts_with("3 promises broken"));
     }
 
     #[test]
@@ -222,5 +248,15 @@ mod tests {
         assert_eq!((&value["seeds"][0], &value["runs"]), (&7.into(), &1.into()));
         assert_eq!(value["faults"][0]["client_gap_ms"]["max"], 700.0);
         assert_eq!(value["violations"], serde_json::json!([]));
+    }
+
+    #[test]
+    fn a_page_has_the_last_table_between_its_marks() {
+        let page = "before\n<!-- chaos -->\nold\n<!-- /chaos -->\nafter\n";
+        let new = into_page(page, "new\n").unwrap();
+        assert_eq!(new, page.replace("old", "new"));
+        assert_eq!(into_page(&new, "old\n").unwrap(), page);
+        into_page("<!-- chaos -->\n", "new\n").unwrap_err();
+        into_page("", "new\n").unwrap_err();
     }
 }

@@ -78,7 +78,7 @@ impl Scene {
         let hits = aim(fault, &roles, &mut self.seed);
         let struck = self.world.strike(fault, &hits, &roles)?;
         let mut step = Step::new(fault.clone(), roles, struck);
-        self.endure(fault.expected(), &mixed, &mut step)?;
+        self.endure(fault, &mixed, &mut step)?;
         step.repaired = Instant::now();
         self.world.repair(&hits)?;
         self.until_answered(&mixed).context("after the repair")?;
@@ -92,15 +92,19 @@ impl Scene {
     }
 
     /// The fault lasts, until what is expected of it has happened and for a random time longer.
-    fn endure(&mut self, expected: Expected, mixed: &Mixed, step: &mut Step) -> anyhow::Result<()> {
+    fn endure(&mut self, fault: &Fault, mixed: &Mixed, step: &mut Step) -> anyhow::Result<()> {
         let before = mixed.answered();
-        if expected == Expected::Repaired {
+        if fault.expected() == Expected::Repaired {
             std::thread::sleep(LEAST);
         } else {
             // Who is lost does not answer: what came before that does not count.
             std::thread::sleep(LEAST / 4);
             self.until_answered(mixed).context("while the fault lasts")?;
             self.note_promotion(step);
+        }
+        if fault.heals() {
+            self.world.until_protected_by(&step.roles.spare).context("while the fault lasts")?;
+            step.healed = true;
         }
         pause(&mut self.seed, self.hold);
         step.answered_before_repair = mixed.answered() >= before + SOME;
@@ -219,10 +223,10 @@ impl Scene {
         let Roles { primary, secondary, .. } = self.world.roles()?;
         let cluster = &mut self.world.cluster;
         cluster.admin(&primary)?.type_in(vec![b"poweroff\n".to_vec()])?;
-        for node in [&primary, &secondary] {
-            let status = cluster.ended(node)?;
-            ensure!(status.success(), "{node} ended with {status}");
-        }
+        let status = cluster.ended(&primary)?;
+        ensure!(status.success(), "{primary} ended with {status}");
+        self.world.end_follower(&secondary)?;
+        let cluster = &mut self.world.cluster;
         let entry = cluster.register()?.context("no register")?;
         let off = matches!(entry.value, Value::Stopped { reason: StopReason::PowerOff, .. });
         ensure!(off, "the guest has powered itself off, and the register says {entry}");

@@ -1,12 +1,15 @@
 //! What chaos happens to: three nodes and three members of etcd, each on a host of its own, one guest with a service that
-//! is protected, and clients outside.
+//! is protected, and clients outside. One node starts the guest, one follows its vm, the third is a spare; later each is what
+//! it was made by what happened to it.
 
 use anyhow::{Context, bail, ensure};
-use colo_common::Mac;
 use colo_common::config::ArbiterConfig;
+use colo_common::membership::{self, Membership, NodeRole};
 use colo_common::register::Value;
+use colo_common::{Incarnation, Mac};
 use colo_proto::v1::{Role, StatusReply};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::watcher::Watcher;
@@ -20,7 +23,7 @@ use crate::lab::speakers::Speakers;
 use crate::lab::{GUEST, Lab};
 use crate::service::Dial;
 
-/// The nodes: the first boots the guest, the second protects it first.
+/// The nodes: the first boots the guest, the second protects it first, the third is bound to no vm.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
 /// The hosts of etcd's members.
 pub const MEMBERS: [&str; 3] = ["m0", "m1", "m2"];
@@ -33,8 +36,6 @@ const BOOT: Duration = Duration::from_secs(900);
 pub const PATIENCE: Duration = Duration::from_secs(90);
 /// Between two looks.
 pub const POLL: Duration = Duration::from_millis(20);
-/// Between two words to a runner that it is to protect its guest.
-const ASK: Duration = Duration::from_secs(1);
 /// Port of the service.
 const PORT: u16 = 6379;
 
@@ -50,6 +51,12 @@ pub struct World {
     pub speakers: Speakers,
     /// Networks; they end last.
     pub lab: Lab,
+    /// Who is there, as the nodes say.
+    membership: Arc<dyn Membership>,
+    /// The process of the spare that was there when the guest was last protected, and those that were killed: their records
+    /// stay for a while.
+    spare: Option<(String, Incarnation)>,
+    dead: Vec<Incarnation>,
     kept: bool,
 }
 
@@ -93,6 +100,7 @@ impl World {
         let hosts = MEMBERS.map(|member| lab.host(member).and_then(Host::try_clone));
         let etcd = EtcdCluster::start_on(&etcd, hosts.into_iter().collect::<anyhow::Result<_>>()?)?;
         let arbiter: ArbiterConfig = etcd.config();
+        let membership = membership::open(&arbiter)?;
         (options.arbiter, options.tls) = (Some(arbiter), Some(tls));
         let mut cluster = Cluster::new(options)?;
         let mut speakers = Speakers::new(Mac::of(cluster.vm()));
@@ -101,12 +109,13 @@ impl World {
             speakers.listen(&lab, node)?;
         }
         let watcher = Watcher::start(cluster.arbiter(), cluster.vm().clone())?;
-        Ok(Self { cluster, etcd, watcher, speakers, lab, kept: false })
+        let (spare, dead) = (None, Vec::new());
+        Ok(Self { cluster, etcd, watcher, speakers, lab, membership, spare, dead, kept: false })
     }
 
     fn boot(&mut self) -> anyhow::Result<()> {
         self.cluster.start_secondary(NODES[1])?;
-        self.cluster.start_secondary(NODES[2])?;
+        self.cluster.start_spare(NODES[2])?;
         // The file of its console does not begin with the guest's first byte any more once it has followed another node.
         let (_, command) = self.cluster.prepare(NODES[0], true, None)?;
         self.cluster.start(NODES[0], command, false)?;
@@ -145,11 +154,45 @@ impl World {
     /// It does not come to that.
     pub fn until_whole(&mut self) -> anyhow::Result<()> {
         self.until_protected()?;
-        self.until("the third node to wait for its turn", |world| {
+        self.spare = self.until("the third node to wait for its turn", |world| {
             let Ok(Roles { spare, .. }) = world.roles() else { return Ok(None) };
-            let waits = |status: &StatusReply| status.role() == Role::Waiting && status.register.is_some();
-            Ok(world.cluster.status(&spare).filter(waits).map(drop))
-        })
+            Ok(match world.cluster.status(&spare) {
+                Some(status) => waits(&status).then_some(None),
+                // One that is bound to no vm has no control plane.
+                None => world.spare_process(&spare).map(|process| Some((spare, process))),
+            })
+        })?;
+        Ok(())
+    }
+
+    /// The process of a node that says that it is bound to no vm.
+    fn spare_process(&self, node: &str) -> Option<Incarnation> {
+        let is = |process: &Incarnation| !self.dead.contains(process);
+        let nodes = self.membership.nodes().ok()?.into_iter();
+        let mut spares =
+            nodes.filter(|record| record.role == NodeRole::Spare && record.node.as_str() == node);
+        spares.next().map(|record| record.incarnation).filter(is)
+    }
+
+    /// This node's process is about to be killed.
+    pub(super) fn note_end(&mut self, node: &str) {
+        let spare = self.spare.take_if(|(name, _)| name == node);
+        self.dead.extend(spare.map(|(_, process)| process));
+    }
+
+    /// Waits for the end of a node whose vm is stopped: one that is bound to it no more goes on as a spare.
+    ///
+    /// # Errors
+    /// It does not end, or with a failure.
+    pub(super) fn end_follower(&mut self, node: &str) -> anyhow::Result<()> {
+        if self.cluster.is_spare(node) {
+            let what = format!("{node} to be a spare again");
+            self.until(&what, |world| Ok(world.spare_process(node)))?;
+            self.cluster.signal(node, libc::SIGTERM)?;
+        }
+        let status = self.cluster.ended(node)?;
+        ensure!(status.success(), "{node} ended with {status}");
+        Ok(())
     }
 
     /// Waits until the guest is protected.
@@ -157,33 +200,22 @@ impl World {
     /// # Errors
     /// It does not come to that.
     pub fn until_protected(&mut self) -> anyhow::Result<()> {
-        let mut asked = Instant::now();
         self.until("the guest to be protected", |world| {
             let paired = world.roles().ok().and_then(|roles| world.cluster.status(&roles.primary));
-            if paired.is_some_and(|status| status.role() == Role::Paired) {
-                return Ok(Some(()));
-            }
-            if asked.elapsed() > ASK {
-                world.protect_by_hand();
-                asked = Instant::now();
-            }
-            Ok(None)
+            Ok(paired.filter(|status| status.role() == Role::Paired).map(drop))
         })
     }
 
-    /// In place of the healing: tells a runner that is alone to be protected by whoever is there. It may say no, and is
-    /// asked again.
-    fn protect_by_hand(&self) {
-        let role = |node: &&str| self.cluster.status(node).map(|status| status.role());
-        let Some(runner) = NODES.into_iter().find(|node| role(node) == Some(Role::Alone)) else { return };
-        let Some(other) = NODES.into_iter().find(|node| role(node) == Some(Role::Waiting)) else { return };
-        let asked = self.cluster.address_of(other).and_then(|address| {
-            let admin = self.cluster.admin(runner)?;
-            admin.protect(address, false)
-        });
-        if let Err(e) = asked {
-            tracing::debug!("{runner} does not take {other}: {e:#}");
-        }
+    /// Waits until the guest is protected by this node.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub fn until_protected_by(&mut self, node: &str) -> anyhow::Result<()> {
+        self.until(&format!("{node} to be found and to protect the guest"), |world| {
+            let roles = world.roles().ok().filter(|roles| roles.secondary == node);
+            let paired = roles.and_then(|roles| world.cluster.status(&roles.primary));
+            Ok(paired.filter(|status| status.role() == Role::Paired).map(drop))
+        })
     }
 
     /// The node that runs the guest, as it says itself.
@@ -240,6 +272,13 @@ impl Drop for World {
             let _ = std::fs::remove_dir_all(directory);
         }
     }
+}
+
+/// Whether a node that is bound to the vm has nobody to follow: it may still hold a whole copy of a time before.
+fn waits(status: &StatusReply) -> bool {
+    let idle = matches!(status.role(), Role::Waiting | Role::Following);
+    let linked = status.link.as_ref().is_some_and(|link| link.connected);
+    idle && !linked && status.register.is_some()
 }
 
 fn number() -> u32 {

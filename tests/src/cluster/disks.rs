@@ -2,11 +2,12 @@
 //! loss of power: with what its journal says, and nothing else, put right.
 
 use anyhow::{Context, ensure};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::config::disk_of;
-use super::{Cluster, config, process};
+use super::{Cluster, process};
 
 impl Cluster {
     /// The image file of a node. All that the guest's disk is only where a primary ran.
@@ -14,19 +15,19 @@ impl Cluster {
         self.directory().join(disk_of(node))
     }
 
-    /// The configuration of a secondary by which a node's store is read. None where there is no store and the image file is
-    /// all: a primary's that has never followed. One that has is read by a file of its own, which says the same.
-    fn follower_of(&self, node: &str) -> anyhow::Result<Option<PathBuf>> {
-        if !self.is_primary(node)? {
-            return Ok(Some(self.config_of(node)));
+    /// The arguments by which a node's store is read. None where there is no store and the image file is all: of a primary
+    /// that has never followed.
+    fn store_of(&self, node: &str) -> anyhow::Result<Option<Vec<OsString>>> {
+        let mut arguments = vec!["--config".into(), self.config_of(node).into()];
+        if self.is_primary(node)? {
+            if !self.directory_of(node).join("store").exists() {
+                return Ok(None);
+            }
+            arguments.push("--standby".into());
+        } else if self.is_spare(node) {
+            arguments.extend(["--vm".into(), self.vm().as_str().into()]);
         }
-        if !self.directory_of(node).join("store").exists() {
-            return Ok(None);
-        }
-        let path = self.directory().join(format!("{node}.follower.toml"));
-        let text = config::secondary(&self.options, self.vm().as_str(), node, self.ports_of(node)?);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Some(path))
+        Ok(Some(arguments))
     }
 
     /// Size and digest of the guest's disk as a node that does not run has it.
@@ -36,9 +37,9 @@ impl Cluster {
     pub fn disk_digest(&self, node: &str) -> anyhow::Result<String> {
         let mut command = Command::new(process::program("colo-secondary")?);
         command.arg("disk-digest");
-        match self.follower_of(node)? {
+        match self.store_of(node)? {
             None => command.arg("--image").arg(self.image_of(node)),
-            Some(config) => command.arg("--config").arg(config),
+            Some(arguments) => command.args(arguments),
         };
         let said = done(&mut command, &[0]).with_context(|| format!("the digest of {node}'s disk"))?;
         let said = String::from_utf8(said.stdout)?;
@@ -52,15 +53,15 @@ impl Cluster {
     /// # Errors
     /// It has none of one point, or there is no room.
     pub fn export_disk(&self, node: &str, to: &Path) -> anyhow::Result<()> {
-        let mut command = match self.follower_of(node)? {
+        let mut command = match self.store_of(node)? {
             None => {
                 let mut copy = Command::new("cp");
                 copy.arg("--sparse=always").arg(self.image_of(node)).arg(to);
                 copy
             }
-            Some(config) => {
+            Some(arguments) => {
                 let mut export = Command::new(process::program("colo-secondary")?);
-                export.arg("export-disk").arg("--config").arg(config).arg("--to").arg(to);
+                export.arg("export-disk").args(arguments).arg("--to").arg(to);
                 export
             }
         };

@@ -1,17 +1,21 @@
 //! Slow is not dead: real nodes on a host whose cores and disk are busy, and on a path that loses and delays, suspect
 //! nobody; and a node that is dead is seen in well under a second. With the heartbeats of the default configuration.
 //!
-//! `COLO_LOADED` is the number of seconds of each load.
+//! `COLO_LOADED_SECONDS` is how long each load lasts.
 
 use anyhow::{Context, ensure};
 use colo_tests::cluster::config::Options;
 use colo_tests::cluster::{Cluster, scenario};
 use colo_tests::load::{Busy, BusyDisk};
 use colo_tests::seed::Seed;
+use colo_tests::service::writer::{Writer, missing};
 use std::time::{Duration, Instant};
 
+use super::service::{END, PATIENCE, boot, dial, images, in_lab};
 use super::{SOME, check, check_goes_on, pair, synthetic};
 
+/// Between heartbeats, until a suspicion, and from there to the promotion: as a configuration has it that says nothing.
+const DEFAULTS: (u32, u32, u32) = (50, 500, 250);
 /// Seconds of load, if nothing else is said.
 const LOADED: u64 = 20;
 /// Deaths of each kind that are measured.
@@ -23,20 +27,27 @@ const POLL: Duration = Duration::from_millis(5);
 const SEEN: Duration = Duration::from_millis(4 * 500 + 1500);
 
 fn loaded() -> Duration {
-    let seconds = std::env::var("COLO_LOADED").ok().and_then(|text| text.parse().ok());
+    let seconds = std::env::var("COLO_LOADED_SECONDS").ok().and_then(|text| text.parse().ok());
     Duration::from_secs(seconds.unwrap_or(LOADED))
 }
 
-/// As a configuration has it that says nothing.
 fn defaults(seed: &mut Seed) -> Options {
     let mut options = synthetic(seed);
-    (options.heartbeat_ms, options.suspect_after_ms, options.promote_delay_ms) = (50, 500, 250);
+    (options.heartbeat_ms, options.suspect_after_ms, options.promote_delay_ms) = DEFAULTS;
     options
 }
 
-/// Looks on for a while: the pair stays one, its link stands, and the guest says something. Answers the longest silence
-/// that either node would have waited for.
+/// The same, and the guest says something.
 fn stays_paired(cluster: &Cluster, time: Duration) -> anyhow::Result<Duration> {
+    let patience = nobody_suspects(cluster, time)?;
+    cluster.until_released(SOME)?;
+    check(cluster)?;
+    Ok(patience)
+}
+
+/// Looks on for a while: the pair stays one, and its link stands. Answers the longest silence that either node would have
+/// waited for.
+fn nobody_suspects(cluster: &Cluster, time: Duration) -> anyhow::Result<Duration> {
     let (before, started) = (cluster.register()?, Instant::now());
     let mut patience = 0;
     while started.elapsed() < time {
@@ -50,8 +61,6 @@ fn stays_paired(cluster: &Cluster, time: Duration) -> anyhow::Result<Duration> {
         ensure!(before == after, "the register was {before:?} and is {after:?}");
         std::thread::sleep(Duration::from_millis(50));
     }
-    cluster.until_released(SOME)?;
-    check(cluster)?;
     Ok(Duration::from_millis(patience))
 }
 
@@ -68,6 +77,35 @@ fn a_busy_host_is_no_dead_one() {
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn nor_is_one_whose_guest_serves_clients() {
+    let Some(images) = images() else { return };
+    let mut options = Options::service(&images, END).unwrap();
+    (options.heartbeat_ms, options.suspect_after_ms, options.promote_delay_ms) = DEFAULTS;
+    in_lab(&["a", "b"], options, |lab, cluster| {
+        cluster.start_secondary("b")?;
+        boot(cluster, "a", "colo-service ready")?;
+        cluster.protect("a", "b")?;
+        let writer = Writer::start(dial(lab)?, PATIENCE, "key")?;
+        let disk = cluster.directory().join("busy");
+        let (cores, busy) = (Busy::threads(2), BusyDisk::at(&disk)?);
+        let patience = nobody_suspects(cluster, loaded())?;
+        drop((cores, busy));
+        let history = writer.finish()?;
+        let trouble = (history.resets, history.timeouts, history.refused.0);
+        ensure!(trouble == (0, 0, 0), "resets, timeouts and refusals: {trouble:?}");
+        let lost = missing(dial(lab)?, PATIENCE, &history).context("reading back")?;
+        ensure!(lost.is_empty(), "lost: {lost:?}");
+        let (writes, gap) = (history.operations.len(), history.longest_gap(Duration::ZERO).length());
+        println!(
+            "{:?} of busy cores and disk: nobody suspected; patience up to {patience:?}; {writes} writes, the longest \
+             wait {gap:?}",
+            loaded()
+        );
+        Ok(())
+    });
 }
 
 #[test]

@@ -95,8 +95,8 @@ fn nothing_acknowledged_is_lost_whatever_fails() {
             ensure!(!writer.has_ended(), "the writer has ended: {:?}", writer.finish().err());
         }
         let history = writer.finish()?;
-        let trouble = (history.resets, history.timeouts, history.refused.0);
-        ensure!(trouble == (0, 0, 0), "the writer's resets, timeouts and refusals: {trouble:?}");
+        let trouble = (history.resets, history.timeouts, &history.refused);
+        ensure!(trouble == (0, 0, &(0, None)), "the writer's resets, timeouts and refusals: {trouble:?}");
         let lost = missing(dial(lab)?, PATIENCE, &history).context("reading back")?;
         ensure!(lost.is_empty(), "acknowledged and lost: {lost:?}");
         scene.tell(faults, history.operations.len());
@@ -147,8 +147,8 @@ impl<'a> Scene<'a> {
         self.protect(lost, next)?;
         self.until_answered(&mixed)?;
         let history = mixed.finish()?;
-        let trouble = (history.resets, history.timeouts, history.refused.0);
-        ensure!(trouble == (0, 0, 0), "resets, timeouts and refusals: {trouble:?}");
+        let trouble = (history.resets, history.timeouts, &history.refused);
+        ensure!(trouble == (0, 0, &(0, None)), "resets, timeouts and refusals: {trouble:?}");
         let verdict = check(&history.operations);
         if let Verdict::Broken(dead) = verdict {
             bail!("the history is not linearizable: {dead}");

@@ -2,19 +2,23 @@
 //! nodes, members of etcd and the networks between them fail at random instants, alone and in pairs. A table says what was
 //! expected of each fault and what was seen; a broken promise ends the run with an error.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use colo_common::config::LogConfig;
+use colo_tests::chaos::judge::Seen;
 use colo_tests::chaos::plan::{Expected, Fault, by_name, plan};
-use colo_tests::chaos::report::Report;
+use colo_tests::chaos::report::{Report, into_page};
 use colo_tests::chaos::step::Scene;
 use colo_tests::images::{Images, kvm_usable};
 use colo_tests::seed::Seed;
 use colo_tests::{etcd, lab};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+
+/// The table's file.
+const TABLE: &str = "table.md";
 
 #[derive(Parser)]
 #[command(
@@ -33,17 +37,26 @@ struct Args {
     /// Only faults of these names, in this order, such as "kill primary + freeze etcd-majority".
     #[arg(long)]
     fault: Vec<String>,
-    /// Where the summary is written; the table is beside it.
+    /// No fault begins later than this many minutes after the start; those that are left are an error.
+    #[arg(long, default_value_t = 60)]
+    minutes: u64,
+    /// Where the summary is written; the table is beside it, in table.md.
     #[arg(long, default_value = "target/chaos/summary.json")]
     summary: PathBuf,
+    /// Plays nothing: puts the table of the last run into this page, between its marks.
+    #[arg(long, value_name = "PAGE")]
+    table: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
     colo_common::telemetry::init(&LogConfig::default());
-    if !(kvm_usable() && lab::usable() && etcd::usable()) {
-        return ExitCode::SUCCESS;
-    }
-    match chaos(&Args::parse()) {
+    let args = Args::parse();
+    let done = match &args.table {
+        Some(page) => put_table(&args.summary.with_file_name(TABLE), page),
+        None if kvm_usable() && lab::usable() && etcd::usable() => chaos(&args),
+        None => Ok(()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             tracing::error!("{e:#}");
@@ -58,17 +71,64 @@ fn chaos(args: &Args) -> anyhow::Result<()> {
     let mut seed = Seed::new(args.seed);
     let faults = faults(args, &mut seed)?;
     let mut run = Run { images, seed, hold: Duration::from_secs(args.seconds), scene: None, worlds: 0 };
-    let (mut report, started) = (Report::default(), Instant::now());
+    let (mut report, started, host) = (Report::default(), Instant::now(), Host::look());
     for (n, fault) in faults.iter().enumerate() {
+        if started.elapsed() > Duration::from_secs(60 * args.minutes) {
+            let left = faults.len() - n;
+            report.broken(
+                "the plan",
+                &anyhow::anyhow!("{left} faults were not played in {} min", args.minutes),
+            );
+            break;
+        }
         say(&format!("{:>5.0} s  {} of {}: {fault}", started.elapsed().as_secs_f64(), n + 1, faults.len()));
-        run.play(fault, &mut report)?;
+        if let Err(e) = run.play(fault, &mut report) {
+            say(&format!("         BROKEN: {e:#}"));
+            report.broken("a new world", &e);
+            break;
+        }
+        // What a run that is cut off has seen is not lost.
+        report.write(args.seed, &args.summary)?;
     }
     run.end(&mut report);
-    let table = report.table();
+    let table = host.told(&report, args.seed, started.elapsed()) + "\n" + &report.table();
     say(&table);
     report.write(args.seed, &args.summary)?;
-    std::fs::write(args.summary.with_file_name("table.md"), table)?;
+    std::fs::write(args.summary.with_file_name(TABLE), table)?;
     report.verdict()
+}
+
+/// Puts a run's table into a page.
+fn put_table(table: &Path, page: &Path) -> anyhow::Result<()> {
+    let read = |path: &Path| {
+        std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}: has a run ended?", path.display()))
+    };
+    let text = into_page(&read(page)?, &read(table)?).with_context(|| page.display().to_string())?;
+    std::fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
+}
+
+/// What a run was made on: a busy host makes its times longer.
+struct Host {
+    cores: usize,
+    /// Of the last minute, before the run.
+    load: String,
+}
+
+impl Host {
+    fn look() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        Self { cores, load: load.split(' ').next().unwrap_or("unknown").to_owned() }
+    }
+
+    fn told(&self, report: &Report, seed: u64, took: Duration) -> String {
+        let Self { cores, load } = self;
+        let (runs, minutes) = (report.runs(), took.as_secs().div_ceil(60));
+        format!(
+            "{runs} faults of seed {seed} in {minutes} min, on {cores} cores; the load before was {load}.\n"
+        )
+    }
 }
 
 fn faults(args: &Args, seed: &mut Seed) -> anyhow::Result<Vec<Fault>> {
@@ -121,7 +181,7 @@ impl Run {
             }
             Err(e) => {
                 say(&format!("         BROKEN: {e:#}"));
-                report.fail(&fault.to_string(), &e);
+                report.add(Seen::failed(fault, &e));
             }
         }
         Ok(())
@@ -130,7 +190,7 @@ impl Run {
     fn end(&mut self, report: &mut Report) {
         if let Some(Err(e)) = self.scene.take().map(Scene::end) {
             say(&format!("         BROKEN at the end: {e:#}"));
-            report.fail("the end of a world", &e);
+            report.broken("the end of a world", &e);
         }
     }
 }
