@@ -6,6 +6,7 @@
 
 pub mod agreement;
 pub mod apply;
+mod boot_upload;
 pub mod detector;
 mod digests;
 pub mod disk;

@@ -1,9 +1,8 @@
 //! The pairing service: what a runner agrees on with this node before it makes a link.
 
-use colo_common::limits::{MAX_BOOT_MODULE, MAX_KERNEL_IMAGE};
 use colo_common::tls::{self, Role};
 use colo_common::{NodeId, Term, VmId};
-use colo_proto::convert::{MAX_BOOT_FILE_CHUNK, id, id_bytes, incarnation, replica_bytes};
+use colo_proto::convert::{id_bytes, incarnation, replica_bytes};
 use colo_proto::message::Detail;
 use colo_proto::v1::pairing_server::Pairing;
 use colo_proto::v1::{
@@ -15,20 +14,13 @@ use crossbeam_channel::{Sender, TrySendError};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::io::AsyncWriteExt;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
-use xxhash_rust::xxh3::xxh3_128;
 
 use crate::agreement::{self, Disagreement};
-use colo_primary::guest_files::boot_file_path;
-
+use crate::boot_upload::{BootUpload, UploadError};
 use crate::node::{Event, HandBack};
 use crate::replica::AckPolicy as Policy;
-
-/// Bytes of a boot file in all: a kernel or a module.
-const MAX_BOOT_FILE: u64 =
-    if MAX_KERNEL_IMAGE > MAX_BOOT_MODULE { MAX_KERNEL_IMAGE } else { MAX_BOOT_MODULE };
 
 /// The service.
 #[derive(Clone)]
@@ -86,6 +78,15 @@ fn disagreed(e: Disagreement) -> Status {
     if e.is_malformed() { invalid(one_line(&e)) } else { Status::failed_precondition(one_line(&e)) }
 }
 
+impl From<UploadError> for Status {
+    fn from(error: UploadError) -> Self {
+        match error {
+            UploadError::Sent(why) => Self::invalid_argument(why),
+            kept @ UploadError::Kept { .. } => Self::failed_precondition(kept.to_string()),
+        }
+    }
+}
+
 /// Parts of it may be a peer's words.
 fn one_line(e: &impl std::fmt::Display) -> String {
     Detail::new(&e.to_string()).to_string()
@@ -122,54 +123,17 @@ impl Pairing for PairingService {
         }))
     }
 
-    /// Kept under another name until it is whole and its hash is right.
     async fn upload_boot_file(
         &self,
         request: Request<Streaming<BootFileChunk>>,
     ) -> Result<Response<UploadBootFileReply>, Status> {
         self.check_caller(&request)?;
         let mut chunks = request.into_inner();
-        let failed = |e: std::io::Error| {
-            Status::failed_precondition(format!("{}: {e}; is the disk full?", self.boot_directory.display()))
-        };
-        let (mut file, mut digest, mut at) = (None, 0, 0_u64);
+        let mut upload = BootUpload::new(&self.boot_directory);
         while let Some(chunk) = chunks.message().await? {
-            let of = id("hash", &chunk.hash).map_err(invalid)?;
-            if chunk.offset != at || (file.is_some() && of != digest) {
-                return Err(Status::invalid_argument("the pieces of a boot file do not follow each other"));
-            }
-            if chunk.bytes.len() > MAX_BOOT_FILE_CHUNK {
-                return Err(Status::invalid_argument(format!(
-                    "a piece of a boot file has at most {MAX_BOOT_FILE_CHUNK} bytes"
-                )));
-            }
-            at += chunk.bytes.len() as u64;
-            if at > MAX_BOOT_FILE {
-                return Err(Status::invalid_argument(format!(
-                    "a boot file has at most {MAX_BOOT_FILE} bytes"
-                )));
-            }
-            digest = of;
-            let path = boot_file_path(&self.boot_directory, digest).with_extension("part");
-            let open = match &mut file {
-                Some(open) => open,
-                None => file.insert(tokio::fs::File::create(path).await.map_err(failed)?),
-            };
-            open.write_all(&chunk.bytes).await.map_err(failed)?;
+            upload.take(&chunk).await?;
         }
-        let Some(mut file) = file else {
-            return Err(Status::invalid_argument(
-                "a boot file without a piece: send an empty one if it is empty",
-            ));
-        };
-        file.flush().await.map_err(failed)?;
-        file.sync_all().await.map_err(failed)?;
-        let path = boot_file_path(&self.boot_directory, digest);
-        let bytes = tokio::fs::read(path.with_extension("part")).await.map_err(failed)?;
-        if xxh3_128(&bytes) != digest {
-            return Err(Status::invalid_argument("a boot file is not what its hash says"));
-        }
-        tokio::fs::rename(path.with_extension("part"), path).await.map_err(failed)?;
+        upload.finish().await?;
         Ok(Response::new(UploadBootFileReply {}))
     }
 

@@ -35,6 +35,7 @@ use tokio::sync::oneshot;
 use tonic::service::Routes;
 use tracing::Instrument;
 
+use crate::boot_upload;
 use crate::node::{Event, Follower, Outcome, Parts, Settings, Tray};
 use crate::pairing_service::PairingService;
 use crate::persist::Persister;
@@ -210,7 +211,8 @@ impl Secondary {
         let config = &self.config;
         let boot_directory = self.directory.boot();
         std::fs::create_dir_all(&boot_directory)
-            .with_context(|| format!("cannot create {}", boot_directory.display()))?;
+            .and_then(|()| boot_upload::sweep(&boot_directory))
+            .with_context(|| format!("cannot create or tidy {}", boot_directory.display()))?;
         let control = Control { outbox: self.outbox.clone() };
         self.plane.set_part(Part::Follower(Arc::new(control)));
         let pairing = PairingService {
