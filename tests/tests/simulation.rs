@@ -16,6 +16,8 @@ mod follower;
 mod following;
 #[path = "simulation/image_file.rs"]
 mod image_file;
+#[path = "simulation/intent.rs"]
+mod intent;
 #[path = "simulation/joining.rs"]
 mod joining;
 #[path = "simulation/net.rs"]

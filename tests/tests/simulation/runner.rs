@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use crate::common::{ArbiterClient, Common};
 use crate::image_file::ImageFile;
+use crate::intent::Intent;
 use crate::net::{Msg, Way};
 use crate::outside::Outlet;
 use crate::plan::{BLOCKS, FOLDED, FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
@@ -48,6 +49,7 @@ pub(crate) struct Runner {
     pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
     pub(crate) disk: GuestDisk,
+    pub(crate) intent: Intent,
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) dirty: Changes,
@@ -109,6 +111,7 @@ pub(crate) struct Beginning {
     pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
     pub(crate) disk: GuestDisk,
+    pub(crate) intent: Intent,
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) promotions: u32,
@@ -123,6 +126,7 @@ impl Runner {
             mut replicator,
             mut guest,
             disk,
+            intent,
             stint,
             release,
             promotions,
@@ -146,6 +150,7 @@ impl Runner {
             replicator,
             guest,
             disk,
+            intent,
             stint,
             release,
             dirty: Changes::none(FRAMES, BLOCKS),
