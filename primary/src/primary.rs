@@ -26,7 +26,7 @@ use crate::outlet::{Network, Outlet};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::runner_disk::RunnerDisk;
-use crate::serve::{self, Runner, Security};
+use crate::serve::{self, Ended, Runner, Security};
 use crate::standby::Standby;
 use crate::start::{Allowed, NotStarted, decide};
 
@@ -140,7 +140,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         standby,
     };
     let end = runner.run(beginning, runtime.handle())?;
-    Ok(ended(&config.vm, &end))
+    Ok(ended(&config.vm, end))
 }
 
 /// Lists the audit trail of a primary that does not run.
@@ -164,10 +164,14 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 /// Says how a runner ended, and with which status.
-pub fn ended(vm: &VmId, end: &End) -> ExitCode {
+pub fn ended(vm: &VmId, Ended { end, moved }: Ended) -> ExitCode {
     match end {
         End::Stopped(reason) => {
             tracing::info!(%vm, "the vm is stopped: {reason}");
+            ExitCode::SUCCESS
+        }
+        End::Superseded(Some(entry)) if moved => {
+            tracing::info!(%vm, "the guest has moved, and this process ends as it was told: {entry}");
             ExitCode::SUCCESS
         }
         End::Superseded(Some(entry)) => {

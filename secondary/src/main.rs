@@ -3,8 +3,9 @@
 use clap::{Parser, Subcommand};
 use colo_common::config::LogConfig;
 use colo_common::telemetry;
+use colo_secondary::offline::{self, File};
 use colo_secondary::secondary::Options;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -43,6 +44,9 @@ enum Command {
         /// Bytes read per second at most, in MiB; 0 is as fast as the disk.
         #[arg(long, default_value_t = 0)]
         rate: u64,
+        /// The file is a primary's, which has a [standby].
+        #[arg(long)]
+        standby: bool,
     },
     /// Lists the audit trail of a secondary that does not run, oldest first; of one that runs, `coloctl audit` does.
     Audit {
@@ -52,6 +56,9 @@ enum Command {
         /// Only so many entries, the newest.
         #[arg(long, value_name = "ENTRIES")]
         last: Option<u64>,
+        /// The file is a primary's, which has a [standby].
+        #[arg(long)]
+        standby: bool,
     },
     /// Writes the guest's disk, as a secondary that does not run has it, into a raw image file.
     ExportDisk {
@@ -61,6 +68,9 @@ enum Command {
         /// The file to write; there must be none.
         #[arg(long)]
         to: PathBuf,
+        /// The file is a primary's, which has a [standby].
+        #[arg(long)]
+        standby: bool,
     },
     /// Prints the point, the size and the digest of the guest's disk: equal for equal content, written or sparse.
     DiskDigest {
@@ -70,7 +80,14 @@ enum Command {
         /// A raw image file instead.
         #[arg(long)]
         image: Option<PathBuf>,
+        /// The file is a primary's, which has a [standby].
+        #[arg(long, requires = "config")]
+        standby: bool,
     },
+}
+
+fn file(path: &Path, of_primary: bool) -> File<'_> {
+    File { path, of_primary }
 }
 
 fn main() -> ExitCode {
@@ -80,13 +97,15 @@ fn main() -> ExitCode {
             let options = Options { again, of_primary: standby, handover };
             colo_secondary::secondary::start(&config, options)
         }
-        Command::Scrub { config, rate } => colo_secondary::offline::scrub(&config, rate << 20),
-        Command::Audit { config, last } => colo_secondary::offline::audit(&config, last),
-        Command::ExportDisk { config, to } => colo_secondary::offline::export_disk(&config, &to),
-        Command::DiskDigest { config: Some(config), .. } => colo_secondary::offline::disk_digest(&config),
+        Command::Scrub { config, rate, standby } => offline::scrub(file(&config, standby), rate << 20),
+        Command::Audit { config, last, standby } => offline::audit(file(&config, standby), last),
+        Command::ExportDisk { config, to, standby } => offline::export_disk(file(&config, standby), &to),
+        Command::DiskDigest { config: Some(config), standby, .. } => {
+            offline::disk_digest(file(&config, standby))
+        }
         Command::DiskDigest { image, .. } => {
             telemetry::init(&LogConfig::default());
-            colo_secondary::offline::image_digest(&image.unwrap_or_default())
+            offline::image_digest(&image.unwrap_or_default())
         }
     };
     done.unwrap_or_else(|e| {

@@ -2,7 +2,7 @@
 //! holds, and its audit trail.
 
 use anyhow::{Context, bail};
-use colo_common::config::SecondaryConfig;
+use colo_common::config::{ConfigError, SecondaryConfig};
 use colo_common::telemetry;
 use colo_common::vmdir::VmDirectory;
 use colo_vmm::disk::{Disk, FileDisk};
@@ -14,12 +14,35 @@ use std::sync::Arc;
 use crate::disk::{DiskImage, content_digest, export};
 use crate::store::{Store, StoredCopy};
 
+/// A configuration file.
+#[derive(Clone, Copy, Debug)]
+pub struct File<'a> {
+    /// Where it is.
+    pub path: &'a Path,
+    /// It is that of a primary, which has a `[standby]`.
+    pub of_primary: bool,
+}
+
+impl File<'_> {
+    /// What it says of a node that follows.
+    ///
+    /// # Errors
+    /// It cannot be read, or something in it is wrong.
+    pub fn load(self) -> Result<SecondaryConfig, ConfigError> {
+        if self.of_primary {
+            SecondaryConfig::load_standby(self.path)
+        } else {
+            SecondaryConfig::load(self.path)
+        }
+    }
+}
+
 /// Checks the store of a secondary that does not run.
 ///
 /// # Errors
 /// The store cannot be opened, or something in it is damaged.
-pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
-    let (_, directory, mut store) = open(path)?;
+pub fn scrub(file: File<'_>, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
+    let (_, directory, mut store) = open(file)?;
     let summary = store.summary();
     let has_disk = summary.active.is_some() && store.disk_bytes().is_some();
     if !matches!(summary.copy, StoredCopy::Whole(_)) && !has_disk {
@@ -42,8 +65,8 @@ pub fn scrub(path: &Path, bytes_per_second: u64) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// It runs, or has kept none.
-pub fn audit(path: &Path, last: Option<u64>) -> anyhow::Result<ExitCode> {
-    let config = SecondaryConfig::load(path)?;
+pub fn audit(file: File<'_>, last: Option<u64>) -> anyhow::Result<ExitCode> {
+    let config = file.load()?;
     telemetry::init(&config.log);
     colo_primary::audit::print(&VmDirectory::open(&config.directory, &config.vm)?, last)
 }
@@ -52,8 +75,8 @@ pub fn audit(path: &Path, last: Option<u64>) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// There is no disk of one point here, its image file cannot be used, or the new file cannot be written.
-pub fn export_disk(path: &Path, to: &Path) -> anyhow::Result<ExitCode> {
-    let (config, _directory, mut store) = open(path)?;
+pub fn export_disk(file: File<'_>, to: &Path) -> anyhow::Result<ExitCode> {
+    let (config, _directory, mut store) = open(file)?;
     let (disk, at) = disk(&config, &mut store)?;
     export(disk.as_ref(), to).with_context(|| {
         format!("cannot write the disk to {}: name a new file with room for it", to.display())
@@ -66,8 +89,8 @@ pub fn export_disk(path: &Path, to: &Path) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// There is no disk of one point here, or its image file cannot be used.
-pub fn disk_digest(path: &Path) -> anyhow::Result<ExitCode> {
-    let (config, _directory, mut store) = open(path)?;
+pub fn disk_digest(file: File<'_>) -> anyhow::Result<ExitCode> {
+    let (config, _directory, mut store) = open(file)?;
     let (disk, at) = disk(&config, &mut store)?;
     print_digest(&at, disk.as_ref())
 }
@@ -87,8 +110,8 @@ fn print_digest(at: &str, disk: &dyn Disk) -> anyhow::Result<ExitCode> {
 }
 
 /// The configuration, and the store with nobody else at it.
-fn open(path: &Path) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
-    let config = SecondaryConfig::load(path)?;
+fn open(file: File<'_>) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
+    let config = file.load()?;
     telemetry::init(&config.log);
     let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let store = Store::open(&directory.store(), &config.vm)?;

@@ -33,6 +33,7 @@ use tonic::service::Routes;
 use tracing::Instrument;
 
 use crate::node::{Event, Follower, Outcome, Parts, Settings, Tray};
+use crate::offline::File;
 use crate::pairing_service::PairingService;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Receiver};
@@ -70,7 +71,7 @@ pub struct Options {
 /// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
 pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let Options { again, of_primary, .. } = options;
-    let config = if of_primary { SecondaryConfig::load_standby(path) } else { SecondaryConfig::load(path) }?;
+    let config = File { path, of_primary }.load()?;
     telemetry::init(&config.log);
     let _node = telemetry::enter_node(&config.vm, &config.node);
     let left = options.handover.and_then(|fd| take_over(fd, &config.vm));
@@ -286,7 +287,7 @@ impl Secondary {
                     standby: Some(self.standby),
                 };
                 let end = runner.run(*beginning, runtime.handle())?;
-                Ok(ended(&vm, &end))
+                Ok(ended(&vm, end))
             }
         }
     }
