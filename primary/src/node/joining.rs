@@ -95,6 +95,7 @@ impl Node {
             }
             LinkEvent::Copied(bytes) => {
                 self.board.copied(bytes);
+                self.seed.iter_mut().for_each(|seed| seed.count(bytes));
                 Ok(())
             }
             LinkEvent::Sent { point, bytes, pages } => {
