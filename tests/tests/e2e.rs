@@ -30,6 +30,8 @@ mod network;
 mod operator;
 #[path = "e2e/rejoins.rs"]
 mod rejoins;
+#[path = "e2e/returns.rs"]
+mod returns;
 #[path = "e2e/service.rs"]
 mod service;
 #[path = "e2e/starts.rs"]

@@ -106,6 +106,8 @@ pub struct Options {
     pub disk: Option<PathBuf>,
     /// Whether a primary that loses its vm follows.
     pub standby: bool,
+    /// `on_stop`: `stop`, `leave` or `switchover`.
+    pub on_stop: &'static str,
     /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
     /// made in the lab then.
     pub network: bool,
@@ -128,6 +130,7 @@ impl Options {
             links: false,
             disk: None,
             standby: false,
+            on_stop: "stop",
             network: false,
             arbiter: None,
         }
@@ -201,9 +204,9 @@ fn common(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
     let in_files = || "directory = \"arbiter\"\n".to_owned();
     let arbiter = options.arbiter.as_ref().map_or_else(in_files, etcd::lines);
     format!(
-        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\n[arbiter]\n{arbiter}\
+        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\non_stop = \"{}\"\n[arbiter]\n{arbiter}\
          [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
-        ports.admin
+        options.on_stop, ports.admin
     )
 }
 

@@ -2,6 +2,7 @@
 //! loss of power: with what its journal says, and nothing else, put right.
 
 use anyhow::{Context, ensure};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -21,10 +22,11 @@ impl Cluster {
     pub fn disk_digest(&self, node: &str) -> anyhow::Result<String> {
         let mut command = Command::new(process::program("colo-secondary")?);
         command.arg("disk-digest");
-        match self.is_primary(node)? {
-            true => command.arg("--image").arg(self.image_of(node)),
-            false => command.arg("--config").arg(self.config_of(node)),
-        };
+        if self.holds_image(node)? {
+            command.arg("--image").arg(self.image_of(node));
+        } else {
+            command.args(self.config_as_follower(node)?);
+        }
         let said = done(&mut command, &[0]).with_context(|| format!("the digest of {node}'s disk"))?;
         let said = String::from_utf8(said.stdout)?;
         // "disk of WHAT: BYTES bytes, digest HEX"
@@ -32,22 +34,33 @@ impl Cluster {
         Ok(digest.to_owned())
     }
 
+    /// Whether the image file is all that there is of the disk: of a primary that never followed.
+    fn holds_image(&self, node: &str) -> anyhow::Result<bool> {
+        Ok(self.is_primary(node)? && !self.directory_of(node).join("store").exists())
+    }
+
+    /// How a command is told of a node that follows.
+    fn config_as_follower(&self, node: &str) -> anyhow::Result<Vec<OsString>> {
+        let mut arguments = vec!["--config".into(), self.config_of(node).into()];
+        if self.is_primary(node)? {
+            arguments.push("--standby".into());
+        }
+        Ok(arguments)
+    }
+
     /// Writes the guest's disk as a node that does not run has it into a new file.
     ///
     /// # Errors
     /// It has none of one point, or there is no room.
     pub fn export_disk(&self, node: &str, to: &Path) -> anyhow::Result<()> {
-        let mut command = match self.is_primary(node)? {
-            true => {
-                let mut copy = Command::new("cp");
-                copy.arg("--sparse=always").arg(self.image_of(node)).arg(to);
-                copy
-            }
-            false => {
-                let mut export = Command::new(process::program("colo-secondary")?);
-                export.arg("export-disk").arg("--config").arg(self.config_of(node)).arg("--to").arg(to);
-                export
-            }
+        let mut command = if self.holds_image(node)? {
+            let mut copy = Command::new("cp");
+            copy.arg("--sparse=always").arg(self.image_of(node)).arg(to);
+            copy
+        } else {
+            let mut export = Command::new(process::program("colo-secondary")?);
+            export.arg("export-disk").args(self.config_as_follower(node)?).arg("--to").arg(to);
+            export
         };
         done(&mut command, &[0]).map(drop).with_context(|| format!("the disk of {node}"))
     }
