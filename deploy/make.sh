@@ -6,6 +6,8 @@
 #
 #   make.sh setup|guest|build|test|check|bench|clean
 #   make.sh demo [ARGUMENT OF colo-demo ...]
+#   make.sh demo-cluster [ARGUMENT OF colo-demo-cluster ...]
+#   make.sh chaos [ARGUMENT OF colo-chaos ...]
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -27,7 +29,7 @@ clone_id=''
 
 main() {
     case $target in
-        setup | guest | build | test | check | demo | bench) trap 'finish $?' EXIT ;;
+        setup | guest | build | test | check | demo | demo-cluster | chaos | bench) trap 'finish $?' EXIT ;;
         clean) clean; return ;;
         *) usage ;;
     esac
@@ -40,6 +42,8 @@ main() {
         check) step set-up set_up check; step set-up claim; check ;;
         # What colo-demo boots: three kernels would be built before a first demo otherwise.
         demo) step set-up set_up; step set-up guest_if_kvm up initramfs service; build; step demo demo "$@" ;;
+        demo-cluster) step set-up set_up; step set-up guest_if_kvm up service; build; step demo demo_cluster "$@" ;;
+        chaos) step set-up set_up; step set-up guest_if_kvm up service; build; step chaos chaos "$@" ;;
         bench) step set-up set_up; step set-up guest_if_kvm; build; step bench bench ;;
     esac
 }
@@ -236,6 +240,14 @@ demo() {
     "$CARGO_TARGET_DIR/release/colo-demo" --summary "$clone/target/demo/summary.json" "$@"
 }
 
+demo_cluster() {
+    "$CARGO_TARGET_DIR/release/colo-demo-cluster" --summary "$clone/target/demo-cluster/summary.json" "$@"
+}
+
+chaos() {
+    "$CARGO_TARGET_DIR/release/colo-chaos" --summary "$clone/target/chaos/summary.json" "$@"
+}
+
 bench() {
     compgen -G '*/benches/*.rs' >/dev/null || { echo "there is no benchmark yet"; return; }
     echo "Figures are of this machine in this run, with assertions on; compare only within one run, on an idle machine."
@@ -247,7 +259,7 @@ clean() {
     locate
     claim
     cargo clean --release
-    rm -rf target/dependencies target/demo target/test
+    rm -rf target/dependencies target/demo target/demo-cluster target/chaos target/test
     echo "removed what was built in $CARGO_TARGET_DIR; guest images stay in $COLO_CACHE/guest"
 }
 

@@ -1,19 +1,22 @@
 //! The control plane of a node: answers from the account that the node keeps of itself, and passes the operator's words
 //! on to it. Served by whichever role the process has; a promotion changes the role behind it.
 
+mod cluster;
 mod console;
 mod convert;
+mod fencing;
 pub(crate) mod health;
 mod listing;
 mod plane;
 
 use colo_proto::v1::admin_server::Admin;
 use colo_proto::v1::{
-    self, AuditEntry, ConsoleInput, EpochReport, Event as Happening, EventsRequest, HealthReply,
-    HealthRequest, ListAuditRequest, PauseReplicationReply, PauseReplicationRequest, PromoteReply,
-    PromoteRequest, ProtectProgress, ProtectRequest, ResumeReplicationReply, ResumeReplicationRequest,
-    SetAckPolicyReply, SetAckPolicyRequest, StatusReply, StatusRequest, StopReply, StopRequest,
-    SwitchoverReply, SwitchoverRequest, WatchRequest,
+    self, AuditEntry, ConfirmFencedReply, ConfirmFencedRequest, ConsoleInput, DrainReply, DrainRequest,
+    EpochReport, Event as Happening, EventsRequest, FenceReply, FenceRequest, HealthReply, HealthRequest,
+    ListAuditRequest, ListClusterReply, ListClusterRequest, PauseReplicationReply, PauseReplicationRequest,
+    PromoteReply, PromoteRequest, ProtectProgress, ProtectRequest, ResumeReplicationReply,
+    ResumeReplicationRequest, SetAckPolicyReply, SetAckPolicyRequest, SetFailoverReply, SetFailoverRequest,
+    StatusReply, StatusRequest, StopReply, StopRequest, SwitchoverReply, SwitchoverRequest, WatchRequest,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -26,7 +29,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::node::status::Role;
 use crate::node::{Command, Event};
 pub(crate) use convert::role;
-pub use plane::{FollowerControl, Part, Plane};
+pub use plane::{FenceAnswer, FollowerControl, Order, Part, Plane};
 use plane::{PATIENCE, POLL};
 
 /// How long a guest may take to power itself off.
@@ -132,16 +135,16 @@ impl Admin for AdminService {
     }
 
     async fn promote(&self, request: Request<PromoteRequest>) -> Result<Response<PromoteReply>, Status> {
-        self.0.asked(&request, "promote".to_owned(), "");
-        if request.into_inner().force {
-            return Err(Status::unimplemented("a forced promotion is not offered by this version"));
-        }
+        let force = request.get_ref().force;
+        fencing::check_reason(&request.get_ref().reason, force)?;
+        let what = if force { "promote by force" } else { "promote" };
+        self.0.asked(&request, what.to_owned(), &request.get_ref().reason);
         let Part::Follower(control) = self.0.part() else {
             return Err(self.0.not_here("follows"));
         };
         let started = Instant::now();
         let (reply, mut why_not) = oneshot::channel();
-        control.promote(reply);
+        control.promote(Order { force, reply });
         let runs = |role: Role| {
             !matches!(
                 role,
@@ -167,6 +170,28 @@ impl Admin for AdminService {
             point: promoted.point.map(v1::Point::from),
             elapsed_ms: convert::ms(ran.saturating_duration_since(started)),
         }))
+    }
+
+    async fn fence(&self, request: Request<FenceRequest>) -> Result<Response<FenceReply>, Status> {
+        self.0.fence(request).await.map(Response::new)
+    }
+
+    async fn confirm_fenced(
+        &self,
+        request: Request<ConfirmFencedRequest>,
+    ) -> Result<Response<ConfirmFencedReply>, Status> {
+        self.0.confirm_fenced(request).await.map(Response::new)
+    }
+
+    async fn set_failover(
+        &self,
+        request: Request<SetFailoverRequest>,
+    ) -> Result<Response<SetFailoverReply>, Status> {
+        self.0.set_failover(request).await.map(Response::new)
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        self.0.empty_node(request).await.map(Response::new)
     }
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
@@ -232,6 +257,13 @@ impl Admin for AdminService {
     ) -> Result<Response<Self::ListAuditStream>, Status> {
         let entries = self.0.list_audit(request.into_inner())?;
         Ok(Response::new(Box::pin(ReceiverStream::new(entries))))
+    }
+
+    async fn list_cluster(
+        &self,
+        _: Request<ListClusterRequest>,
+    ) -> Result<Response<ListClusterReply>, Status> {
+        Ok(Response::new(self.0.list_cluster().await?))
     }
 
     async fn events(&self, _: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {

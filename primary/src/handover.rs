@@ -54,6 +54,9 @@ pub enum HandoverError {
     Memory(#[from] MemoryError),
 }
 
+/// The point that the image holds, blocks of the disk, and runs of them that may hold something else.
+type DiskLeft = (Point, u64, Vec<(u64, u64)>);
+
 #[derive(Serialize, Deserialize)]
 struct Description {
     format: u32,
@@ -63,7 +66,7 @@ struct Description {
     memory_bytes: u64,
     base: Option<Point>,
     changed: Vec<(u64, u64)>,
-    disk: Option<(Point, u64, Vec<(u64, u64)>)>,
+    disk: Option<DiskLeft>,
     history: Vec<Point>,
 }
 

@@ -1,6 +1,7 @@
 //! The runner's side of pairing: agrees on the guest with a secondary by gRPC before a link is made, and sends the boot
 //! files that the secondary lacks. And the words between a node that lost its vm and the one that has it.
 
+use colo_common::telemetry::one_line;
 use colo_proto::convert::MAX_BOOT_FILE_CHUNK;
 use colo_proto::v1::pairing_client::PairingClient as Client;
 use colo_proto::v1::{BootFileChunk, CpuModel, MemorySlot, OfferHandBackRequest, PairReply, PairRequest};
@@ -122,7 +123,7 @@ impl PairingClient {
             endpoint = endpoint.tls_config(tls.clone()).map_err(|e| unreachable(e.to_string()))?;
         }
         let connecting = endpoint.connect_timeout(CONNECT_LIMIT).connect().await;
-        let channel = connecting.map_err(|e| unreachable(with_causes(&e)))?;
+        let channel = connecting.map_err(|e| unreachable(one_line(&e)))?;
         Ok((Client::new(channel), host))
     }
 
@@ -200,17 +201,6 @@ async fn call<T>(
         },
         Err(_) => Err(unreachable("it takes too long".to_owned())),
     }
-}
-
-/// An error and what caused it, in one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        line = format!("{line}: {next}");
-        cause = next.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -3,11 +3,14 @@
 use anyhow::{Context, bail};
 use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
+use colo_common::membership::Membership;
 use colo_common::register::{Answer, Entry, Proposal};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
 use colo_common::{BLOCK_SIZE, Epoch, History, Incarnation, NodeId, Point, Term, VmId, telemetry};
 use colo_vmm::egress::OutputPosition;
-use colo_vmm::{Disk, GuestMemory, WireSpec, admission};
+use colo_vmm::spec::NetSpec;
+use colo_vmm::tap::Tap;
+use colo_vmm::{Disk, GuestKind, GuestMemory, ProtectedGuest, WireSpec, admission};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,12 +20,14 @@ use tonic::service::Routes;
 use crate::admin::Plane;
 use crate::backends;
 use crate::console::Console;
+use crate::drain::Drain;
 use crate::guest_config::{account, describe};
 use crate::last_changed::LastChanged;
 use crate::metrics::Endpoint;
 use crate::node::Beginning;
-use crate::node::status::Board;
+use crate::node::status::{Board, Devices};
 use crate::outlet::{Network, Outlet};
+use crate::presence::{Presence, Who};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::runner_disk::RunnerDisk;
@@ -49,6 +54,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let standby = config.standby.as_ref().map(|_| Standby {
         config: path.to_owned(),
         of_primary: true,
+        bind: None,
         boot_directory: directory.boot(),
     });
     if directory.store().exists() {
@@ -62,17 +68,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     }
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
     let arbiter = serve::arbiter(&config.arbiter)?;
-    let mut opened = backends::open(&config.vm, config.network.as_ref(), config.disk.as_ref())?;
-    let disk = opened.backends.disk.take().map(|image| Arc::new(RunnerDisk::new(image, directory.intent())));
-    let writes = opened.disk.as_ref().is_some_and(|disk| !disk.read_only);
-    opened.backends.disk = disk.clone().map(|disk| disk as Arc<dyn Disk>);
-    let network = opened.net.zip(opened.backends.tap.clone());
-    let (spec, kind) = describe(config.vm.as_str(), &config.guest, (opened.net, opened.disk))?;
-    admission::check(&spec)?;
-    let memory = Arc::new(GuestMemory::new(spec.memory_bytes)?);
-    let wire = WireSpec::new(&spec, kind.clone());
-    let mut guest = kind.build(spec.clone(), Arc::clone(&memory), &opened.backends)?;
-    guest.boot()?;
+    let mut machine = Machine::build(&config, &directory)?;
     let known = directory.runner()?;
     // A start that was cut off is gone on with as the same process.
     let incarnation = known.and_then(|known| known.starting).unwrap_or_else(Incarnation::draw);
@@ -83,8 +79,8 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         &directory,
         format!("on_secondary_loss = {:?}", config.replication.on_secondary_loss),
     );
-    plane.board.describe(account(&spec, &kind), memory);
-    plane.board.attach(opened.devices);
+    plane.board.describe(machine.account(), Arc::clone(machine.guest.memory()));
+    plane.board.attach(std::mem::take(&mut machine.devices));
     // The sockets first: a port in use must not cost a term.
     runtime.block_on(async {
         serve::control_plane(config.admin.listen, &security, Arc::clone(&plane), Routes::default()).await?;
@@ -92,43 +88,13 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         serve::console_sinks(&console, &config.console).await
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
-    let entry = match ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed) {
-        Ok(entry) => entry,
-        Err(why) => match (&standby, why.downcast_ref::<NotStarted>()) {
-            (Some(standby), Some(NotStarted::NotOurs(entry) | NotStarted::NothingToRun(entry))) => {
-                tracing::warn!(vm = %config.vm, "the register says: {entry}; this node follows");
-                return Err(standby.become_secondary(None));
-            }
-            _ => return Err(why),
-        },
-    };
-    if let Some(disk) = disk.as_ref().filter(|_| writes) {
-        disk.begin(&config.vm, Point { term: entry.term, epoch: Epoch(0) })?;
-    }
-    let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
-    let last_changed = LastChanged::none(guest.memory().layout().frame_limit(), blocks);
-    let begins = OutputPosition::at_start(entry.term);
-    guest.count_from(begins)?;
-    console.begin_at(begins.console);
+    let asked = ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed);
+    let entry = asked.map_err(|why| follow_instead(standby.as_ref(), why))?;
     // Before a vCPU runs: a crash from here on finds that this node ran the guest.
+    let beginning = machine.begin(&config, incarnation, entry.clone(), console)?;
     directory.set_runner(Known { seen: entry.term, active: Some(entry.term), starting: None })?;
     tracing::info!(vm = %config.vm, node = %config.node, "the guest runs: {entry}");
-    let replicator = Replicator::new(config.node.clone(), incarnation, entry, History::default());
-    let beginning = Beginning {
-        vm: config.vm.clone(),
-        me: config.node,
-        incarnation,
-        guest,
-        spec: wire,
-        replicator,
-        release: Release::new(begins),
-        disk,
-        outlet: Outlet::new(console, network.map(|(net, tap)| Network::new(tap, net.mac, []))),
-        moved: false,
-        promotions: 0,
-        former: None,
-        last_changed,
-    };
+    let (membership, presence) = announce(&config, &plane)?;
     let runner = Runner {
         plane,
         arbiter,
@@ -137,10 +103,110 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         on_stop: config.on_stop,
         security,
         own_address: config.admin.listen,
+        advertised: config.admin.address(),
         standby,
+        membership,
+        presence,
     };
     let end = runner.run(beginning, runtime.handle())?;
     Ok(ended(&config.vm, end))
+}
+
+/// The guest, booted and not started, and what is behind its devices.
+struct Machine {
+    guest: Box<dyn ProtectedGuest>,
+    spec: WireSpec,
+    kind: GuestKind,
+    disk: Option<Arc<RunnerDisk>>,
+    /// Whether the guest may write to it.
+    writes: bool,
+    network: Option<(NetSpec, Arc<Tap>)>,
+    devices: Devices,
+}
+
+impl Machine {
+    fn build(config: &PrimaryConfig, directory: &VmDirectory) -> anyhow::Result<Self> {
+        let mut opened = backends::open(&config.vm, config.network.as_ref(), config.disk.as_ref())?;
+        let image = opened.backends.disk.take();
+        let disk = image.map(|image| Arc::new(RunnerDisk::new(image, directory.intent())));
+        opened.backends.disk = disk.clone().map(|disk| disk as Arc<dyn Disk>);
+        let writes = opened.disk.as_ref().is_some_and(|disk| !disk.read_only);
+        let network = opened.net.zip(opened.backends.tap.clone());
+        let (full, kind) = describe(config.vm.as_str(), &config.guest, (opened.net, opened.disk))?;
+        admission::check(&full)?;
+        let memory = Arc::new(GuestMemory::new(full.memory_bytes)?);
+        let spec = WireSpec::new(&full, kind.clone());
+        let mut guest = kind.build(full, memory, &opened.backends)?;
+        guest.boot()?;
+        Ok(Self { guest, spec, kind, disk, writes, network, devices: opened.devices })
+    }
+
+    fn account(&self) -> colo_proto::v1::Guest {
+        account(self.guest.spec(), &self.kind)
+    }
+
+    /// The register names this process by `entry`: what a node begins with.
+    fn begin(
+        self,
+        config: &PrimaryConfig,
+        incarnation: Incarnation,
+        entry: Entry,
+        console: Console,
+    ) -> anyhow::Result<Beginning> {
+        let Self { mut guest, spec, disk, writes, network, .. } = self;
+        if let Some(disk) = disk.as_ref().filter(|_| writes) {
+            disk.begin(&config.vm, Point { term: entry.term, epoch: Epoch(0) })?;
+        }
+        let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+        let last_changed = LastChanged::none(guest.memory().layout().frame_limit(), blocks);
+        let begins = OutputPosition::at_start(entry.term);
+        guest.count_from(begins)?;
+        console.begin_at(begins.console);
+        let outlet = Outlet::new(console, network.map(|(net, tap)| Network::new(tap, net.mac, [])));
+        Ok(Beginning {
+            vm: config.vm.clone(),
+            me: config.node.clone(),
+            incarnation,
+            guest,
+            spec,
+            replicator: Replicator::new(config.node.clone(), incarnation, entry, History::default()),
+            release: Release::new(begins),
+            disk,
+            outlet,
+            moved: false,
+            promotions: 0,
+            former: None,
+            planned: false,
+            last_changed,
+        })
+    }
+}
+
+/// A vm that is another's, or that this node cannot start, may be followed.
+fn follow_instead(standby: Option<&Standby>, why: anyhow::Error) -> anyhow::Error {
+    match (standby, why.downcast_ref::<NotStarted>()) {
+        (Some(standby), Some(NotStarted::NotOurs(entry) | NotStarted::NothingToRun(entry))) => {
+            tracing::warn!("the register says: {entry}; this node follows");
+            standby.become_secondary(None)
+        }
+        _ => why,
+    }
+}
+
+/// Says to the cluster that this process lives.
+fn announce(config: &PrimaryConfig, plane: &Plane) -> anyhow::Result<(Arc<dyn Membership>, Presence)> {
+    let membership = serve::membership(&config.arbiter)?;
+    plane.keep_drain(Drain::of(&config.directory));
+    plane.keep_membership(Arc::clone(&membership));
+    let who = Who {
+        node: config.node.clone(),
+        incarnation: plane.incarnation,
+        address: config.admin.address(),
+        directory: config.directory.clone(),
+    };
+    let presence =
+        Presence::start(Arc::clone(&membership), who, config.vm.clone(), plane.board.clone(), None);
+    Ok((membership, presence.context("no thread for the membership")?))
 }
 
 /// Lists the audit trail of a primary that does not run.

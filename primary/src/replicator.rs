@@ -279,7 +279,7 @@ impl<C: Carried> Replicator<C> {
             Phase::Paired { replica, .. } => {
                 let offered =
                     Offer { replica: Some(ack.replica), staged: Some(ack.point), ..Offer::default() };
-                Err(PeerError::OtherReplica { offered, named: replica })
+                Err(PeerError::OtherReplica { offered: Box::new(offered), named: replica })
             }
             _ => Ok(Vec::new()),
         }
@@ -317,7 +317,7 @@ impl<C: Carried> Replicator<C> {
                     self.linked = true;
                     Ok(staged)
                 }
-                _ => Err(PeerError::OtherReplica { offered: offer.clone(), named: *replica }),
+                _ => Err(PeerError::OtherReplica { offered: Box::new(offer.clone()), named: *replica }),
             },
             Phase::Pairing { .. } => Err(PeerError::NotNow("the register has not answered yet")),
             _ => Err(PeerError::NotNow("the vm is not protected")),
@@ -451,7 +451,9 @@ impl<C: Carried> Replicator<C> {
         self.covered = self.covered.max(Some(acked));
         let mut actions = Vec::new();
         while let Some(flight) = self.flight.pop_front_if(|flight| flight.point <= acked) {
-            actions.push(Action::Covered(flight.point, flight.carried));
+            if !flight.carried.is_empty() {
+                actions.push(Action::Covered(flight.point, flight.carried));
+            }
         }
         actions
     }

@@ -3,10 +3,12 @@
 
 use anyhow::{Context, anyhow};
 use colo_common::arbiter::Arbiter;
-use colo_common::config::{ConsoleConfig, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
+use colo_common::config::{ConsoleConfig, Endpoint, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
+use colo_common::membership::Membership;
 use colo_common::register::{Entry, Value};
 use colo_common::tls::{self, Identity};
 use colo_common::vmdir::VmDirectory;
+use colo_proto::PROTOCOL_VERSION;
 use colo_proto::v1::admin_server::AdminServer;
 use colo_proto::v1::{AuditEntry, AuditKind};
 use crossbeam_channel::{Receiver, Sender};
@@ -26,10 +28,13 @@ use crate::admin::{AdminService, Part, Plane};
 use crate::arbiter_worker::ArbiterWorker;
 use crate::audit::Audit;
 use crate::console::Console;
+use crate::heal::Needs;
+use crate::heal_worker::{HealWorker, Patient};
 use crate::heartbeat::Rhythm;
 use crate::node::status::Role;
 use crate::node::{Beginning, Command, Event, Node, NodeError, Settings};
 use crate::pairing::PairingClient;
+use crate::presence::Presence;
 use crate::quic::{QuicConnector, client_endpoint};
 use crate::replicator::End;
 use crate::standby::Standby;
@@ -203,10 +208,16 @@ pub struct Runner {
     pub on_stop: OnStop,
     /// Certificates.
     pub security: Security,
-    /// The control plane's address, as others reach it.
+    /// Where the control plane listens.
     pub own_address: SocketAddr,
+    /// As others reach it.
+    pub advertised: Endpoint,
     /// What the process becomes when another node has the vm; nothing if it ends.
     pub standby: Option<Standby>,
+    /// Who else is there.
+    pub membership: Arc<dyn Membership>,
+    /// What this process says of itself there, until it ends.
+    pub presence: Presence,
 }
 
 /// How a runner has ended.
@@ -243,7 +254,7 @@ impl Runner {
             let _entered = runtime.enter();
             client_endpoint(tls::client_config(self.security.identity())?, any)?
         };
-        let pairing = PairingClient::new(self.security.client(), self.own_address.to_string());
+        let pairing = PairingClient::new(self.security.client(), self.advertised.to_string());
         let connector = Arc::new(QuicConnector::new(runtime.clone(), endpoint, pairing, rhythm));
         let settings = Settings {
             interval: Duration::from_millis(self.replication.interval_ms.into()),
@@ -257,7 +268,18 @@ impl Runner {
         let ends = Arc::new(AtomicBool::new(false));
         runtime.spawn(on_signal(self.on_stop, outbox.clone(), Arc::clone(&ends)));
         let board = self.plane.board.clone();
+        let needs = Needs {
+            memory: beginning.spec.memory_bytes(),
+            hypervisor: beginning.spec.kind.name().to_owned(),
+            protocol: PROTOCOL_VERSION.into(),
+        };
+        let (me, incarnation, tell) = (beginning.me.clone(), beginning.incarnation, outbox.clone());
+        let patient = Patient { vm: vm.clone(), node: me, incarnation, needs };
+        let healer = HealWorker::start(self.membership, patient, move |advice| {
+            drop(tell.send(Event::Advice(Box::new(advice))));
+        });
         let node = Node::new(beginning, settings, worker, connector, (outbox.clone(), inbox), board.clone());
+        let node = node.healed_by(healer.map_err(NodeError::Thread)?);
         self.plane.set_part(Part::Runner(outbox));
         let ended = node.run();
         self.plane.set_part(Part::None);
@@ -271,6 +293,8 @@ impl Runner {
         {
             tracing::warn!(vm = %vm, "another node has the vm: {entry}; this one follows");
             std::thread::sleep(LAST_REPLY);
+            // The next process image says of itself what it is.
+            drop(self.presence);
             return Err(standby.follow(&vm, remains));
         }
         // Whoever asked for the end is told by the control plane, which ends with the process.
@@ -322,6 +346,14 @@ pub async fn ended() -> std::io::Result<()> {
         _ = int.recv() => {}
     }
     Ok(())
+}
+
+/// The membership beside it.
+///
+/// # Errors
+/// Its directory is missing, or a certificate cannot be used.
+pub fn membership(config: &colo_common::config::ArbiterConfig) -> anyhow::Result<Arc<dyn Membership>> {
+    colo_common::membership::open(config).map_err(|e| anyhow!("{e}"))
 }
 
 /// The arbiter that a configuration names.

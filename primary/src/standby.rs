@@ -22,6 +22,8 @@ pub struct Standby {
     pub config: PathBuf,
     /// It is that of a primary.
     pub of_primary: bool,
+    /// The vm, of a node whose configuration names none.
+    pub bind: Option<VmId>,
     /// Where the guest's description and boot files are kept.
     pub boot_directory: PathBuf,
 }
@@ -70,6 +72,9 @@ impl Standby {
         if self.of_primary {
             arguments.push("--standby".into());
         }
+        if let Some(vm) = &self.bind {
+            arguments.extend(["--bind".into(), vm.as_str().into()]);
+        }
         if let Some(fd) = handover {
             arguments.extend(["--handover".into(), fd.to_string().into()]);
         }
@@ -95,11 +100,12 @@ mod tests {
         let standby = Standby {
             config: "/etc/colo/web.toml".into(),
             of_primary: true,
+            bind: None,
             boot_directory: "/var/lib/colo/web/boot".into(),
         };
         let arguments = standby.arguments(Some(9));
         assert_eq!(arguments, ["start", "--config", "/etc/colo/web.toml", "--standby", "--handover", "9"]);
-        let own = Standby { of_primary: false, ..standby };
-        assert_eq!(own.arguments(None), ["start", "--config", "/etc/colo/web.toml"]);
+        let own = Standby { of_primary: false, bind: Some("web".parse().unwrap()), ..standby };
+        assert_eq!(own.arguments(None), ["start", "--config", "/etc/colo/web.toml", "--bind", "web"]);
     }
 }

@@ -1,6 +1,7 @@
 //! Frames on a QUIC stream, for both nodes.
 
 use bytes::{Bytes, BytesMut};
+use colo_common::telemetry::one_line;
 use colo_proto::frame::{Frame, FrameError, HEADER_LEN, Header, Kind, VmTag};
 use colo_proto::message::{Control, Message, MessageError};
 use colo_vmm::PagePool;
@@ -37,7 +38,7 @@ pub async fn read_frame(
     match stream.read_exact(&mut bytes).await {
         Ok(()) => {}
         Err(quinn::ReadExactError::FinishedEarly(0)) => return Ok(None),
-        Err(e) => return Err(WireError::Lost(e.to_string())),
+        Err(e) => return Err(lost(&e)),
     }
     let header = Header::decode(&bytes)?;
     header.check_vm(vm)?;
@@ -47,7 +48,7 @@ pub async fn read_frame(
     let body = if matches!(header.kind, Kind::Pages | Kind::Blocks) && len > 0 {
         let mut buffer = pool.take(len.div_ceil(colo_common::PAGE_SIZE));
         let part = buffer.bytes_mut().get_mut(..len).ok_or(WireError::Closed)?;
-        stream.read_exact(part).await.map_err(|e| WireError::Lost(e.to_string()))?;
+        stream.read_exact(part).await.map_err(|e| lost(&e))?;
         Bytes::from_owner(buffer).slice(..len)
     } else {
         read_bytes(stream, len).await?
@@ -55,9 +56,14 @@ pub async fn read_frame(
     Ok(Some(Frame::received(header, table, body)?))
 }
 
+/// What an operation of a stream says is only that the connection is lost; why, its causes say.
+fn lost(error: &dyn std::error::Error) -> WireError {
+    WireError::Lost(one_line(error))
+}
+
 async fn read_bytes(stream: &mut RecvStream, len: usize) -> Result<Bytes, WireError> {
     let mut bytes = BytesMut::zeroed(len);
-    stream.read_exact(&mut bytes).await.map_err(|e| WireError::Lost(e.to_string()))?;
+    stream.read_exact(&mut bytes).await.map_err(|e| lost(&e))?;
     Ok(bytes.freeze())
 }
 
@@ -69,7 +75,7 @@ pub async fn write_frame(stream: &mut SendStream, frame: &Frame) -> Result<u64, 
     let head = frame.head();
     let bytes = (head.len() + frame.body().len()) as u64;
     let mut parts = [head, frame.body().clone()];
-    stream.write_all_chunks(&mut parts).await.map_err(|e| WireError::Lost(e.to_string()))?;
+    stream.write_all_chunks(&mut parts).await.map_err(|e| lost(&e))?;
     Ok(bytes)
 }
 

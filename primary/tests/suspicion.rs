@@ -143,6 +143,7 @@ fn play(path: &Path, seed: u64) -> Found {
 }
 
 /// Plays all seeds of a path; prints and answers false alarms, and p50 and p99 of the detection in milliseconds.
+#[expect(clippy::print_stdout, reason = "the figures are what it is run for")]
 fn measure(name: &str, path: Path) -> (u64, u64, u64) {
     let seeds = std::env::var("COLO_PATH_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS);
     let (mut alarms, mut times) = (0, Vec::new());

@@ -13,8 +13,8 @@ use colo_proto::convert;
 use colo_proto::frame::{Frame, HEADER_LEN, Header, Kind, VmTag, check_body};
 use colo_proto::heartbeat::{HEARTBEAT_LEN, Heartbeat};
 use colo_proto::message::{
-    Ack, BlockDigestRequest, BlockDigests, Compared, Control, DigestRequest, EpochBegin, EpochEnd, Goodbye,
-    Hello, Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
+    Ack, BlockDigestRequest, BlockDigests, Compared, Control, DigestRequest, Diverged, EpochBegin, EpochEnd,
+    Goodbye, Hello, Message, Output, Progress, RangeDigests, Refused, SeedBegin, TermChanged, Welcome, Yield,
 };
 use colo_proto::pages::{MAX_RUNS, RunTable};
 use colo_proto::v1;
@@ -230,6 +230,7 @@ messages! {
     range_digests: RangeDigests = samples::range_digests();
     block_digest_request: BlockDigestRequest = samples::block_digest_request();
     block_digests: BlockDigests = samples::block_digests();
+    diverged: Diverged = samples::diverged();
     yields: Yield = samples::yields();
     goodbye: Goodbye = Goodbye;
 }

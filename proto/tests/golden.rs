@@ -48,6 +48,7 @@ fn numbers_of_kinds_stay() {
         (25, "Goodbye"),
         (26, "BlockDigestRequest"),
         (27, "BlockDigests"),
+        (28, "Diverged"),
     ];
     assert_eq!(numbers, golden.map(|(number, name)| (number, name.to_owned())));
 }
@@ -152,7 +153,7 @@ fn a_heartbeat_of_version_2_is_none() {
 
 #[test]
 fn messages_of_a_transfer() {
-    message(&samples::seed_begin(), "0102010a03e807");
+    message(&samples::seed_begin(), "0203e6070102010a03e807");
     message(&samples::epoch_begin(), "0103e70702010a03e807f0a2040c889b040b2a01");
     message(&samples::output(), "02000668656c6c6f0a010103aabbcc");
     message(&samples::epoch_end(), "0cac0204820105a09c0109ffddf7e6bcd7eacc88ef99abc5e88c9111");
@@ -166,7 +167,10 @@ fn messages_of_the_control_stream() {
         &link,
         "01010161ffddf7e6bcd7eacc88ef99abc5e88c91110464656d6f03ef9bafcdf8acd191010180a28899c3a895b3f790e6d4ba97f3eeeeff03",
     );
-    message(&samples::welcome(), "030162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e60700808080800104");
+    message(
+        &samples::welcome(),
+        "030162ffddf7e6bcd7eacc88ef99abc5e88c911101070103e607008080808001040103e60784070101090902010a03e807",
+    );
     message(&samples::ack(), "03e8070704");
     message(&samples::progress(), "0103e8070103e70700808040");
     message(&samples::term_changed(), "04");
@@ -180,6 +184,7 @@ fn messages_of_the_control_stream() {
         &samples::block_digests(),
         "80040200050102d8fc4d31a9d8d440556a649ec73d6d788ef18750e3f432af786b6b797e808d10",
     );
+    message(&samples::diverged(), "01800203018080808008800201");
     message(&samples::yields(), "01");
     message(&colo_proto::message::Goodbye, "");
     assert_eq!(samples::range_digests().end(), Gfn(0x100 + 5 + 2));

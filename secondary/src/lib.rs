@@ -18,5 +18,6 @@ pub mod receiver;
 pub mod rejoin;
 pub mod replica;
 pub mod secondary;
+mod spare;
 pub mod staging;
 pub mod store;

@@ -1,6 +1,7 @@
 //! `colo-secondary`: follows a primary, and carries its guest on when it dies.
 
 use clap::{Parser, Subcommand};
+use colo_common::VmId;
 use colo_common::config::LogConfig;
 use colo_common::telemetry;
 use colo_secondary::offline::{self, File};
@@ -35,6 +36,9 @@ enum Command {
         /// What the process that ran the guest left; said by that process alone.
         #[arg(long, hide = true)]
         handover: Option<i32>,
+        /// The vm that a spare was bound to; said by its own process alone.
+        #[arg(long, hide = true)]
+        bind: Option<VmId>,
     },
     /// Reads and checks everything in the store of a secondary that does not run.
     Scrub {
@@ -93,8 +97,8 @@ fn file(path: &Path, of_primary: bool) -> File<'_> {
 fn main() -> ExitCode {
     telemetry::end_on_panic();
     let done = match Args::parse().command {
-        Command::Start { config, again, standby, handover } => {
-            let options = Options { again, of_primary: standby, handover };
+        Command::Start { config, again, standby, handover, bind } => {
+            let options = Options { again, of_primary: standby, handover, bind };
             colo_secondary::secondary::start(&config, options)
         }
         Command::Scrub { config, rate, standby } => offline::scrub(file(&config, standby), rate << 20),

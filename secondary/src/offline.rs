@@ -2,6 +2,7 @@
 //! holds, and its audit trail.
 
 use anyhow::{Context, bail};
+use colo_common::VmId;
 use colo_common::config::{ConfigError, SecondaryConfig};
 use colo_common::telemetry;
 use colo_common::vmdir::VmDirectory;
@@ -68,7 +69,7 @@ pub fn scrub(file: File<'_>, bytes_per_second: u64) -> anyhow::Result<ExitCode> 
 pub fn audit(file: File<'_>, last: Option<u64>) -> anyhow::Result<ExitCode> {
     let config = file.load()?;
     telemetry::init(&config.log);
-    colo_primary::audit::print(&VmDirectory::open(&config.directory, &config.vm)?, last)
+    colo_primary::audit::print(&VmDirectory::open(&config.directory, &vm_of(&config)?)?, last)
 }
 
 /// Writes the guest's disk into a raw image file.
@@ -109,12 +110,22 @@ fn print_digest(at: &str, disk: &dyn Disk) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The vm that a configuration is of.
+fn vm_of(config: &SecondaryConfig) -> anyhow::Result<VmId> {
+    let Some(vm) = &config.vm else {
+        bail!(
+            "the configuration is a spare's: in a copy of it, name the vm (vm = \"NAME\"), and the directory and disk that it has here"
+        )
+    };
+    Ok(vm.clone())
+}
+
 /// The configuration, and the store with nobody else at it.
 fn open(file: File<'_>) -> anyhow::Result<(SecondaryConfig, VmDirectory, Store)> {
     let config = file.load()?;
     telemetry::init(&config.log);
-    let directory = VmDirectory::open(&config.directory, &config.vm)?;
-    let store = Store::open(&directory.store(), &config.vm)?;
+    let directory = VmDirectory::open(&config.directory, &vm_of(&config)?)?;
+    let store = Store::open(&directory.store(), &vm_of(&config)?)?;
     Ok((config, directory, store))
 }
 

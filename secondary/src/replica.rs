@@ -15,6 +15,7 @@
 //! promote, [`promote`](Replica::promote); what a start may do, [`observe`](Replica::observe); when a change of the
 //! ack policy takes effect, `policy`.
 
+mod force;
 mod policy;
 mod words;
 
@@ -22,6 +23,7 @@ use colo_common::register::{Answer, Entry, Proposal, Value};
 use colo_common::{Incarnation, NodeId, Point, ProposalId, ReplicaId, Term};
 use colo_primary::replicator::Ack;
 
+pub use force::{Fences, others};
 pub use words::{AckPolicy, Action, Copy, Mutation, NotMine, Refusal, Rules, Start, Stored};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

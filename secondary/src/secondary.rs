@@ -3,16 +3,19 @@
 use anyhow::{Context, anyhow, bail};
 use colo_common::arbiter::Arbiter;
 use colo_common::config::{Ack, Failover, OnCrash, SecondaryConfig};
+use colo_common::membership::{Claim, Membership};
 use colo_common::tls;
 use colo_common::vmdir::VmDirectory;
-use colo_common::{Gfn, History, Incarnation, VmId, telemetry};
-use colo_primary::admin::{FollowerControl, Part, Plane};
+use colo_common::{Gfn, History, Incarnation, NodeId, VmId, telemetry};
+use colo_primary::admin::{FenceAnswer, FollowerControl, Order, Part, Plane};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
+use colo_primary::drain::Drain;
 use colo_primary::handover::Handover;
 use colo_primary::heartbeat::{Rhythm, Watch};
 use colo_primary::metrics::Endpoint;
 use colo_primary::node::status::{Board, Policy};
+use colo_primary::presence::{Presence, Who};
 use colo_primary::primary::{ended, runtime};
 use colo_primary::quic::transport;
 use colo_primary::serve::{self, Runner, Security};
@@ -38,6 +41,7 @@ use crate::pairing_service::PairingService;
 use crate::persist::Persister;
 use crate::receiver::{Budget, Receiver};
 use crate::replica::{AckPolicy, Replica, Rules, Stored};
+use crate::spare::{self, Bound};
 use crate::store::{Base, PageContent, Store, StoredCopy};
 
 /// Events that may wait for the node; a full inbox slows the link.
@@ -55,7 +59,7 @@ const STORED_AT_ONCE: u64 = 256;
 const FAREWELL: Duration = Duration::from_millis(300);
 
 /// How a secondary is started.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Start a vm again that was stopped on this node.
     pub again: bool,
@@ -63,6 +67,8 @@ pub struct Options {
     pub of_primary: bool,
     /// The number of what the process that ran the guest left.
     pub handover: Option<i32>,
+    /// The vm that a spare was bound to before.
+    pub bind: Option<VmId>,
 }
 
 /// Runs a secondary by its configuration.
@@ -73,27 +79,29 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let Options { again, of_primary, .. } = options;
     let config = File { path, of_primary }.load()?;
     telemetry::init(&config.log);
-    let _node = telemetry::enter_node(&config.vm, &config.node);
-    let left = options.handover.and_then(|fd| take_over(fd, &config.vm));
     let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
-    let directory = VmDirectory::open(&config.directory, &config.vm)?;
     let security = Security::load(config.tls.as_ref().map(|tls| tls.directory.as_path()))?;
     let arbiter = serve::arbiter(&config.arbiter)?;
-    let starting = directory.runner()?.and_then(|known| known.starting);
-    if starting.is_some() && !directory.store().exists() {
-        let path = directory.path().display();
-        bail!(
-            "a start of the guest by colo-primary was cut off in {path}: start colo-primary again, which goes on with it"
-        );
-    }
-    let store = Store::open(&directory.store(), &config.vm)?;
+    let (membership, drawn) = (serve::membership(&config.arbiter)?, Incarnation::draw());
+    let is_spare = config.vm.is_none();
+    let bound = match config.vm.clone().or(options.bind) {
+        Some(vm) => Some(Bound { vm, registered: None, claim: None }),
+        None => spare::bind(&config, &*arbiter, &membership, drawn, &runtime)?,
+    };
+    let Some(Bound { vm, registered, claim }) = bound else { return Ok(ExitCode::SUCCESS) };
+    let config = config.bound_to(&vm);
+    let _node = telemetry::enter_node(&vm, &config.node);
+    let left = options.handover.and_then(|fd| take_over(fd, &vm));
+    let (directory, starting) = open_directory(&config, &vm)?;
+    let store = Store::open(&directory.store(), &vm)?;
     let directory = Arc::new(directory);
-    let standby = Standby { config: path.to_owned(), of_primary, boot_directory: directory.boot() };
+    let bind = is_spare.then(|| vm.clone());
+    let standby = Standby { config: path.to_owned(), of_primary, bind, boot_directory: directory.boot() };
     // A start again that was cut off is gone on with as the same process.
-    let incarnation = starting.unwrap_or_else(Incarnation::draw);
+    let incarnation = starting.unwrap_or(drawn);
     let (board, console) = (Board::default(), Console::default());
-    let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console);
+    let plane = Plane::new(vm.clone(), config.node.clone(), incarnation, board, console);
     let failover = format!(
         "failover = {:?}, promote_delay_ms = {}",
         config.replication.failover, config.replication.promote_delay_ms
@@ -101,8 +109,22 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let _audit = serve::keep_audit(&plane, &directory, failover);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
+    let who = Who {
+        node: config.node.clone(),
+        incarnation,
+        address: config.admin.address(),
+        directory: config.directory.clone(),
+    };
+    plane.keep_membership(Arc::clone(&membership));
+    plane.keep_drain(Drain::of(&config.directory));
+    let presence = Presence::start(Arc::clone(&membership), who, vm.clone(), plane.board.clone(), registered)
+        .context("no thread for the membership")?;
     let secondary = Secondary {
         config,
+        vm,
+        membership,
+        presence,
+        claim,
         again,
         directory,
         security,
@@ -113,30 +135,32 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
         runs: Arc::default(),
         standby,
     };
-    let endpoint = secondary.open_network(&runtime, metrics)?;
-    let follower = secondary.follower((store, left), inbox, endpoint.local_addr()?.port())?;
-    runtime.spawn(secondary.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
-    let outbox = secondary.outbox.clone();
-    let signals = runtime.spawn(async move {
-        if serve::ended().await.is_ok() {
-            drop(outbox.send(Event::Leave));
-        }
-    });
-    let (vm, listen) = (&secondary.config.vm, secondary.config.admin.listen);
-    tracing::info!(%vm, node = %secondary.config.node, "waiting for a runner at {listen}");
-    let outcome = follower.run();
-    signals.abort();
-    endpoint.close(0_u32.into(), b"");
-    if matches!(outcome, Outcome::Left) {
-        // The runner hears of it at once and need not wait for a silence.
-        drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
+    secondary.serve((store, left), inbox, metrics, &runtime)
+}
+
+/// The vm's directory, and the process that began a start of its guest there and was cut off.
+fn open_directory(config: &SecondaryConfig, vm: &VmId) -> anyhow::Result<(VmDirectory, Option<Incarnation>)> {
+    let directory = VmDirectory::open(&config.directory, vm)?;
+    let starting = directory.runner()?.and_then(|known| known.starting);
+    if starting.is_some() && !directory.store().exists() {
+        let path = directory.path().display();
+        bail!(
+            "a start of the guest by colo-primary was cut off in {path}: start colo-primary again, which goes on with it"
+        );
     }
-    secondary.finish(outcome, &runtime)
+    Ok((directory, starting))
 }
 
 /// A secondary's process.
 struct Secondary {
     config: SecondaryConfig,
+    vm: VmId,
+    /// Who else is there.
+    membership: Arc<dyn Membership>,
+    /// What this process says of itself there.
+    presence: Presence,
+    /// By which a spare was bound.
+    claim: Option<Claim>,
     /// The operator's word to start a stopped vm.
     again: bool,
     directory: Arc<VmDirectory>,
@@ -153,6 +177,35 @@ struct Secondary {
 }
 
 impl Secondary {
+    /// Follows until something ends it.
+    fn serve(
+        self,
+        copy: (Store, Option<Handover>),
+        inbox: crossbeam_channel::Receiver<Event>,
+        metrics: Option<Endpoint>,
+        runtime: &Runtime,
+    ) -> anyhow::Result<ExitCode> {
+        let endpoint = self.open_network(runtime, metrics)?;
+        let follower = self.follower(copy, inbox, endpoint.local_addr()?.port())?;
+        runtime.spawn(self.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
+        let outbox = self.outbox.clone();
+        let signals = runtime.spawn(async move {
+            if serve::ended().await.is_ok() {
+                drop(outbox.send(Event::Leave));
+            }
+        });
+        let (vm, listen) = (&self.vm, self.config.admin.listen);
+        tracing::info!(%vm, node = %self.config.node, "waiting for a runner at {listen}");
+        let outcome = follower.run();
+        signals.abort();
+        endpoint.close(0_u32.into(), b"");
+        if matches!(outcome, Outcome::Left) {
+            // The runner hears of it at once and need not wait for a silence.
+            drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
+        }
+        self.finish(outcome, runtime)
+    }
+
     /// The sockets, the control plane and the console's sinks.
     fn open_network(&self, runtime: &Runtime, metrics: Option<Endpoint>) -> anyhow::Result<quinn::Endpoint> {
         let config = &self.config;
@@ -162,7 +215,7 @@ impl Secondary {
         let control = Control { outbox: self.outbox.clone() };
         self.plane.set_part(Part::Follower(Arc::new(control)));
         let pairing = PairingService {
-            vm: config.vm.clone(),
+            vm: self.vm.clone(),
             node: config.node.clone(),
             incarnation: self.plane.incarnation,
             outbox: self.outbox.clone(),
@@ -192,20 +245,21 @@ impl Secondary {
     ) -> anyhow::Result<Follower> {
         let config = &self.config;
         let tell = self.outbox.clone();
-        let worker = ArbiterWorker::start(Arc::clone(&self.arbiter), config.vm.clone(), move |found| {
+        let worker = ArbiterWorker::start(Arc::clone(&self.arbiter), self.vm.clone(), move |found| {
             drop(tell.send(Event::Arbiter(found)));
         });
         let rules = Rules {
             policy: if config.replication.ack == Ack::Disk { AckPolicy::Disk } else { AckPolicy::Memory },
             boot_after_crash: config.on_crash == OnCrash::Boot,
         };
-        let history = match store.summary().copy {
-            StoredCopy::Whole(whole) => whole.history,
-            _ => History::default(),
+        let (history, stored_at) = match store.summary().copy {
+            StoredCopy::Whole(whole) => (whole.history, Some(whole.persisted)),
+            _ => (History::default(), None),
         };
         let mut replica = Replica::new(config.node.clone(), self.plane.incarnation, rules, stored(&store));
         replica.go_on_starting(self.directory.runner()?.is_some_and(|known| known.starting.is_some()));
-        let settings = settings(config, quic_port, &self.directory);
+        let mut settings = settings(config, quic_port, &self.directory);
+        settings.claimed = self.claim.is_some();
         let left = left.and_then(|left| keep_left(&mut store, left));
         let mut loaded = crate::node::load(&mut store, &settings, left).map_err(|why| {
             let path = self.directory.path().display();
@@ -218,7 +272,7 @@ impl Secondary {
         let tell = tray.clone();
         let persister = Persister::start(store, move |persisted| tell.persisted(persisted));
         let parts = Parts {
-            vm: config.vm.clone(),
+            vm: self.vm.clone(),
             me: config.node.clone(),
             incarnation: self.plane.incarnation,
             replica,
@@ -233,6 +287,7 @@ impl Secondary {
             directory: Arc::clone(&self.directory),
             board: self.plane.board.clone(),
         };
+        parts.board.change(|status| status.stale_at = stored_at);
         let mut follower = Follower::new(parts, settings, (self.outbox.clone(), inbox));
         follower.take_loaded(loaded)?;
         Ok(follower)
@@ -247,7 +302,7 @@ impl Secondary {
     fn receiver(&self) -> Receiver {
         let follow = &self.config.replication;
         Receiver {
-            vm: self.config.vm.clone(),
+            vm: self.vm.clone(),
             node: self.config.node.clone(),
             incarnation: self.plane.incarnation,
             watch: Watch::new(Rhythm {
@@ -259,15 +314,34 @@ impl Secondary {
         }
     }
 
+    /// A node that was bound to the vm by a claim alone is there for others again; any other one ends.
+    fn be_spare_again(self) -> anyhow::Result<ExitCode> {
+        if self.standby.bind.is_none() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(claim) = &self.claim
+            && let Err(e) = self.membership.release(claim)
+        {
+            // It ends with this node's record, next.
+            tracing::warn!(vm = %self.vm, "the claim cannot be given up: {e}");
+        }
+        drop(self.presence);
+        Err(Standby { bind: None, ..self.standby }.become_secondary(None))
+    }
+
     /// What follows from the follower's end: mostly, running the guest.
     fn finish(self, outcome: Outcome, runtime: &Runtime) -> anyhow::Result<ExitCode> {
-        let vm = self.config.vm.clone();
+        let vm = self.vm.clone();
         match outcome {
             Outcome::Left => Ok(ExitCode::SUCCESS),
             Outcome::Failed(why) => bail!("{why}"),
             Outcome::Superseded(entry) => {
                 tracing::info!(%vm, "there is nothing to follow any more: {entry}");
-                Ok(ExitCode::SUCCESS)
+                self.be_spare_again()
+            }
+            Outcome::Unfollowed => {
+                tracing::warn!(%vm, "no runner has come for this spare");
+                self.be_spare_again()
             }
             Outcome::Run(beginning, promotion) => {
                 let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -284,7 +358,10 @@ impl Secondary {
                     on_stop: self.config.on_stop,
                     security: self.security,
                     own_address: self.config.admin.listen,
+                    advertised: self.config.admin.address(),
                     standby: Some(self.standby),
+                    membership: self.membership,
+                    presence: self.presence,
                 };
                 let end = runner.run(*beginning, runtime.handle())?;
                 Ok(ended(&vm, end))
@@ -344,6 +421,7 @@ fn settings(config: &SecondaryConfig, quic_port: u16, directory: &VmDirectory) -
         quic_port: follow.advertise_port.map_or(quic_port, std::num::NonZeroU16::get),
         boot_directory: directory.boot(),
         intent: directory.intent(),
+        claimed: false,
         disk: config.disk.as_ref().map(|disk| disk.path.clone()),
     }
 }
@@ -373,8 +451,16 @@ struct Control {
 }
 
 impl FollowerControl for Control {
-    fn promote(&self, reply: oneshot::Sender<String>) {
-        drop(self.outbox.send(Event::Promote(reply)));
+    fn promote(&self, order: Order) {
+        drop(self.outbox.send(Event::Promote(order)));
+    }
+
+    fn confirm_fenced(&self, node: NodeId, reply: oneshot::Sender<FenceAnswer>) {
+        drop(self.outbox.send(Event::ConfirmFenced(node, reply)));
+    }
+
+    fn set_failover(&self, auto: bool, reply: oneshot::Sender<()>) {
+        drop(self.outbox.send(Event::Failover(auto, reply)));
     }
 
     fn set_disk_policy(&self, disk: bool, reply: oneshot::Sender<Policy>) {

@@ -1,6 +1,8 @@
 //! What a runner pays so that a copy, or its own disk, can come back and get only what differs: the table of last dirty
 //! epochs, marked at every cut, and the intent log in front of the disk.
 
+#![expect(clippy::print_stdout, reason = "its result")]
+
 use colo_common::history::point;
 use colo_common::{BLOCK_SIZE, Block, Epoch, Gfn};
 use colo_tests::seed::Seed;

@@ -6,6 +6,7 @@ pub mod admin;
 pub mod between;
 pub mod config;
 pub mod disks;
+pub mod housed;
 pub mod ledger;
 pub mod link;
 pub mod process;
@@ -29,6 +30,7 @@ use std::time::Instant;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
+use crate::lab::hosts::Host;
 use admin::Admin;
 use config::{Options, Ports};
 use ledger::Ledger;
@@ -60,6 +62,8 @@ pub struct Cluster {
     pub options: Options,
     directory: PathBuf,
     places: BTreeMap<String, Place>,
+    /// Of nodes that do not run on this one.
+    hosts: BTreeMap<String, Host>,
     ledger: Arc<Mutex<Ledger>>,
     arbiter: Arc<dyn Arbiter>,
     vm: VmId,
@@ -87,6 +91,7 @@ impl Cluster {
             options,
             directory,
             places: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             ledger: Arc::default(),
             vm: VM.parse()?,
             runtime,
@@ -162,6 +167,18 @@ impl Cluster {
         self.start(node, command, false)
     }
 
+    /// Starts a node that is bound to no vm.
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_spare(&mut self, node: &str) -> anyhow::Result<()> {
+        let (path, command) = self.prepare(node, false, None)?;
+        let text = std::fs::read_to_string(&path)?;
+        let unbound: Vec<&str> = text.lines().filter(|line| !line.starts_with("vm = ")).collect();
+        std::fs::write(&path, unbound.join("\n"))?;
+        self.start(node, command, false)
+    }
+
     /// Starts what [`prepare`](Self::prepare) gave.
     ///
     /// # Errors
@@ -173,6 +190,7 @@ impl Cluster {
         if let Some(mut old) = place.process.take() {
             ensure!(old.status()?.is_some(), "{node} still runs");
         }
+        self.hosts.get(node).map_or(Ok(()), |host| host.house(&mut command))?;
         place.process = Some(Process::start(&mut command, &log)?);
         place.file_from_start = file_from_start;
         let client = place.admin.client()?;
@@ -202,6 +220,12 @@ impl Cluster {
         self.process(node)?.signal(signal)
     }
 
+    /// Whether a node that runs the guest and loses it goes on in the same process, as a follower: then nobody need start
+    /// it again.
+    pub fn goes_on_as_follower(&self, node: &str) -> bool {
+        self.options.standby || self.places.get(node).is_some_and(|place| !place.primary)
+    }
+
     /// Waits for the end of a node's process.
     ///
     /// # Errors
@@ -222,6 +246,17 @@ impl Cluster {
         // What it says from now on is added to the same file.
         self.places.get_mut(runner).context("no such node")?.file_from_start = false;
         Ok(reply)
+    }
+
+    /// Empties a node, whose guest moves if it runs it.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn drain(&mut self, node: &str) -> anyhow::Result<()> {
+        self.take_file(node)?;
+        self.admin(node)?.drain(true)?;
+        self.places.get_mut(node).context("no such node")?.file_from_start = false;
+        Ok(())
     }
 
     /// The process of a node.
@@ -344,12 +379,12 @@ impl Cluster {
 
     fn place(&mut self, node: &str) -> anyhow::Result<&mut Place> {
         if !self.places.contains_key(node) {
-            let mut ports = Ports { admin: free_port()?, quic: free_port()?, advertised: None };
+            let mut ports = self.ports_of(node)?;
             let runtime = self.runtime.handle();
             let link =
                 self.options.links.then(|| Link::open(runtime, ports.admin, ports.quic)).transpose()?;
             ports.advertised = link.as_ref().map(|link| link.datagrams.port());
-            let admin = Admin::new(runtime.clone(), ports.admin);
+            let admin = self.admin_at(ports.admin)?;
             let place = Place {
                 ports,
                 admin,

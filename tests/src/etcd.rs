@@ -19,6 +19,8 @@ use authority::Authority;
 use calls::Calls;
 use member::{Member, PROGRAM};
 
+use crate::lab::hosts::Host;
+
 /// Until a cluster answers: an election, on a host that others load as well.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often that is looked at.
@@ -85,22 +87,34 @@ impl EtcdCluster {
     /// # Errors
     /// They do not come to answer.
     pub fn start_at(directory: &Path, addresses: &[IpAddr], tls: bool) -> anyhow::Result<Self> {
+        let members = addresses.iter().enumerate().map(|(n, address)| Member::at(n, *address));
+        Self::begin(directory, members.collect::<anyhow::Result<_>>()?, tls)
+    }
+
+    /// A member on each of these hosts of a lab, with TLS.
+    ///
+    /// # Errors
+    /// They do not come to answer.
+    pub fn start_on(directory: &Path, hosts: Vec<Host>) -> anyhow::Result<Self> {
+        let members = hosts.into_iter().enumerate().map(|(n, host)| Member::on(n, host));
+        Self::begin(directory, members.collect(), true)
+    }
+
+    fn begin(directory: &Path, members: Vec<Member>, tls: bool) -> anyhow::Result<Self> {
         let authority = tls.then(|| Authority::new("test authority")).transpose()?;
         let calls = Calls::new()?;
-        let mut cluster = Self { directory: directory.to_owned(), members: Vec::new(), authority, calls };
+        let mut cluster = Self { directory: directory.to_owned(), members, authority, calls };
         if let Some(authority) = &cluster.authority {
-            let mut names: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            let mut names: Vec<String> =
+                cluster.members.iter().map(|member| member.client.ip().to_string()).collect();
             names.push("localhost".to_owned());
             for file in ["member", "peer"] {
                 authority.write(&directory.join(file), &names, authority::NOW)?;
             }
             authority.write(&directory.join("client"), &["client".to_owned()], authority::NOW)?;
         }
-        for (n, address) in addresses.iter().enumerate() {
-            cluster.members.push(Member::at(n, *address)?);
-        }
-        let all = cluster.initial(0..addresses.len());
-        for n in 0..addresses.len() {
+        let all = cluster.initial(0..cluster.len());
+        for n in 0..cluster.len() {
             cluster.launch(n, &all, "new")?;
         }
         cluster.until_healthy()?;

@@ -16,13 +16,16 @@
 //! the host see none of it.
 
 pub mod capture;
+pub mod hosts;
 mod ip;
 mod namespace;
 pub mod speakers;
+pub mod streams;
 
 pub use namespace::Namespace;
 
 use anyhow::{Context, bail, ensure};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
@@ -31,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use crate::service::Dial;
 use capture::Capture;
+use hosts::Host;
 pub use ip::ip;
 
 /// The client's address.
@@ -74,6 +78,7 @@ fn check() -> anyhow::Result<()> {
 pub struct Lab {
     home: Namespace,
     client: Namespace,
+    hosts: BTreeMap<String, Host>,
     /// It is about the thread that made it.
     _thread: PhantomData<*const ()>,
 }
@@ -88,7 +93,7 @@ impl Lab {
         let home = Namespace::of_this_thread()?;
         let client = Namespace::fresh()?;
         Namespace::fresh()?.enter()?;
-        let lab = Self { home, client, _thread: PhantomData };
+        let lab = Self { home, client, hosts: BTreeMap::new(), _thread: PhantomData };
         lab.build().context("building the network")?;
         nodes.iter().try_for_each(|node| lab.add_node(node))?;
         Ok(lab)
@@ -158,7 +163,10 @@ impl Lab {
     /// # Errors
     /// There is no such node, or the system refuses.
     pub fn capture(&self, node: &str) -> anyhow::Result<Capture> {
-        Capture::start(&tap_of(node))
+        match self.hosts.get(node) {
+            Some(host) => host.capture(),
+            None => Capture::start(&tap_of(node)),
+        }
     }
 
     /// Records what passes at the client's card from now on.

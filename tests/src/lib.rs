@@ -1,6 +1,7 @@
 //! The harness that tests, benchmarks and the demo share: where the guest images are, a guest with a mirror of
 //! its memory that is fed from dirty sets alone, clusters of real nodes, a real etcd, and what keeps a machine's cores busy.
 
+pub mod chaos;
 pub mod cluster;
 pub mod dirtier;
 pub mod etcd;

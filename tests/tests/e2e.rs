@@ -6,6 +6,8 @@
 
 #[path = "e2e/both.rs"]
 mod both;
+#[path = "e2e/chaos.rs"]
+mod chaos;
 #[path = "e2e/control.rs"]
 mod control;
 #[path = "e2e/detector.rs"]
@@ -18,6 +20,8 @@ mod etcd;
 mod faults;
 #[path = "e2e/flood.rs"]
 mod flood;
+#[path = "e2e/heals.rs"]
+mod heals;
 #[path = "e2e/history.rs"]
 mod history;
 #[path = "e2e/kills.rs"]
@@ -28,6 +32,8 @@ mod linux;
 mod network;
 #[path = "e2e/operator.rs"]
 mod operator;
+#[path = "e2e/orders.rs"]
+mod orders;
 #[path = "e2e/rejoins.rs"]
 mod rejoins;
 #[path = "e2e/returns.rs"]

@@ -3,9 +3,10 @@
 use anyhow::ensure;
 use colo_tests::cluster::config::{Guest, Options};
 use colo_tests::cluster::scenario;
+use colo_tests::lab::hosts::Host;
 use colo_tests::lab::{self, GUEST, Lab, Namespace, PREFIX, ip};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -54,6 +55,45 @@ fn a_client_gets_through_as_soon_as_somebody_answers() {
         ensure!(&text == b"hello");
         Ok(())
     });
+}
+
+/// Both ways, one way, and not at all; the harness reaches both all the time.
+#[test]
+fn hosts_hear_each_other_unless_they_are_cut_off() {
+    if !lab::usable() {
+        return;
+    }
+    let mut lab = Lab::enter(&[]).unwrap();
+    lab.add_host("a", true).unwrap();
+    lab.add_host("m0", false).unwrap();
+    assert!(lab.add_host("a-very-long-name", false).is_err());
+    let (a, m) = (lab.host("a").unwrap(), lab.host("m0").unwrap());
+    let socket = |host: &Host| {
+        let socket = host.run(|| UdpSocket::bind((host.address, 7000))).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        socket
+    };
+    let (at_a, at_m) = (socket(a), socket(m));
+    let outside = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let hears = |from: &UdpSocket, to: &UdpSocket| {
+        from.send_to(b"hello", to.local_addr().unwrap()).unwrap();
+        to.recv_from(&mut [0; 16]).is_ok()
+    };
+    let arrives = || {
+        assert!(hears(&outside, &at_a) && hears(&outside, &at_m));
+        (hears(&at_a, &at_m), hears(&at_m, &at_a))
+    };
+    assert_eq!(arrives(), (true, true));
+    a.cut_to(&[m]).unwrap();
+    assert_eq!(arrives(), (false, true));
+    m.cut_to(&[a]).unwrap();
+    assert_eq!(arrives(), (false, false));
+    a.heal().unwrap();
+    assert_eq!(arrives(), (true, false));
+    lab.heal().unwrap();
+    assert_eq!(arrives(), (true, true));
+    drop(lab.capture("a").unwrap());
+    assert!(lab.capture("m0").is_err());
 }
 
 #[test]

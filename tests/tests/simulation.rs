@@ -229,6 +229,9 @@ fn what_was_found_once_stays_mended() {
 /// Rules that only matter while the policy changes.
 const POLICIES: [&str; 2] = ["keep_id_on_switch", "memory_acks_until_stored"];
 
+/// A rule that only matters when a guest fails.
+const FAILURES: &str = "failed_guest_left";
+
 /// Each rule left out is noticed.
 fn is_noticed(name: &str, mutations: Mutations) -> String {
     quiet();
@@ -245,6 +248,7 @@ macro_rules! noticed {
             let mut mutations = Mutations::default();
             mutations.$($part).+ = true;
             mutations.often_other_policy = POLICIES.contains(&stringify!($name));
+            mutations.often_failing = stringify!($name) == FAILURES;
             println!("{}", is_noticed(stringify!($name), mutations));
         }
     )*};
@@ -255,6 +259,10 @@ macro_rules! noticed {
 fn no_rule_is_broken_while_the_policy_changes() {
     quiet();
     let mutations = Mutations { often_other_policy: true, ..Mutations::default() };
+    let failing = Mutations { often_failing: true, ..Mutations::default() };
+    if let (Some((seed, why)), ..) = search(0, POLICY_SEEDS, failing) {
+        panic!("{}", retrace(seed, &why, failing));
+    }
     let first = number("COLO_SIM_FIRST").unwrap_or(0);
     let (found, ran, counts) = search(first, POLICY_SEEDS, mutations);
     println!("{ran} seeds, {} changes of policy", counts.of("policy changes"));

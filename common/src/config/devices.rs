@@ -47,7 +47,7 @@ pub struct FollowNetworkConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FollowDiskConfig {
-    /// Raw image file; made if it is not there.
+    /// Raw image file; made if it is not there. Of a spare, `{vm}` in it is the name of the vm that claims it.
     pub path: PathBuf,
 }
 

@@ -62,7 +62,7 @@ pub struct PrimaryConfig {
 }
 
 fn default_admin() -> AdminConfig {
-    AdminConfig { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7700)) }
+    AdminConfig { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7700)), advertise: None }
 }
 
 impl PrimaryConfig {

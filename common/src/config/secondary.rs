@@ -23,9 +23,9 @@ use super::{
 pub struct SecondaryConfig {
     /// This node's name, different from that of every other node of the vm.
     pub node: crate::NodeId,
-    /// The vm's name, the same on all its nodes.
-    pub vm: crate::VmId,
-    /// The vm's directory on this node; made if it is not there.
+    /// The vm's name, the same on all its nodes; default none: the node is a spare, which the runner of a vm may claim.
+    pub vm: Option<crate::VmId>,
+    /// The vm's directory on this node; made if it is not there. Of a spare, where those of vms are.
     pub directory: PathBuf,
     /// What to do at the start with a guest that this node ran when it crashed; default `none`.
     #[serde(default)]
@@ -65,7 +65,7 @@ pub struct SecondaryConfig {
 }
 
 fn default_admin() -> AdminConfig {
-    AdminConfig { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7701)) }
+    AdminConfig { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7701)), advertise: None }
 }
 
 /// `[replication]` of a secondary: how it follows.
@@ -167,11 +167,25 @@ impl SecondaryConfig {
         Self::of_standby(config).ok_or_else(none)
     }
 
+    /// The same for a spare that is bound to `vm`: its files are in a directory of the vm's name, and `{vm}` in the path of
+    /// its disk is that name.
+    #[must_use]
+    pub fn bound_to(mut self, vm: &crate::VmId) -> Self {
+        if self.vm.is_none() {
+            self.directory = self.directory.join(vm.as_str());
+            if let Some(disk) = &mut self.disk {
+                disk.path = disk.path.to_string_lossy().replace("{vm}", vm.as_str()).into();
+            }
+            self.vm = Some(vm.clone());
+        }
+        self
+    }
+
     fn of_standby(config: PrimaryConfig) -> Option<Self> {
         Some(Self {
             replication: config.standby?,
             node: config.node,
-            vm: config.vm,
+            vm: Some(config.vm),
             directory: config.directory,
             on_crash: config.on_crash,
             on_stop: config.on_stop,

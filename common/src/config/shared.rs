@@ -140,6 +140,15 @@ pub struct AdminConfig {
     /// TCP address, `IP:PORT`, of the gRPC services; default `127.0.0.1:7700` on a primary and `127.0.0.1:7701` on a
     /// secondary. Port 0 takes any free one.
     pub listen: SocketAddr,
+    /// The same, `HOST:PORT`, as other nodes reach it; default `listen`. Needed where that is every address.
+    pub advertise: Option<Endpoint>,
+}
+
+impl AdminConfig {
+    /// The control plane as other nodes reach it.
+    pub fn address(&self) -> Endpoint {
+        self.advertise.clone().unwrap_or_else(|| Endpoint::of(self.listen))
+    }
 }
 
 /// `[tls]`: certificates. Without it, certificates for development are made, and only loopback is allowed.
@@ -190,6 +199,11 @@ pub struct Endpoint {
 pub struct BadEndpoint(String);
 
 impl Endpoint {
+    /// A socket's address.
+    pub fn of(address: SocketAddr) -> Self {
+        Self { host: address.ip().to_string(), port: address.port() }
+    }
+
     /// Name, IPv4 address, or IPv6 address without its brackets.
     pub fn host(&self) -> &str {
         &self.host

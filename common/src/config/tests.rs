@@ -404,7 +404,7 @@ fn files_that_cannot_be_read_are_named() {
 fn a_configuration_that_was_changed_is_checked_again() {
     let mut config = primary(PRIMARY).unwrap();
     config.check().unwrap();
-    config.admin = AdminConfig { listen: "10.0.0.1:1".parse().unwrap() };
+    config.admin = AdminConfig { listen: "10.0.0.1:1".parse().unwrap(), advertise: None };
     assert_eq!(config.check().unwrap_err().key, "admin.listen");
 }
 

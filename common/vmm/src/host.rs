@@ -5,7 +5,9 @@ use kvm_bindings::{
     KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_XSAVE2,
 };
 use kvm_ioctls::{Cap, Kvm};
+use std::ffi::CString;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::dirty_ring::ENTRY_BYTES;
@@ -243,6 +245,19 @@ pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("model name"));
     line.and_then(|line| line.split_once(": ")).map_or_else(String::new, |(_, name)| name.trim().to_owned())
+}
+
+/// Bytes that this process may still write to the file system of `dir`; nothing if the system does not say.
+pub fn disk_free(dir: &Path) -> Option<u64> {
+    let path = CString::new(dir.as_os_str().as_bytes()).ok()?;
+    let mut answer = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` is a NUL-terminated string that outlives the call, and the call writes one `statvfs`.
+    if unsafe { libc::statvfs(path.as_ptr(), answer.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: the call succeeded, so it has filled the whole structure.
+    let answer = unsafe { answer.assume_init() };
+    answer.f_bavail.checked_mul(answer.f_frsize)
 }
 
 /// From the flags of /proc/cpuinfo; a host that does not say is taken for one without.

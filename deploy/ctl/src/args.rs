@@ -1,8 +1,8 @@
 //! What can be said on the command line.
 
 use clap::{Parser, Subcommand, ValueEnum};
-use colo_common::VmId;
 use colo_common::config::Endpoint;
+use colo_common::{NodeId, VmId};
 use std::path::PathBuf;
 
 use crate::error::CtlError;
@@ -20,8 +20,8 @@ const MAX_PATIENCE_S: u64 = 86_400;
 
 const EXIT_STATUSES: &str = "\
 Nodes: --node, else COLO_NODES (HOST:PORT,HOST:PORT), else 127.0.0.1:7700 and 127.0.0.1:7701. A command goes to the node
-that it is meant for: protect, pause, resume, switchover and stop --vm to the one that runs the guest, promote and policy to the one
-that follows. With exactly one --node it goes there.
+that it is meant for: protect, pause, resume, switchover and stop --vm to the one that runs the guest, promote, policy,
+failover and confirm-fenced to the one that follows; vms, nodes, fence and drain ask any one what the cluster has. With exactly one --node it goes there.
 
 Exit status:
   0  done; for health: healthy
@@ -68,7 +68,22 @@ pub(crate) enum Command {
     /// Moves the guest to its secondary; both nodes live, nothing is lost, and they exchange their roles.
     Switchover(Shape),
     /// Makes the secondary run the guest.
-    Promote(Shape),
+    ///
+    /// With --force, a node that has a whole point of the guest runs it from there whatever the register says, and what was
+    /// let out after that point is lost. Every other node that the register names must be fenced first.
+    Promote(Promote),
+    /// Stops a node at once, and says so to the node that shall run the guest: a guest that runs there stands, and lets
+    /// nothing more out.
+    Fence(Fence),
+    /// Says that a node does not run the guest and will not, as its host is off: before a promotion by force.
+    ConfirmFenced(ConfirmFenced),
+    /// Empties a node: moves guests away that it runs, has others follow instead of it, and keeps it from being chosen.
+    ///
+    /// It waits until the node's processes can be ended. They are left running; a spare's must be ended too, since it
+    /// can be claimed.
+    Drain(Drain),
+    /// Says who decides on a failover: the node that follows, or an operator.
+    Failover(Failover),
     /// Stops the vm for good, or one node's part in it.
     Stop(Stop),
     /// Pauses replication: the guest runs on without protection.
@@ -85,6 +100,10 @@ pub(crate) enum Command {
     Audit(Audit),
     /// Shows what happens at the nodes from now on: roles, register, links, copies, promotions, errors.
     Events(Events),
+    /// Lists the vms of the cluster with their registers, as the nodes' membership has them.
+    Vms(Shape),
+    /// Lists the nodes of the cluster: runners, followers, those that wait, and spares.
+    Nodes(Shape),
     /// Says how to see Colo at work.
     Demo,
 }
@@ -153,6 +172,78 @@ pub(crate) struct Stop {
     pub(crate) grace: u64,
     #[command(flatten)]
     pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Promote {
+    /// Runs the guest from what the node has, whatever the register says.
+    #[arg(long, requires = "reason")]
+    pub(crate) force: bool,
+    /// Why, in a line, for the audit trail.
+    #[arg(long, value_name = "TEXT", requires = "force")]
+    pub(crate) reason: Option<String>,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Fence {
+    /// The node that is to stop.
+    #[arg(value_name = "NODE")]
+    pub(crate) name: NodeId,
+    /// Where it listens; default as the cluster lists it.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) at: Option<Endpoint>,
+    /// Why, in a line, for the audit trail.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ConfirmFenced {
+    /// The node that does not run the guest.
+    #[arg(value_name = "NODE")]
+    pub(crate) name: NodeId,
+    /// How that is known, in a line, for the audit trail.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Drain {
+    /// The node.
+    #[arg(value_name = "NODE")]
+    pub(crate) name: NodeId,
+    /// It is not to be emptied any more.
+    #[arg(long)]
+    pub(crate) end: bool,
+    /// Why, in a line, for the audit trail.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(crate) reason: String,
+    /// Seconds to wait until the node is empty.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300,
+        value_parser = clap::value_parser!(u64).range(0..=MAX_PATIENCE_S))]
+    pub(crate) wait: u64,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Failover {
+    /// auto takes over when the runner is taken for dead, manual waits for `coloctl promote`.
+    pub(crate) policy: Who,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Who {
+    Auto,
+    Manual,
 }
 
 #[derive(clap::Args)]
@@ -274,6 +365,10 @@ mod tests {
         assert!(error("coloctl console --from 1 --tail 2").contains("cannot be used with"));
         assert!(error("coloctl protect nowhere").contains("write HOST:PORT"));
         assert!(error("coloctl policy tape").contains("memory, disk"));
+        assert!(error("coloctl promote --force").contains("--reason"));
+        assert!(error("coloctl fence b").contains("--reason"));
+        assert!(error("coloctl confirm-fenced b/c --reason x").contains("b/c"));
+        assert!(error("coloctl failover never").contains("auto, manual"));
         assert!(error("coloctl watch --count 0").contains("--count"));
     }
 }

@@ -3,12 +3,15 @@
 
 mod args;
 mod audit;
+mod cluster;
 mod connect;
 mod console;
 mod demo;
 mod devices;
+mod drain;
 mod error;
 mod events;
+mod fence;
 mod format;
 mod health;
 mod locate;
@@ -58,8 +61,14 @@ async fn obey(nodes: Nodes, command: Command) -> Result<ExitCode, CtlError> {
         Command::Protect(options) => protect::protect(&nodes, &options).await,
         Command::Pause(shape) => protect::pause(&nodes, shape.json).await,
         Command::Resume(shape) => protect::resume(&nodes, shape.json).await,
+        Command::Vms(shape) => cluster::vms(&nodes, shape.json).await,
+        Command::Nodes(shape) => cluster::nodes(&nodes, shape.json).await,
         Command::Switchover(shape) => operate::switchover(&nodes, shape.json).await,
-        Command::Promote(shape) => operate::promote(&nodes, shape.json).await,
+        Command::Promote(options) => operate::promote(&nodes, &options).await,
+        Command::Fence(options) => fence::fence(&nodes, &options).await,
+        Command::ConfirmFenced(options) => fence::confirm(&nodes, &options).await,
+        Command::Drain(options) => drain::run(&nodes, &options).await,
+        Command::Failover(options) => operate::failover(&nodes, &options).await,
         Command::Stop(options) => operate::stop(&nodes, &options).await,
         Command::Policy(options) => operate::policy(&nodes, &options).await,
         Command::Health(options) => return health::run(&nodes, &options).await,

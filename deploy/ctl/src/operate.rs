@@ -1,11 +1,14 @@
-//! `coloctl switchover|promote|stop|policy`: single calls that change something.
+//! `coloctl switchover|promote|stop|policy|failover`: single calls that change something.
 
 use colo_proto::v1::stop_request::Scope;
-use colo_proto::v1::{AckPolicy, PromoteRequest, SetAckPolicyRequest, StopRequest, SwitchoverRequest};
+use colo_proto::v1::{
+    AckPolicy, FailoverPolicy, PromoteRequest, SetAckPolicyRequest, SetFailoverRequest, StopRequest,
+    SwitchoverRequest,
+};
 use serde::Serialize;
 use std::time::Duration;
 
-use crate::args::{Ack, Policy, Stop};
+use crate::args::{Ack, Failover, Policy, Promote, Stop, Who};
 use crate::connect::{COMMAND_LIMIT, Nodes};
 use crate::error::CtlError;
 use crate::format::millis;
@@ -33,7 +36,7 @@ pub(crate) async fn switchover(nodes: &Nodes, json: bool) -> Result<(), CtlError
 }
 
 /// Makes the secondary run the guest.
-pub(crate) async fn promote(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
+pub(crate) async fn promote(nodes: &Nodes, options: &Promote) -> Result<(), CtlError> {
     #[derive(Serialize)]
     struct Promoted {
         register: Option<Register>,
@@ -42,8 +45,10 @@ pub(crate) async fn promote(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
     }
     let node = pick(nodes, Wanted::Follower).await?;
     let mut client = node.client.clone();
-    let reply = node.answer(COMMAND_LIMIT, client.promote(PromoteRequest { force: false })).await?;
-    if json {
+    let reason = options.reason.clone().unwrap_or_default();
+    let request = PromoteRequest { force: options.force, reason };
+    let reply = node.answer(COMMAND_LIMIT, client.promote(request)).await?;
+    if options.shape.json {
         let register = register(reply.register.as_ref());
         let (point, elapsed_ms) = (reply.point.map(Point::from), reply.elapsed_ms);
         return print_json(&Promoted { register, point, elapsed_ms });
@@ -112,4 +117,24 @@ pub(crate) async fn policy(nodes: &Nodes, options: &Policy) -> Result<(), CtlErr
     }
     let wait = if reply.pending { "; the change waits until it is safe" } else { "" };
     print(&format!("an acknowledgement means {now}{wait}\n"))
+}
+
+/// Says who decides on a failover.
+pub(crate) async fn failover(nodes: &Nodes, options: &Failover) -> Result<(), CtlError> {
+    #[derive(Serialize)]
+    struct Set {
+        failover: &'static str,
+    }
+    let node = pick(nodes, Wanted::Follower).await?;
+    let (policy, failover, words) = match options.policy {
+        Who::Auto => (FailoverPolicy::Auto, "auto", "takes over by itself when the runner dies"),
+        Who::Manual => (FailoverPolicy::Manual, "manual", "takes over when an operator says so"),
+    };
+    let mut client = node.client.clone();
+    let request = SetFailoverRequest { policy: policy.into() };
+    node.answer(COMMAND_LIMIT, client.set_failover(request)).await?;
+    if options.shape.json {
+        return print_json(&Set { failover });
+    }
+    print(&format!("the node at {} {words}, until its process ends\n", node.address))
 }

@@ -114,19 +114,82 @@ fn commands_go_to_the_node_that_they_are_meant_for() {
     for line in ["pause", "resume --json", "stop --vm --grace 2"] {
         assert_eq!(run(&nodes, line).0, 0, "{line}");
     }
-    assert_eq!(a.state().asked, ["pause", "resume", "stop 1 2000"]);
+    let (_, out, _) = run(&nodes, "switchover");
+    assert!(out.starts_with("the guest has moved: ") && out.ends_with(", after 48 ms\n"), "{out}");
+    assert_eq!(a.state().asked, ["pause", "resume", "stop 1 2000", "switchover"]);
     let (_, out, _) = run(&nodes, "promote");
     assert!(out.starts_with(&format!("the guest runs at {}: ", nodes[1])), "{out}");
     assert!(out.ends_with(", from point 2.44, after 26 ms\n"), "{out}");
     let (_, out, _) = run(&nodes, "policy disk");
     assert_eq!(out, "an acknowledgement means disk; the change waits until it is safe\n");
-    assert_eq!(b.state().asked, ["promote false", "policy 2"]);
+    let (_, out, _) = run(&nodes, "failover manual");
+    assert!(out.contains("when an operator says so, until its process ends"), "{out}");
+    assert_eq!(b.state().asked, ["promote false", "policy 2", "failover 2"]);
     assert_eq!(run(&nodes[1..], "stop --this-node").0, 0);
-    assert_eq!(b.state().asked[2], "stop 2 0");
+    assert_eq!(b.state().asked[3], "stop 2 0");
     let (code, _, err) = run(&nodes, "stop --this-node");
     assert_eq!(code, 2);
     assert!(err.contains("needs exactly one --node"), "{err}");
     assert_eq!(run(&nodes, "stop").0, 2);
+}
+
+fn process(node: &str, role: v1::NodeRole, address: &str) -> v1::ClusterNode {
+    let (node, vm, address) = (node.to_owned(), "web".to_owned(), address.to_owned());
+    v1::ClusterNode { node, vm, address, role: role.into(), ..v1::ClusterNode::default() }
+}
+
+#[test]
+fn a_node_is_fenced_and_the_one_that_follows_is_told() {
+    let (a, b, nodes) = pair();
+    for fake in [&a, &b] {
+        fake.state().nodes = vec![process("a", v1::NodeRole::Runner, &nodes[0])];
+    }
+    let (code, out, err) = run(&nodes, "fence a --reason fans");
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert!(out.starts_with(&format!("a has stopped, and the node at {} knows", nodes[1])), "{out}");
+    assert_eq!(a.state().asked, ["cluster", "fence fans"]);
+    assert_eq!(b.state().asked, ["confirm a fans"]);
+    let (code, _, err) = run(&nodes, "fence c --reason fans");
+    assert_eq!(code, 1);
+    assert!(err.contains("confirm-fenced c") && err.contains("lists no process of c; --at says"), "{err}");
+    assert_eq!(run(&nodes, "confirm-fenced a --reason off").0, 0);
+    assert_eq!(run(&nodes, "promote --force --reason lost").0, 0);
+    assert_eq!(b.state().asked[1..], ["confirm a off", "promote true lost"]);
+    assert_eq!(run(&nodes, "fence a --reason x --at 127.0.0.1:1").0, 3);
+}
+
+#[test]
+fn a_node_is_drained_when_it_does_nothing_any_more() {
+    let (a, _b, nodes) = pair();
+    a.state().nodes = vec![process("a", v1::NodeRole::Runner, &nodes[0])];
+    let (code, out, err) = run(&nodes, "drain a --reason new_fans");
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert_eq!(
+        out,
+        format!("a is to leave web (runner, at {})\na is empty: its processes can be ended\n", nodes[0])
+    );
+    let (_, out, _) = run(&nodes, "drain a --end");
+    assert_eq!(out, "a is there for web again\n");
+    let (code, _, err) = run(&nodes, "drain z");
+    assert_eq!(code, 1);
+    assert!(err.contains("no process of z"), "{err}");
+    a.state().nodes = vec![process("a", v1::NodeRole::Follower, &nodes[0])];
+    a.state().asked.clear();
+    let (code, _, err) = run(&nodes, "drain a --wait 0");
+    assert_eq!(code, 1);
+    assert!(err.contains("still follows it") && err.contains("drain --end a"), "{err}");
+}
+
+#[test]
+fn the_cluster_is_listed_by_whichever_node_answers() {
+    let (a, b, nodes) = pair();
+    drop(a);
+    let (code, out, _) = run(&nodes, "nodes");
+    assert_eq!(code, 0);
+    assert!(out.lines().nth(1).is_some_and(|line| line.starts_with("s ") && line.contains("spare")), "{out}");
+    let (_, out, _) = run(&nodes, "vms --json");
+    assert!(out.starts_with("{\"vm\":\"web\""), "{out}");
+    assert_eq!(b.state().asked, ["cluster", "cluster"]);
 }
 
 #[test]

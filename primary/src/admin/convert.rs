@@ -80,7 +80,7 @@ fn account(status: &Status, console: v1::Console) -> v1::StatusReply {
         console: Some(v1::Console { input: status.input, ..console }),
         holding: holding(status).unwrap_or_default().to_owned(),
         promotion: status.promotion.and_then(promotion),
-        epoch_age_ms: status.epoch_at.map(age),
+        epoch_age_ms: status.epoch_at.map(age).or(status.stale_age().map(ms)),
         disk: disk(status),
         network: network(status),
         ..Default::default()

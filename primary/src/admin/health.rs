@@ -42,6 +42,7 @@ fn standing(status: &Status, node: &NodeId, now: Instant) -> Vec<String> {
         _ => {}
     }
     problems.extend(status.failure.clone());
+    problems.extend(stranded(status, node));
     if status.failure.is_none()
         && let Some(why) = status.devices.disk.as_ref().and_then(|disk| disk.failure())
     {
@@ -72,6 +73,34 @@ fn standing(status: &Status, node: &NodeId, now: Instant) -> Vec<String> {
         problems.push(holding.to_owned());
     }
     problems
+}
+
+/// A vm that nobody may run, as far as this node knows: what it would take to run it here, and what that would lose.
+fn stranded(status: &Status, node: &NodeId) -> Option<String> {
+    if status.role != Role::Waiting || status.is_linked() {
+        return None;
+    }
+    let value = &status.register.as_ref()?.value;
+    let (who, ran_here, may) = match value {
+        Value::Paired { primary, secondary, replica } if secondary == node => (
+            primary,
+            false,
+            format!("only {primary}, or replica {replica}, which has ended with its process,"),
+        ),
+        Value::Paired { primary, secondary, .. } if primary == node => {
+            (secondary, true, format!("only {secondary}, with its copy,"))
+        }
+        _ => return None,
+    };
+    let has = match (status.stale, status.stale_age()) {
+        (Some(point), age) => {
+            let age = age.map(|age| format!(", stored {} s ago", age.as_secs())).unwrap_or_default();
+            format!("this node has {point}{age}, and what was let out after it would be lost")
+        }
+        (None, _) if ran_here => "this node has its disk, as after a power cut".to_owned(),
+        (None, _) => return Some(format!("{may} may run the guest, and this node has no whole point of it")),
+    };
+    Some(format!("{may} may run the guest; {has}: `coloctl promote --force` once {who} is fenced"))
 }
 
 /// The register names this node, with the copy that it holds.
@@ -109,6 +138,7 @@ mod tests {
     use super::{ARBITER_PATIENCE, of};
     use crate::heartbeat::Pulse;
     use crate::node::status::{LinkState, Role, Status};
+    use colo_common::history::point;
     use colo_common::register::{Entry, Value};
     use colo_common::{NodeId, ProposalId, ReplicaId, Term};
     use colo_proto::v1::HealthReply;
@@ -191,6 +221,21 @@ mod tests {
         status.replica = Some(ReplicaId(6));
         status.link_stands(false);
         assert_eq!(judge(&status), HealthReply { healthy: true, protected: false, problems: vec![] });
+    }
+
+    #[test]
+    fn a_vm_that_nobody_may_run_is_told_of_with_what_could_be_done() {
+        let mut status = paired(Role::Waiting);
+        (status.replica, status.link) = (None, None);
+        let told = |status: &Status, name: &str| of(status, &node(name), Instant::now()).problems.join("; ");
+        assert!(told(&status, "b").contains("no whole point"), "{}", told(&status, "b"));
+        status.stale = Some(point(1, 7));
+        let line = told(&status, "b");
+        assert!(line.contains("1.7") && line.contains("once a is fenced"), "{line}");
+        status.stale = None;
+        let line = told(&status, "a");
+        assert!(line.contains("its disk") && line.contains("once b is fenced"), "{line}");
+        assert_eq!(told(&status, "c"), "");
     }
 
     #[test]

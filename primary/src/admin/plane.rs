@@ -1,15 +1,18 @@
 //! What a control plane answers from, and its way to the node behind it.
 
+use colo_common::membership::Membership;
+use colo_common::register::Entry;
 use colo_common::{Incarnation, NodeId, VmId};
 use colo_proto::v1;
 use crossbeam_channel::Sender;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tonic::Status;
 
 use super::console::Typists;
 use crate::console::Console;
+use crate::drain::Drain;
 use crate::node::status::{Board, Policy, Role};
 use crate::node::{Command, CommandError, Event};
 
@@ -18,10 +21,26 @@ pub(super) const POLL: Duration = Duration::from_millis(20);
 /// How long a promotion or a stop may take before the caller is told to look at the status.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The operator's word to run the guest.
+#[derive(Debug)]
+pub struct Order {
+    /// Whatever the register says.
+    pub force: bool,
+    /// Told why it does not come to that.
+    pub reply: oneshot::Sender<String>,
+}
+
+/// By which entry of the register a node is taken for fenced, or why it is not.
+pub type FenceAnswer = Result<Entry, String>;
+
 /// What a follower can be asked.
 pub trait FollowerControl: Send + Sync {
-    /// To run the guest; told why not.
-    fn promote(&self, reply: oneshot::Sender<String>);
+    /// To run the guest.
+    fn promote(&self, order: Order);
+    /// To take the operator's word that `node` does not run the guest.
+    fn confirm_fenced(&self, node: NodeId, reply: oneshot::Sender<FenceAnswer>);
+    /// To take over without an operator's word, or not to; told when that is so.
+    fn set_failover(&self, auto: bool, reply: oneshot::Sender<()>);
     /// That acks shall mean disk (true) or memory; told what they mean from now on.
     fn set_disk_policy(&self, disk: bool, reply: oneshot::Sender<Policy>);
     /// To end.
@@ -54,6 +73,8 @@ pub struct Plane {
     /// Who types at the console.
     pub(super) typists: Typists,
     part: RwLock<Part>,
+    membership: OnceLock<Arc<dyn Membership>>,
+    drain: OnceLock<Drain>,
     started: Instant,
 }
 
@@ -67,12 +88,31 @@ impl Plane {
         console: Console,
     ) -> Arc<Self> {
         let (part, started, typists) = (RwLock::new(Part::None), Instant::now(), Typists::default());
-        Arc::new(Self { vm, node, incarnation, board, console, typists, part, started })
+        let (membership, drain) = (OnceLock::new(), OnceLock::new());
+        Arc::new(Self { vm, node, incarnation, board, console, typists, part, membership, drain, started })
     }
 
     /// The process has this part from now on.
     pub fn set_part(&self, part: Part) {
         *self.part.write().unwrap_or_else(PoisonError::into_inner) = part;
+    }
+
+    /// The cluster is listed by this; the first that is given stays.
+    pub fn keep_membership(&self, membership: Arc<dyn Membership>) {
+        drop(self.membership.set(membership));
+    }
+
+    /// Where it says that the node is being emptied; the first that is given stays.
+    pub fn keep_drain(&self, drain: Drain) {
+        drop(self.drain.set(drain));
+    }
+
+    pub(super) fn drain(&self) -> Option<&Drain> {
+        self.drain.get()
+    }
+
+    pub(super) fn membership(&self) -> Option<&Arc<dyn Membership>> {
+        self.membership.get()
     }
 
     /// How long the process has run.

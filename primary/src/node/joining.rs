@@ -135,6 +135,7 @@ impl Node {
                 Err(e) => return Err(e),
             },
             LinkEvent::Refused(reason) => {
+                self.candidate_failed(true);
                 // It is there and has not the copy that the register names: no use to wait for it.
                 if matches!(purpose, Purpose::Link(_)) && self.settings.solo_on_loss {
                     let actions = self.replicator.go_solo();
@@ -144,7 +145,10 @@ impl Node {
                 }
                 reason
             }
-            LinkEvent::Down(reason) => reason,
+            LinkEvent::Down(reason) => {
+                self.candidate_failed(false);
+                reason
+            }
             _ => "the secondary answered out of turn".to_owned(),
         };
         self.board.error(failed.clone());
@@ -164,6 +168,10 @@ impl Node {
             Purpose::Link(_) => match self.replicator.relink(&node, &offer) {
                 Ok(base) => {
                     self.agreed_epoch_bytes = max_epoch_bytes;
+                    if self.failure.is_some() {
+                        // It failed while nobody was there to be told.
+                        link.send_yield(true);
+                    }
                     self.peer = peer(link, Some(base), true);
                     self.send_resting_again();
                     Ok(None)

@@ -11,6 +11,7 @@
 
 mod copier;
 mod cutting;
+mod healing;
 mod joining;
 mod operator;
 mod seeding;
@@ -35,6 +36,7 @@ use crate::arbiter_worker::{ArbiterWorker, Found};
 use crate::changes::Changes;
 use crate::checkpoint::Standing;
 use crate::epoch::{Pacer, disk_share};
+use crate::heal_worker::Advice;
 use crate::last_changed::LastChanged;
 use crate::link::{Connector, HandBack, LinkEvent, LinkHandle, Purpose};
 use crate::outlet::Outlet;
@@ -73,6 +75,8 @@ pub enum Event {
     Command(Command),
     /// The node that this one lost to runs the guest; its words.
     Superseded(String),
+    /// Somebody who may protect the vm; a spare is claimed for it.
+    Advice(Box<Advice>),
 }
 
 /// What a node does by itself.
@@ -120,6 +124,8 @@ pub struct Beginning {
     pub promotions: u32,
     /// The control plane of the node that ran it before: it protects to that one if it is told of no other.
     pub former: Option<String>,
+    /// That node moved it here on purpose, and is about to follow.
+    pub planned: bool,
     /// What is known of what was changed when. If it knows anything, the guest's writes are tracked.
     pub last_changed: LastChanged,
 }
@@ -186,6 +192,23 @@ enum Linking {
     Waiting { until: Instant },
 }
 
+/// Has the guest's events wake the node; a full inbox does as well.
+fn wake_by(guest: &mut dyn ProtectedGuest, outbox: Sender<Event>) {
+    guest.on_event(Arc::new(move || drop(outbox.try_send(Event::Guest))));
+}
+
+/// Nothing of the guest's memory or of its disk has changed yet.
+fn nothing_changed(guest: &dyn ProtectedGuest, disk: Option<&RunnerDisk>) -> Changes {
+    let blocks = disk.map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
+    Changes::none(guest.memory().layout().frame_limit(), blocks)
+}
+
+/// The register was just read, or just written.
+fn begin_account(board: &Board, replicator: &Replicator<Changes>) {
+    board.begins_to_run();
+    board.change(|status| status.found(Some(replicator.register())));
+}
+
 /// The runner of a guest.
 pub struct Node {
     vm: VmId,
@@ -239,6 +262,7 @@ pub struct Node {
     seed: Option<SeedJob>,
     /// The guest is being moved to the secondary on purpose.
     switching: Option<switching::Switching>,
+    healing: healing::Healing,
     /// When each page and block was changed last, up to the open dirty set and what is in flight.
     last_changed: LastChanged,
     /// Since when the guest's writes are tracked for nothing but a copy that may come back.
@@ -254,6 +278,8 @@ pub struct Node {
     sent: VecDeque<telling::SentEpoch>,
     promotions: u32,
     began: Instant,
+    /// The operator has fenced this node, and is to be told that the guest stands.
+    fenced: Option<operator::Reply>,
     end: Option<End>,
 }
 
@@ -280,16 +306,12 @@ impl Node {
             moved,
             promotions,
             former,
+            planned,
             last_changed,
         } = beginning;
-        let wake = outbox.clone();
-        // A full inbox wakes the node as well.
-        guest.on_event(Arc::new(move || drop(wake.try_send(Event::Guest))));
-        let blocks = disk.as_ref().map_or(0, |disk| disk.bytes() / BLOCK_SIZE as u64);
-        let (dirty, now) = (Changes::none(guest.memory().layout().frame_limit(), blocks), Instant::now());
-        board.begins_to_run();
-        // Just read, or just written.
-        board.change(|status| status.found(Some(replicator.register())));
+        wake_by(&mut *guest, outbox.clone());
+        let (dirty, now) = (nothing_changed(&*guest, disk.as_deref()), Instant::now());
+        begin_account(&board, &replicator);
         Self {
             vm,
             me,
@@ -325,6 +347,7 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
+            healing: healing::Healing::new(moved, planned.then(|| now + healing::RETURN)),
             kept_since: last_changed.known().memory.map(|_| now),
             last_changed,
             arbiter,
@@ -337,6 +360,7 @@ impl Node {
             sent: VecDeque::new(),
             promotions,
             began: now,
+            fenced: None,
             end: None,
             settings,
         }
@@ -358,6 +382,11 @@ impl Node {
                 Ok(event) => self.handle(event)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the node holds a sender itself"),
+            }
+            if let Some(reply) = self.fenced.take() {
+                tracing::warn!(vm = %self.vm, "this node is fenced by an operator: the guest stands here");
+                operator::answer(Some(reply), Ok(()));
+                return Ok((End::Superseded(None), self.remains()));
             }
             self.settle(Instant::now())?;
             span.follow(self.replicator.register().term);
@@ -398,6 +427,7 @@ impl Node {
             Event::Link(number, event) => self.on_link(number, event)?,
             Event::Seed(number, event) => self.on_seed(number, event)?,
             Event::Command(command) => self.on_command(command)?,
+            Event::Advice(advice) => self.on_advice(*advice)?,
             Event::Superseded(why) => {
                 tracing::info!(vm = %self.vm, "the kept guest is given up: {why}");
                 let actions = self.replicator.give_up();
@@ -413,6 +443,7 @@ impl Node {
         self.end_failed()?;
         self.pause_if_wanted()?;
         self.go_on_switching(now)?;
+        self.say_whether_wanted();
         self.look_for_secondary(now)?;
         if now >= self.next_read {
             self.next_read = now + READ_INTERVAL;

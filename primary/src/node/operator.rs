@@ -65,6 +65,11 @@ pub enum Command {
         /// Told whether it does; nobody to be told if a signal asks.
         reply: Option<Reply>,
     },
+    /// Stop the guest at once, let nothing more out, and end this process' part without a word to the register.
+    Fence {
+        /// Told when the guest stands.
+        reply: Reply,
+    },
     /// Console input.
     Input {
         /// The bytes; none to ask for the offset alone.
@@ -177,6 +182,10 @@ impl Node {
                     self.park()?;
                     self.end = Some(End::Superseded(None));
                 }
+            }
+            Command::Fence { reply } => {
+                self.park()?;
+                self.fenced = Some(reply);
             }
             Command::Input { bytes, reply } => {
                 let _ = reply.send(self.take_input(&bytes));

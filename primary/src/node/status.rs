@@ -14,7 +14,7 @@ use colo_proto::v1;
 use colo_vmm::GuestMemory;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::checkpoint::Timing;
 use crate::heartbeat::Pulse;
@@ -202,6 +202,8 @@ pub struct Status {
     pub out: Option<Point>,
     /// A whole point that no replica id vouches for.
     pub stale: Option<Point>,
+    /// When that was stored.
+    pub stale_at: Option<SystemTime>,
     /// When the newest acked point was cut, or the newest whole one was staged.
     pub epoch_at: Option<Instant>,
     /// The secondary's marks.
@@ -274,6 +276,12 @@ impl Status {
         if let Some(link) = self.link.as_mut().filter(|link| link.up != up) {
             (link.up, link.since) = (up, Instant::now());
         }
+    }
+
+    /// How old the stale point is, as far as clocks can tell.
+    pub fn stale_age(&self) -> Option<Duration> {
+        let at = self.stale_at.filter(|_| self.stale.is_some())?;
+        Some(SystemTime::now().duration_since(at).unwrap_or_default())
     }
 
     /// Whether the link stands.

@@ -127,7 +127,7 @@ pub enum PeerError {
     )]
     OtherReplica {
         /// What it has.
-        offered: Offer,
+        offered: Box<Offer>,
         /// What is wanted.
         named: ReplicaId,
     },

@@ -153,7 +153,7 @@ pub(crate) fn block_runs() -> Vec<Run<Block>> {
 }
 
 pub(crate) fn diverged() -> Diverged {
-    Diverged { pages: vec![(Gfn(0x100), 3)], blocks: vec![(Block(0x2_0000_0000), 256)], last: true }
+    Diverged { pages: vec![(Gfn(0x100), 3)], blocks: vec![(Block(0x8000_0000), 256)], last: true }
 }
 
 pub(crate) fn yields() -> Yield {

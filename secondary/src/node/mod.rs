@@ -9,6 +9,7 @@
 //!   operator ------+                           +--> arbiter: read, propose
 //! ```
 
+mod asked;
 mod following;
 mod pairing;
 mod promoting;
@@ -23,6 +24,7 @@ use colo_common::register::Entry;
 use colo_common::telemetry::TermSpan;
 use colo_common::vmdir::{Runner, VmDirectory};
 use colo_common::{Incarnation, NodeId, Point, ReplicaId, VmId};
+use colo_primary::admin::{FenceAnswer, Order};
 use colo_primary::arbiter_worker::{ArbiterWorker, Found};
 use colo_primary::console::Console;
 use colo_primary::node::Beginning;
@@ -58,6 +60,8 @@ pub use tray::Tray;
 const TICK: Duration = Duration::from_millis(10);
 /// How often the register is read while nobody is followed: a dead process' request may land late.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a spare waits for the runner that claimed it.
+const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 /// How often the runner is told how far this node is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -75,8 +79,12 @@ pub enum Event {
     Pair(Box<PairRequest>, oneshot::Sender<Result<PairAnswer, PairError>>),
     /// The old runner kept the guest.
     HandBack(HandBack),
-    /// The operator wants this node to run the guest; told why it does not.
-    Promote(oneshot::Sender<String>),
+    /// The operator wants this node to run the guest.
+    Promote(Order),
+    /// The operator says that this node does not run the guest; told by which entry of the register that counts.
+    ConfirmFenced(NodeId, oneshot::Sender<FenceAnswer>),
+    /// The operator says whether this node takes over without a word.
+    Failover(bool, oneshot::Sender<()>),
     /// The operator wants acks to mean something else; told what they mean from now on.
     Policy(crate::replica::AckPolicy, oneshot::Sender<Policy>),
     /// The operator ends this process.
@@ -102,6 +110,8 @@ pub struct Settings {
     pub boot_directory: PathBuf,
     /// Where the intent log of the disk is, of a node that runs the guest or did.
     pub intent: PathBuf,
+    /// A runner has claimed this node, which is there for others if that one does not come.
+    pub claimed: bool,
     /// Image file of the guest's disk; needed if it has one.
     pub disk: Option<PathBuf>,
 }
@@ -114,6 +124,8 @@ pub enum Outcome {
     Left,
     /// Nobody runs the vm any more, and this node is not to.
     Superseded(Entry),
+    /// The runner that claimed this spare has not come.
+    Unfollowed,
     /// It can do nothing more.
     Failed(String),
 }
@@ -191,8 +203,8 @@ pub struct Follower {
     planned: bool,
     /// Whether the runner is taken for dead.
     detector: Detector<Instant>,
-    /// The operator waits for an answer.
-    asked: Option<oneshot::Sender<String>>,
+    /// What the operator asks for.
+    asked: asked::Asked,
     hand_back: Option<HandBack>,
     /// The register was read on somebody's behalf and has not answered.
     reading: bool,
@@ -202,6 +214,7 @@ pub struct Follower {
     again: bool,
     /// A runner was followed by this process.
     followed: bool,
+    began: Instant,
     arbiter: ArbiterWorker,
     next_read: Instant,
     /// When the register is looked at again, for the account alone.
@@ -296,12 +309,13 @@ impl Follower {
             runner_at: None,
             planned: false,
             detector: Detector::new(),
-            asked: None,
+            asked: asked::Asked::default(),
             hand_back: None,
             reading: false,
             observed: false,
             again,
             followed: false,
+            began: now,
             arbiter,
             next_read: now,
             looked: now,
@@ -359,9 +373,15 @@ impl Follower {
                 self.hand_back = Some(offer);
                 self.read();
             }
-            Event::Promote(reply) => {
-                self.asked = Some(reply);
+            Event::Promote(order) => {
+                self.asked.promote(order);
                 self.read();
+            }
+            Event::ConfirmFenced(node, reply) => self.on_confirm_fenced(node, reply),
+            Event::Failover(auto, reply) => {
+                self.settings.auto_failover = auto;
+                // Whoever asked may have given up.
+                let _ = reply.send(());
             }
             Event::Policy(policy, reply) => {
                 let actions = self.replica.change_policy(policy);
@@ -382,6 +402,7 @@ impl Follower {
             }
         }
         self.look_at_disk();
+        self.leave_if_unfollowed(now);
         self.suspect_if_due(now);
         if now >= self.next_read && self.link.is_none() {
             self.next_read = now + READ_INTERVAL;
@@ -393,6 +414,14 @@ impl Follower {
             self.tell_progress();
         }
         self.tell();
+    }
+
+    /// A claim is no promise: its runner may have died.
+    fn leave_if_unfollowed(&mut self, now: Instant) {
+        let waits = self.settings.claimed && !self.followed && self.end.is_none();
+        if waits && now.saturating_duration_since(self.began) > CLAIM_LIMIT {
+            self.end = Some(Outcome::Unfollowed);
+        }
     }
 
     fn read(&mut self) {

@@ -503,6 +503,7 @@ mod tests {
             quic_port: 1,
             boot_directory: boot_directory.to_owned(),
             intent: boot_directory.join("disk.intent"),
+            claimed: false,
             disk: None,
         }
     }

@@ -69,13 +69,13 @@ impl Follower {
 
     /// Why this node could not run the guest if the register named it.
     fn cannot_run(&self) -> Option<String> {
-        if !matches!(self.replica.copy(), Copy::Whole { .. }) {
-            return Some("this node has no whole copy of the guest".to_owned());
+        if !matches!(self.replica.copy(), Copy::Whole { .. }) && !self.asked.forces() {
+            return Some(NotMine::NoCopy.to_string());
         }
         if let Some(why) = &self.store_failed {
             return Some(format!("this node's store has failed: {why}"));
         }
-        let ready = self.warm.is_some() && self.applier.is_some();
+        let ready = self.warm.is_some() && (self.applier.is_some() || self.replica.is_active());
         (!ready).then(|| "this node does not know the guest's description".to_owned())
     }
 
@@ -125,28 +125,18 @@ impl Follower {
                 Err(e) => tracing::info!(vm = %self.vm, "nothing is handed back to {node}: {e}"),
             }
         }
-        // Whoever asked may have left while the arbiter was silent: an order does not outlive that.
-        self.asked.take_if(|asked| asked.is_closed());
+        self.confirm_fenced(found.as_ref());
         let suspected = self.takes_over() && self.detector.has_asked();
-        if self.asked.is_none() && !suspected {
+        if !self.asked.wants() && !suspected {
             return;
         }
         if let Some(why) = self.cannot_run() {
-            if let Some(asked) = self.asked.take() {
-                // Whoever asked may have given up.
-                let _ = asked.send(why);
-            }
-            return;
+            return self.asked.refuse(why);
         }
-        match self.replica.promote(found.as_ref()) {
+        match self.want_to_run(found.as_ref()) {
             Ok(actions) => self.act(actions),
             Err(NotMine::Proposing) => {}
-            Err(e) => {
-                if let Some(asked) = self.asked.take() {
-                    // Whoever asked may have given up.
-                    let _ = asked.send(e.to_string());
-                }
-            }
+            Err(e) => self.asked.refuse(e.to_string()),
         }
     }
 
@@ -155,7 +145,7 @@ impl Follower {
         let granted = Instant::now();
         self.board.change(|status| status.role = Role::Promoting);
         self.link = None;
-        self.asked = None;
+        self.asked.done();
         let mut promotion = Promotion::default();
         if let Some(since) = self.detector.since() {
             promotion.register = granted - since;
@@ -275,6 +265,7 @@ impl Follower {
             moved: true,
             promotions: self.promotions + self.yielded,
             last_changed: warm.rejoin.into_last_changed(),
+            planned: self.planned,
             former: self.runner_at.as_ref().map(ToString::to_string),
         };
         Ok(Outcome::Run(Box::new(beginning), promotion))

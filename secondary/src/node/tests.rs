@@ -72,6 +72,7 @@ fn follower(place: &Path) -> Follower {
         quic_port: 1,
         boot_directory: place.to_owned(),
         intent: place.join("disk.intent"),
+        claimed: false,
         disk: Some(place.join("disk.img")),
     };
     Follower::new(parts, settings, (outbox, inbox))

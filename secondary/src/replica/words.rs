@@ -1,7 +1,7 @@
 //! What a follower is told, what it answers, and what it can hold. The [`Replica`](super::Replica) decides with them.
 
 use colo_common::register::{Entry, Proposal};
-use colo_common::{Point, ReplicaId, Term};
+use colo_common::{NodeId, Point, ReplicaId, Term};
 use colo_primary::replicator::Ack;
 
 /// What an ack means.
@@ -137,6 +137,20 @@ pub enum NotMine {
         /// Of this node.
         held: ReplicaId,
     },
+    /// It follows a node that lives.
+    #[error("this node follows {0}, which lives: move the guest with a switchover, or fence {0} first")]
+    Followed(NodeId),
+    /// A forced promotion, and a node that may run the guest.
+    #[error(
+        "{node} may run the guest: fence it with `coloctl fence {node}`, or make sure that it is off and say so with \
+         `coloctl confirm-fenced {node}` (a word before {term} does not count)"
+    )]
+    NotFenced {
+        /// That node.
+        node: NodeId,
+        /// The register's term.
+        term: Term,
+    },
     /// An earlier proposal has no answer yet.
     #[error("a proposal to the arbiter has no answer yet")]
     Proposing,
@@ -169,6 +183,8 @@ pub struct Mutation {
     pub boot_for_another: bool,
     /// Starts a stopped vm that another node ran last.
     pub start_for_another: bool,
+    /// Runs the guest by force although a node that may run it is not fenced.
+    pub force_unfenced: bool,
     /// Gives the register back although it has run the guest.
     pub hand_back_active: bool,
 }

@@ -6,8 +6,6 @@ use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
     Direction, ErrorKind, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::engine::{Batch, Change, Column, Durability, PageStore, Scan};
@@ -127,7 +125,7 @@ impl PageStore for Rocks {
             files.ok().flatten().unwrap_or(0)
         };
         let needed: u64 = [Column::Pages, Column::Disk, Column::Pending].into_iter().map(size).sum();
-        free_bytes(self.home.dir()).is_none_or(|free| free > needed)
+        colo_vmm::host::disk_free(self.home.dir()).is_none_or(|free| free > needed)
     }
 
     fn drop_aside(&self) -> Result<(), StoreError> {
@@ -211,17 +209,4 @@ fn engine_error(dir: &Path, error: &rocksdb::Error) -> StoreError {
 
 fn first_line(error: &rocksdb::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
-}
-
-/// Bytes that this process may still write to the file system of `dir`; nothing if the system does not say.
-fn free_bytes(dir: &Path) -> Option<u64> {
-    let path = CString::new(dir.as_os_str().as_bytes()).ok()?;
-    let mut answer = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `path` is a NUL-terminated string that outlives the call, and the call writes one `statvfs`.
-    if unsafe { libc::statvfs(path.as_ptr(), answer.as_mut_ptr()) } != 0 {
-        return None;
-    }
-    // SAFETY: the call succeeded, so it has filled the whole structure.
-    let answer = unsafe { answer.assume_init() };
-    answer.f_bavail.checked_mul(answer.f_frsize)
 }

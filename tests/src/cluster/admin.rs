@@ -1,4 +1,4 @@
-//! Calls of a node's control plane, in the clear on loopback, each with a limit.
+//! Calls of a node's control plane, each with a limit: in the clear on loopback, or as an operator with a certificate.
 
 use anyhow::{Context, anyhow};
 use colo_proto::v1::admin_client::AdminClient;
@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Response, Status};
 
 use super::ledger::Ledger;
@@ -26,12 +26,18 @@ const RETRY: Duration = Duration::from_millis(20);
 pub struct Admin {
     runtime: Handle,
     address: SocketAddr,
+    tls: Option<ClientTlsConfig>,
 }
 
 impl Admin {
     /// The control plane at `address`.
     pub fn new(runtime: Handle, address: SocketAddr) -> Self {
-        Self { runtime, address }
+        Self { runtime, address, tls: None }
+    }
+
+    /// The same with the operator's certificate of a cluster.
+    pub fn with_tls(runtime: Handle, address: SocketAddr, tls: ClientTlsConfig) -> Self {
+        Self { runtime, address, tls: Some(tls) }
     }
 
     /// Where it listens.
@@ -169,8 +175,55 @@ impl Admin {
     /// # Errors
     /// It says no.
     pub fn promote(&self) -> anyhow::Result<v1::PromoteReply> {
-        let request = v1::PromoteRequest { force: false };
+        let request = v1::PromoteRequest { force: false, reason: String::new() };
         self.call(CALL_LIMIT, |mut client| async move { client.promote(request).await })
+    }
+
+    /// Has it run the guest from what it has, whatever the register says.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn promote_by_force(&self, reason: &str) -> anyhow::Result<v1::PromoteReply> {
+        let request = v1::PromoteRequest { force: true, reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.promote(request).await })
+    }
+
+    /// Has it stop at once.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn fence(&self, reason: &str) -> anyhow::Result<v1::FenceReply> {
+        let request = v1::FenceRequest { reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.fence(request).await })
+    }
+
+    /// Says to it that `node` does not run the guest.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn confirm_fenced(&self, node: &str, reason: &str) -> anyhow::Result<v1::ConfirmFencedReply> {
+        let request = v1::ConfirmFencedRequest { node: node.to_owned(), reason: reason.to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.confirm_fenced(request).await })
+    }
+
+    /// Says who decides on a failover.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn set_failover(&self, policy: v1::FailoverPolicy) -> anyhow::Result<()> {
+        let request = v1::SetFailoverRequest { policy: policy.into() };
+        self.call(CALL_LIMIT, |mut client| async move { client.set_failover(request).await })?;
+        Ok(())
+    }
+
+    /// Empties its node, or ends that.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn drain(&self, drain: bool) -> anyhow::Result<()> {
+        let request = v1::DrainRequest { drain, reason: "a test".to_owned() };
+        self.call(CALL_LIMIT, |mut client| async move { client.drain(request).await })?;
+        Ok(())
     }
 
     /// Goes on without protection.
@@ -210,7 +263,11 @@ impl Admin {
     /// The address makes no sense.
     pub fn client(&self) -> anyhow::Result<AdminClient<Channel>> {
         let _entered = self.runtime.enter();
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))?;
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", self.address))?;
+        if let Some(tls) = &self.tls {
+            endpoint = endpoint.tls_config(tls.clone())?;
+        }
         Ok(AdminClient::new(endpoint.connect_timeout(LOOK_LIMIT).connect_lazy()))
     }
 

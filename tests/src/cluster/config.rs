@@ -113,6 +113,8 @@ pub struct Options {
     pub network: bool,
     /// The `[arbiter]` of all nodes; default a directory of the cluster's own.
     pub arbiter: Option<ArbiterConfig>,
+    /// The `[tls]` of all nodes, which has an operator's certificate too; default certificates for development.
+    pub tls: Option<PathBuf>,
 }
 
 impl Options {
@@ -133,6 +135,7 @@ impl Options {
             on_stop: "stop",
             network: false,
             arbiter: None,
+            tls: None,
         }
     }
 
@@ -203,8 +206,10 @@ fn following(section: &str, options: &Options, ports: Ports) -> String {
 fn common(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
     let in_files = || "directory = \"arbiter\"\n".to_owned();
     let arbiter = options.arbiter.as_ref().map_or_else(in_files, etcd::lines);
+    let tls = options.tls.as_ref().map(|tls| format!("[tls]\ndirectory = \"{}\"\n", tls.display()));
+    let tls = tls.unwrap_or_default();
     format!(
-        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\non_stop = \"{}\"\n[arbiter]\n{arbiter}\
+        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\non_stop = \"{}\"\n{tls}[arbiter]\n{arbiter}\
          [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
         options.on_stop, ports.admin
     )

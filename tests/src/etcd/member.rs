@@ -6,12 +6,15 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::cluster::process::Process;
+use crate::lab::hosts::Host;
 
 /// The program, as Debian's etcd-server installs it.
 pub(super) const PROGRAM: &str = "etcd";
 /// What etcd is told of its own time: a leader tells its members that it lives, a member without one stands for election.
 const HEARTBEAT_MS: u32 = 50;
 const ELECTION_MS: u32 = 500;
+/// Ports of a member that has a host for itself.
+const PORTS: (u16, u16) = (2379, 2380);
 
 /// One member.
 #[derive(Debug)]
@@ -21,6 +24,8 @@ pub(super) struct Member {
     pub(super) peer: SocketAddr,
     pub(super) process: Option<Process>,
     pub(super) frozen: bool,
+    /// Where its process runs, if not here.
+    host: Option<Host>,
 }
 
 impl Member {
@@ -33,7 +38,13 @@ impl Member {
             peer: peer.local_addr()?,
             process: None,
             frozen: false,
+            host: None,
         })
+    }
+
+    pub(super) fn on(n: usize, host: Host) -> Self {
+        let [client, peer] = [PORTS.0, PORTS.1].map(|port| SocketAddr::from((host.address, port)));
+        Self { name: format!("m{n}"), client, peer, process: None, frozen: false, host: Some(host) }
     }
 
     pub(super) fn signal(&self, signal: libc::c_int) -> anyhow::Result<()> {
@@ -66,6 +77,7 @@ impl Member {
                 }
             }
         }
+        self.host.as_ref().map_or(Ok(()), |host| host.house(&mut command))?;
         let process = Process::start(&mut command, &directory.join(format!("{}.log", self.name)))?;
         (self.process, self.frozen) = (Some(process), false);
         Ok(())

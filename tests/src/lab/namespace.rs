@@ -4,6 +4,8 @@ use anyhow::Context;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// A network namespace.
 #[derive(Debug)]
@@ -51,6 +53,22 @@ impl Namespace {
     /// It cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         on_a_thread(|| self.enter().map(|()| work()))
+    }
+
+    /// Has `command` run in it.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn house(&self, command: &mut Command) -> anyhow::Result<()> {
+        let inside = self.try_clone()?;
+        let enter = move || {
+            // SAFETY: as in `enter`; the closure owns the descriptor, which is open in the child as well.
+            checked(unsafe { libc::setns(inside.file.as_raw_fd(), libc::CLONE_NEWNET) })
+        };
+        // SAFETY: between fork and exec only calls that are safe in a signal handler are allowed; setns is a plain system
+        // call, and an error of the system's takes no memory.
+        unsafe { command.pre_exec(enter) };
+        Ok(())
     }
 
     /// Another descriptor of it.

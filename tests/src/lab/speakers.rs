@@ -52,6 +52,14 @@ impl Speakers {
     /// # Errors
     /// Some frames were missed, so nobody knows.
     pub fn turns(&self) -> anyhow::Result<Vec<Turn>> {
+        Ok(turns(&self.said()?))
+    }
+
+    /// What was said since the last look and by which node, in order.
+    ///
+    /// # Errors
+    /// Some frames were missed, so nobody knows.
+    pub fn said(&self) -> anyhow::Result<Vec<(&str, Frame)>> {
         let mut said: Vec<(&str, Frame)> = Vec::new();
         for (node, capture) in &self.captures {
             let (frames, missed) = capture.take();
@@ -63,15 +71,20 @@ impl Speakers {
             said.extend(ours.map(|frame| (node.as_str(), frame)));
         }
         said.sort_by_key(|(_, frame)| frame.at);
-        let mut turns: Vec<Turn> = Vec::new();
-        for (node, frame) in said {
-            if turns.last().is_none_or(|turn| turn.node != node) {
-                turns.push(Turn { node: node.to_owned(), ..Turn::default() });
-            }
-            turns.last_mut().into_iter().for_each(|turn| turn.count(&frame));
-        }
-        Ok(turns)
+        Ok(said)
     }
+}
+
+/// Whose turn it was, of frames in order.
+pub fn turns(said: &[(&str, Frame)]) -> Vec<Turn> {
+    let mut turns: Vec<Turn> = Vec::new();
+    for (node, frame) in said {
+        if turns.last().is_none_or(|turn| turn.node != *node) {
+            turns.push(Turn { node: (*node).to_owned(), ..Turn::default() });
+        }
+        turns.last_mut().into_iter().for_each(|turn| turn.count(frame));
+    }
+    turns
 }
 
 impl Turn {

@@ -15,6 +15,8 @@ fn cold_start_from_the_store() {
     for _ in 0..4 {
         let mut options = synthetic(&mut seed);
         options.ack = "disk";
+        // Longer than it takes to kill the second one, on a loaded machine too.
+        options.promote_delay_ms = 2000;
         scenario(options, |cluster| {
             pair(cluster)?;
             pause(&mut seed, Duration::from_millis(300));

@@ -18,8 +18,9 @@ const LOADED: u64 = 20;
 const DEATHS: usize = 4;
 /// How often a node is asked while a death is measured.
 const POLL: Duration = Duration::from_millis(5);
-/// Longer than a death may go unseen on a calm path: the host is shared, and asking takes its time too.
-const SEEN: Duration = Duration::from_millis(1500);
+/// Longer than a death may go unseen on any path: on a host that others keep busy the wait is longer too, and asking
+/// takes its time. What it is on a calm host is printed.
+const SEEN: Duration = Duration::from_millis(4 * 500 + 1500);
 
 fn loaded() -> Duration {
     let seconds = std::env::var("COLO_LOADED").ok().and_then(|text| text.parse().ok());

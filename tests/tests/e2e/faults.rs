@@ -219,9 +219,12 @@ impl<'a> Scene<'a> {
         if *winner == runner {
             return Ok(None);
         }
+        self.turn_over();
+        if self.cluster.goes_on_as_follower(&runner) {
+            return Ok(None);
+        }
         let status = self.cluster.ended(&runner)?;
         ensure!(status.code() == Some(SUPERSEDED), "the old runner ended with {status}");
-        self.turn_over();
         Ok(Some(runner))
     }
 

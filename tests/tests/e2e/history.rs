@@ -86,19 +86,7 @@ fn the_trails_of_both_nodes_tell_a_failover() {
         let asked = trail.iter().find(|entry| entry.kind() == AuditKind::Command).context("no command")?;
         ensure!(asked.who.starts_with("somebody without a certificate, from 127.0.0.1:"), "{}", asked.who);
 
-        // The dead one's was written before it died.
-        let lines = offline(cluster, "a", "colo-primary")?;
-        in_order(
-            &lines,
-            &[
-                "on_secondary_loss = solo",
-                "register_changed: solo on a",
-                "alone after starting",
-                "seeding after alone",
-                "register_changed: on a, protected by b",
-                "paired after",
-            ],
-        )?;
+        check_dead(cluster)?;
 
         let heard = events.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let kinds: Vec<_> = heard.iter().map(|event| event.kind().as_str_name().to_owned()).collect();
@@ -117,4 +105,20 @@ fn the_trails_of_both_nodes_tell_a_failover() {
 
 fn last_register(cluster: &Cluster) -> anyhow::Result<String> {
     Ok(cluster.register()?.context("no register")?.to_string())
+}
+
+/// What the dead node had noted was written before it died.
+fn check_dead(cluster: &Cluster) -> anyhow::Result<()> {
+    let lines = offline(cluster, "a", "colo-primary")?;
+    in_order(
+        &lines,
+        &[
+            "on_secondary_loss = solo",
+            "register_changed: solo on a",
+            "alone after starting",
+            "seeding after alone",
+            "register_changed: on a, protected by b",
+            "paired after",
+        ],
+    )
 }

@@ -38,6 +38,8 @@ fn the_primary_before_and_while_it_pairs() {
             cluster.start_secondary("b")?;
             cluster.until_role("b", Role::Waiting)?;
             cluster.start_primary("a", Some("b"))?;
+            // Its control plane answers before that, and a disk that others sync may be slow.
+            cluster.until("the register to name it", || cluster.register())?;
             cluster.until("the primary to answer", || Ok(cluster.status("a").map(drop)))?;
             if round % 3 == 0 {
                 // Close to the change of the register.

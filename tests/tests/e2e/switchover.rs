@@ -11,6 +11,7 @@ use super::returns::{check_rejoined, copies};
 use super::{LONG, SOME, check, check_goes_on, check_stopped, kill_runner, pair, pause, synthetic};
 
 /// Moves the guest from `from` to `to`, and waits until `from` protects it there.
+#[expect(clippy::print_stderr, reason = "how it went")]
 fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
     let before = copies(cluster, to)?;
     let reply = cluster.switch_over(from).context("the switchover")?;
@@ -18,7 +19,7 @@ fn switch(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> {
     cluster.until_paired(to)?;
     let gap = cluster.status(to).and_then(|status| status.promotion).context("no promotion")?;
     let (register, total) = (reply.elapsed_ms, gap.total_us);
-    println!("{from} -> {to}: the register after {register} ms, promoted in {total} us");
+    eprintln!("{from} -> {to}: the register after {register} ms, promoted in {total} us");
     ensure!(
         cluster.status(from).map(|status| status.role()) == Some(Role::Following),
         "{from} does not follow"

@@ -74,6 +74,9 @@ impl Common {
         if mutations.often_other_policy {
             plan.change_policy_often();
         }
+        if mutations.often_failing {
+            plan.fail_often();
+        }
         let image = BootFile { path: "none".into(), bytes: Vec::new().into() };
         let boot = BootSource::Flat { image, address: 1 << 16 };
         let mut spec = GuestSpec::new("simulated", FRAMES * 4096, boot);

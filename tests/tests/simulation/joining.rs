@@ -156,6 +156,9 @@ impl Runner {
                 let base = self.replicator.relink(node, offer).map_err(|e| e.to_string())?;
                 self.agreed_epoch_bytes = max_epoch_bytes;
                 common.count("relinks");
+                if self.failed {
+                    common.send(link, Way::Say, Msg::Yield(true));
+                }
                 self.peer = Some(peer(Some(base)));
                 self.send_resting_again();
             }

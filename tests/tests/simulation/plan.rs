@@ -83,6 +83,8 @@ pub(crate) struct Mutations {
     pub(crate) file_never_synced: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
+    /// Not a mutation: guests fail often while they are protected, and links break.
+    pub(crate) often_failing: bool,
 }
 
 /// How often something happens, in 10 000 ticks.
@@ -169,6 +171,16 @@ impl Plan {
         (self.persist_speed, self.auto_failover, self.solo_on_loss) = (0, true, false);
         let Rates { input, .. } = self.rates;
         self.rates = Rates { policy: 200, crash: 60, input, ..Rates::default() };
+    }
+}
+
+impl Plan {
+    /// What a rule about failed guests is about: one that fails while it is protected, and then loses who followed.
+    pub(crate) fn fail_often(&mut self) {
+        (self.max_promotions, self.solo_on_loss) = (2, true);
+        let Rates { input, .. } = self.rates;
+        self.rates =
+            Rates { corrupt: 60, break_link: 150, crash: 30, partition: 40, input, ..Rates::default() };
     }
 }
 

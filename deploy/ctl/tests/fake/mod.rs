@@ -47,6 +47,8 @@ pub struct State {
     /// The audit trail, and what happens.
     pub audit: Vec<v1::AuditEntry>,
     pub events: Vec<v1::Event>,
+    /// Processes of the cluster, beside a spare.
+    pub nodes: Vec<v1::ClusterNode>,
 }
 
 /// A fake node; dropped, it dies with all its connections.
@@ -206,9 +208,44 @@ impl Admin for Service {
         &self,
         request: Request<v1::PromoteRequest>,
     ) -> Result<Response<v1::PromoteReply>, Status> {
-        let register = self.command(format!("promote {}", request.into_inner().force))?;
+        let v1::PromoteRequest { force, reason } = request.into_inner();
+        let register = self.command(format!("promote {force} {reason}").trim_end().to_owned())?;
         let point = Some(v1::Point { term: 2, epoch: 44 });
         Ok(Response::new(v1::PromoteReply { register, point, elapsed_ms: 26 }))
+    }
+
+    async fn fence(&self, request: Request<v1::FenceRequest>) -> Result<Response<v1::FenceReply>, Status> {
+        let register = self.command(format!("fence {}", request.into_inner().reason))?;
+        Ok(Response::new(v1::FenceReply { node: self.state().status.node.clone(), register }))
+    }
+
+    async fn confirm_fenced(
+        &self,
+        request: Request<v1::ConfirmFencedRequest>,
+    ) -> Result<Response<v1::ConfirmFencedReply>, Status> {
+        let v1::ConfirmFencedRequest { node, reason } = request.into_inner();
+        let register = self.command(format!("confirm {node} {reason}"))?;
+        Ok(Response::new(v1::ConfirmFencedReply { register }))
+    }
+
+    async fn set_failover(
+        &self,
+        request: Request<v1::SetFailoverRequest>,
+    ) -> Result<Response<v1::SetFailoverReply>, Status> {
+        let policy = request.into_inner().policy;
+        self.command(format!("failover {policy}"))?;
+        Ok(Response::new(v1::SetFailoverReply { policy }))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        let v1::DrainRequest { drain, reason } = request.into_inner();
+        self.command(format!("drain {drain} {reason}").trim_end().to_owned())?;
+        // It has left by the second look.
+        let mut state = self.state();
+        if state.asked.iter().filter(|asked| asked.starts_with("drain")).count() > 1 {
+            state.nodes.iter_mut().for_each(|node| node.role = v1::NodeRole::Waiting.into());
+        }
+        Ok(Response::new(v1::DrainReply { role: v1::Role::Waiting.into() }))
     }
 
     async fn stop(&self, request: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
@@ -238,6 +275,25 @@ impl Admin for Service {
         self.command(format!("audit {start:?} {follow}"))?;
         let entries = self.state().audit.clone().into_iter().map(Ok);
         Ok(Response::new(Box::pin(tokio_stream::iter(entries))))
+    }
+
+    async fn list_cluster(
+        &self,
+        _: Request<v1::ListClusterRequest>,
+    ) -> Result<Response<v1::ListClusterReply>, Status> {
+        self.command("cluster".to_owned())?;
+        let register = self.state().status.register.clone();
+        let vms = vec![v1::ClusterVm { vm: "web".to_owned(), register }];
+        let spare = v1::ClusterNode {
+            node: "s".to_owned(),
+            address: "10.0.0.3:7701".to_owned(),
+            role: v1::NodeRole::Spare.into(),
+            memory_free_bytes: 8 << 30,
+            ..v1::ClusterNode::default()
+        };
+        let mut nodes = vec![spare];
+        nodes.extend(self.state().nodes.iter().cloned());
+        Ok(Response::new(v1::ListClusterReply { vms, nodes }))
     }
 
     async fn events(&self, _: Request<v1::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {

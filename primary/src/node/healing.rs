@@ -1,0 +1,137 @@
+//! Getting protected again without an operator: says whether somebody is wanted, and takes whom the
+//! [worker](crate::heal_worker) names.
+
+use colo_common::NodeId;
+use colo_common::membership::{NodeRecord, NodeRole};
+use colo_common::register::Value;
+use std::time::{Duration, Instant};
+
+use super::{Linking, Node, NodeError};
+use crate::heal_worker::{Advice, HealWorker};
+use crate::replicator::Phase;
+
+/// How long a spare that was claimed may be out of reach: it begins to follow first.
+const REACH: Duration = Duration::from_secs(5);
+
+/// How long the node that moved its guest here has to follow, before another one is looked for: it has the guest's memory.
+pub(super) const RETURN: Duration = Duration::from_secs(3);
+
+/// Where it stands.
+pub(super) struct Healing {
+    worker: Option<HealWorker>,
+    /// The vm was protected before, or ran elsewhere: somebody is missing.
+    lacks: bool,
+    /// What the worker was told last.
+    wanted: bool,
+    /// Who protects the vm, as the worker was told.
+    protected_by: Option<NodeId>,
+    /// Who was named, and when.
+    candidate: Option<(NodeRecord, Instant)>,
+    /// Until when the node that the guest came from is waited for.
+    returns: Option<Instant>,
+}
+
+impl Healing {
+    /// Of a guest that `moved` here from another node, or not; which `returns` by then.
+    pub(super) fn new(moved: bool, returns: Option<Instant>) -> Self {
+        Self { worker: None, lacks: moved, wanted: false, protected_by: None, candidate: None, returns }
+    }
+}
+
+impl Node {
+    /// Has somebody be looked for in the cluster whenever the vm has lost its protection.
+    #[must_use]
+    pub fn healed_by(mut self, worker: HealWorker) -> Self {
+        self.healing.lacks |= self.settings.secondary.is_some();
+        self.healing.worker = Some(worker);
+        self
+    }
+
+    /// Whether the vm is to be protected and is not, nor on the way there.
+    fn lacks_secondary(&mut self) -> bool {
+        let paused = self.pause_wanted || self.paused_secondary.is_some();
+        let ending = self.stopping || self.parked || self.failure.is_some();
+        let alone = matches!(self.replicator.phase(), Phase::Alone) && !self.replicator.is_proposing();
+        self.healing.returns.take_if(|until| Instant::now() > *until);
+        let looks = self.settings.reprotect && self.healing.lacks && self.healing.returns.is_none();
+        looks && alone && self.peer.is_none() && !paused && !ending
+    }
+
+    pub(super) fn say_whether_wanted(&mut self) {
+        if matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            (self.healing.lacks, self.healing.candidate) = (true, None);
+        }
+        self.say_who_protects();
+        let wanted = self.lacks_secondary();
+        // While a copy is on its way, whoever was named still is.
+        let seeding =
+            !wanted && self.peer.is_some() && matches!(self.replicator.phase(), Phase::Seeding { .. });
+        if wanted == self.healing.wanted || seeding {
+            return;
+        }
+        self.healing.wanted = wanted;
+        if let Some(worker) = &self.healing.worker {
+            worker.want(wanted.then(|| self.replicator.register().clone()));
+        }
+    }
+
+    fn say_who_protects(&mut self) {
+        let by = match &self.replicator.register().value {
+            Value::Paired { secondary, .. } if self.settings.reprotect => Some(secondary),
+            _ => None,
+        };
+        if self.healing.protected_by.as_ref() == by {
+            return;
+        }
+        self.healing.protected_by = by.cloned();
+        if let Some(worker) = &self.healing.worker {
+            worker.protected_by(by.cloned());
+        }
+    }
+
+    pub(super) fn on_advice(&mut self, advice: Advice) -> Result<(), NodeError> {
+        match advice {
+            Advice::Take(record) => self.on_candidate(record),
+            Advice::Replace => return self.let_go_of_secondary(),
+        }
+        Ok(())
+    }
+
+    /// The secondary's node is being emptied: the vm goes on alone for as long as another one takes to be whole.
+    fn let_go_of_secondary(&mut self) -> Result<(), NodeError> {
+        // What is not safe now is asked for again once the vm is paired again.
+        self.healing.protected_by = None;
+        let busy = self.replicator.is_proposing() || self.switching.is_some() || self.stopping;
+        if busy || !matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            return Ok(());
+        }
+        self.secondary = None;
+        let actions = self.replicator.go_solo();
+        self.act(actions)
+    }
+
+    fn on_candidate(&mut self, record: NodeRecord) {
+        if !self.lacks_secondary() {
+            return;
+        }
+        let address = record.address.to_string();
+        self.healing.candidate = Some((record, Instant::now()));
+        if self.secondary.as_ref() != Some(&address) {
+            self.secondary = Some(address);
+            if !matches!(self.linking, Linking::Connecting { asked: Some(_), .. }) {
+                self.linking = Linking::Idle;
+            }
+        }
+    }
+
+    /// No link came of it: it `refused`, or is out of reach.
+    pub(super) fn candidate_failed(&mut self, refused: bool) {
+        let gone = |(record, at): &mut (NodeRecord, Instant)| {
+            refused || record.role != NodeRole::Spare || at.elapsed() > REACH
+        };
+        let Some((record, _)) = self.healing.candidate.take_if(gone) else { return };
+        if let Some(worker) = &self.healing.worker {
+            worker.failed(record.node, record.incarnation);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What operators say where nodes cannot or shall not decide: a guest is run by force, a node is fenced, failovers wait for
+//! a word, a node is emptied.
+
+use anyhow::{Context, ensure};
+use colo_proto::v1::{FailoverPolicy, Role};
+use colo_tests::cluster::{Cluster, scenario};
+use colo_tests::seed::Seed;
+use std::time::Duration;
+
+use super::{SUPERSEDED, check_goes_on, pair, pause, stays, synthetic};
+
+/// What a call was refused with.
+fn refused<T: std::fmt::Debug>(call: anyhow::Result<T>, word: &str) -> anyhow::Result<()> {
+    let why = call.err().with_context(|| format!("not refused ({word})"))?.to_string();
+    ensure!(why.contains(word), "refused with {why}, not with {word}");
+    Ok(())
+}
+
+/// Both nodes died under `memory`: nobody may run the guest, and the secondary has a point in its store.
+fn stranded(cluster: &mut Cluster, seed: &mut Seed) -> anyhow::Result<()> {
+    pair(cluster)?;
+    cluster.until("b to store a point", || {
+        let marks = cluster.status("b").and_then(|status| status.points);
+        Ok(marks.and_then(|marks| marks.persisted).map(drop))
+    })?;
+    pause(seed, Duration::from_millis(300));
+    cluster.kill("b")?;
+    cluster.kill("a")?;
+    cluster.start_secondary("b")?;
+    cluster.until("b to say that nobody may run the guest", || {
+        let health = cluster.admin("b").and_then(|admin| admin.health());
+        let told = health.ok().filter(|health| !health.healthy);
+        Ok(told.filter(|health| health.problems.concat().contains("once a is fenced")).map(drop))
+    })?;
+    stays(cluster, "b")
+}
+
+#[test]
+fn a_guest_that_nobody_may_run_runs_by_force() {
+    let mut seed = Seed::from_env(5401);
+    scenario(synthetic(&mut seed), |cluster| {
+        // The register must still be Paired when both are dead.
+        cluster.options.promote_delay_ms = 2000;
+        cluster.options.on_secondary_loss = "hold";
+        stranded(cluster, &mut seed)?;
+        let admin = cluster.admin("b")?;
+        refused(admin.promote(), "no whole copy")?;
+        refused(admin.promote_by_force(" "), "say why")?;
+        refused(admin.promote_by_force("a and b lost power"), "confirm-fenced a")?;
+        refused(admin.confirm_fenced("c", "there is none"), "no other node")?;
+        let stale = cluster.status("b").and_then(|status| status.points).and_then(|points| points.stale);
+        let confirmed = admin.confirm_fenced("a", "its host is off")?.register.context("no register")?;
+        let promoted = admin.promote_by_force("a and b lost power")?;
+        let entry = promoted.register.context("no register")?;
+        ensure!(entry.term == confirmed.term + 1, "{entry:?} after {confirmed:?}");
+        ensure!(promoted.point == stale, "it runs from {:?}, not from {stale:?}", promoted.point);
+        cluster.until_solo("b")?;
+        cluster.until_released(super::SOME)?;
+        // The one that was fenced finds the register another's, and follows.
+        cluster.start_secondary("a")?;
+        cluster.until_paired("b")
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_fenced_runner_stops_at_once_and_its_secondary_goes_on() {
+    let mut seed = Seed::from_env(5402);
+    scenario(synthetic(&mut seed), |cluster| {
+        pair(cluster)?;
+        let admin = cluster.admin("b")?;
+        refused(admin.confirm_fenced("a", "it was not"), "lives")?;
+        refused(admin.promote_by_force("I want to"), "lives")?;
+        admin.set_failover(FailoverPolicy::Manual)?;
+        ensure!(cluster.admin("a")?.fence("its fans have failed")?.node == "a");
+        let status = cluster.ended("a")?;
+        ensure!(status.code() == Some(SUPERSEDED), "it ended with {status}");
+        // By the policy that it was told.
+        stays(cluster, "b")?;
+        let admin = cluster.admin("b")?;
+        admin.confirm_fenced("a", "it was fenced")?;
+        admin.set_failover(FailoverPolicy::Auto)?;
+        cluster.until_solo("b")?;
+        check_goes_on(cluster)
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_drained_node_is_left_by_its_guest_and_replaced_as_a_secondary() {
+    let mut seed = Seed::from_env(5403);
+    let mut options = synthetic(&mut seed);
+    options.standby = true;
+    scenario(options, |cluster| {
+        pair(cluster)?;
+        cluster.start_spare("s")?;
+        cluster.drain("a")?;
+        cluster.until("b to run the guest, protected by s", || {
+            let status = cluster.status("b").filter(|status| status.role() == Role::Paired);
+            Ok(status.and_then(|status| status.link).filter(|link| link.peer == "s").map(drop))
+        })?;
+        let left = cluster.status("a").map(|status| status.role());
+        ensure!(left == Some(Role::Waiting), "a is {left:?}");
+        check_goes_on(cluster)?;
+        // It is chosen again once it may be.
+        cluster.kill("s")?;
+        stays(cluster, "a")?;
+        cluster.admin("a")?.drain(false)?;
+        cluster.until_paired("b")?;
+        check_goes_on(cluster)
+    })
+    .unwrap();
+}
