@@ -287,10 +287,16 @@ impl World {
         self.both(x).1.store();
     }
 
-    /// Too much was changed, or too long ago.
+    /// Too much was changed, or too long ago; or too much of the disk for its table.
     fn forget(&mut self) {
+        let only_disk = self.seed.below(2) == 0;
         let runner = self.runner();
-        if runner.paired.is_none() && runner.seeding.is_none() {
+        if runner.paired.is_some() || runner.seeding.is_some() {
+            return;
+        }
+        if only_disk {
+            runner.table.blocks.forget();
+        } else {
             runner.table.forget();
             runner.open = Set::new();
         }
