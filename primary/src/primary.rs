@@ -31,7 +31,7 @@ use crate::presence::{Presence, Who};
 use crate::release::Release;
 use crate::replicator::{End, Replicator};
 use crate::runner_disk::RunnerDisk;
-use crate::serve::{self, Runner, Security};
+use crate::serve::{self, Ended, Runner, Security};
 use crate::standby::Standby;
 use crate::start::{Allowed, NotStarted, decide};
 
@@ -109,7 +109,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         presence,
     };
     let end = runner.run(beginning, runtime.handle())?;
-    Ok(ended(&config.vm, &end))
+    Ok(ended(&config.vm, end))
 }
 
 /// The guest, booted and not started, and what is behind its devices.
@@ -230,10 +230,14 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 /// Says how a runner ended, and with which status.
-pub fn ended(vm: &VmId, end: &End) -> ExitCode {
+pub fn ended(vm: &VmId, Ended { end, moved }: Ended) -> ExitCode {
     match end {
         End::Stopped(reason) => {
             tracing::info!(%vm, "the vm is stopped: {reason}");
+            ExitCode::SUCCESS
+        }
+        End::Superseded(Some(entry)) if moved => {
+            tracing::info!(%vm, "the guest has moved, and this process ends as it was told: {entry}");
             ExitCode::SUCCESS
         }
         End::Superseded(Some(entry)) => {

@@ -5,7 +5,7 @@ use anyhow::{Context, anyhow};
 use colo_common::arbiter::Arbiter;
 use colo_common::config::{ConsoleConfig, Endpoint, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
 use colo_common::membership::Membership;
-use colo_common::register::Value;
+use colo_common::register::{Entry, Value};
 use colo_common::tls::{self, Identity};
 use colo_common::vmdir::VmDirectory;
 use colo_proto::PROTOCOL_VERSION;
@@ -220,13 +220,22 @@ pub struct Runner {
     pub presence: Presence,
 }
 
+/// How a runner has ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its part.
+    pub end: End,
+    /// A signal asked for just this: the guest has moved to its secondary.
+    pub moved: bool,
+}
+
 impl Runner {
     /// Runs the guest until this node's part is over. Blocks. If the process is to go on as a secondary, it does not come
     /// back.
     ///
     /// # Errors
     /// The guest cannot go on here, or the process not as a secondary.
-    pub fn run(self, beginning: Beginning, runtime: &Handle) -> anyhow::Result<End> {
+    pub fn run(self, beginning: Beginning, runtime: &Handle) -> anyhow::Result<Ended> {
         let (outbox, inbox): (Sender<Event>, Receiver<Event>) = crossbeam_channel::bounded(MAX_EVENTS);
         let (tell, vm) = (outbox.clone(), beginning.vm.clone());
         let worker = ArbiterWorker::start(self.arbiter, beginning.vm.clone(), move |found| {
@@ -290,7 +299,11 @@ impl Runner {
         }
         // Whoever asked for the end is told by the control plane, which ends with the process.
         std::thread::sleep(LAST_ANSWERS);
-        Ok(ended?.0)
+        let (end, asked) = (ended?.0, ends.load(Ordering::SeqCst));
+        let moves = asked && self.on_stop == OnStop::Switchover;
+        let runs_elsewhere = |entry: &Entry| !matches!(entry.value, Value::Stopped { .. });
+        let moved = moves && matches!(&end, End::Superseded(Some(entry)) if runs_elsewhere(entry));
+        Ok(Ended { end, moved })
     }
 }
 

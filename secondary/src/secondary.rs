@@ -77,7 +77,7 @@ pub struct Options {
 /// Something is wrong with the configuration, the store or the network, or the guest cannot go on here.
 pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let Options { again, of_primary, .. } = options;
-    let config = if of_primary { SecondaryConfig::load_standby(path) } else { SecondaryConfig::load(path) }?;
+    let config = if of_primary { SecondaryConfig::load_standby(path)? } else { SecondaryConfig::load(path)? };
     telemetry::init(&config.log);
     let metrics = Endpoint::bind(&config.metrics)?;
     let runtime = runtime()?;
@@ -366,7 +366,7 @@ impl Secondary {
                     presence: self.presence,
                 };
                 let end = runner.run(*beginning, runtime.handle())?;
-                Ok(ended(&vm, &end))
+                Ok(ended(&vm, end))
             }
         }
     }

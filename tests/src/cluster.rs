@@ -272,6 +272,11 @@ impl Cluster {
         place.process.as_mut().with_context(|| format!("{node} was never started"))
     }
 
+    /// Everything that the processes of a node have logged.
+    pub fn log(&self, node: &str) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log_of(node)).unwrap_or_default()).into_owned()
+    }
+
     /// The control plane of a node.
     ///
     /// # Errors

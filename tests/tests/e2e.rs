@@ -36,6 +36,8 @@ mod operator;
 mod orders;
 #[path = "e2e/rejoins.rs"]
 mod rejoins;
+#[path = "e2e/returns.rs"]
+mod returns;
 #[path = "e2e/service.rs"]
 mod service;
 #[path = "e2e/starts.rs"]

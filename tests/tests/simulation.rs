@@ -23,6 +23,8 @@ mod following;
 mod healing;
 #[path = "simulation/image_file.rs"]
 mod image_file;
+#[path = "simulation/intent.rs"]
+mod intent;
 #[path = "simulation/joining.rs"]
 mod joining;
 #[path = "simulation/net.rs"]

@@ -30,6 +30,10 @@ pub(super) struct First {
     pub(super) blocks: Option<BlockSet>,
 }
 
+/// Where the secondary's disk may hold something else than the point that the seed begins from: whole extents, of which
+/// the guest there has written some.
+type Doubtful = BlockSet;
+
 impl std::fmt::Display for First {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let part = |part, what, changed: Option<u64>| match part {
@@ -124,8 +128,9 @@ impl Copier {
     }
 
     fn first(&mut self, mut first: First) -> Result<(), Stopped> {
+        let mut doubtful = Doubtful::new(first.blocks.as_ref().map_or(0, BlockSet::blocks));
         if first.mode.asks_diverged() {
-            self.add_diverged(&mut first)?;
+            self.add_diverged(&mut first, &mut doubtful)?;
         }
         let populated = match first.pages {
             Some(_) => Vec::new(),
@@ -135,7 +140,7 @@ impl Copier {
         let changed = first.pages.as_ref().map_or(sum(&populated), DirtySet::len);
         self.total = changed
             + match (&first.blocks, disk.as_deref()) {
-                (Some(blocks), _) => blocks.len(),
+                (Some(blocks), _) => blocks.len() + doubtful.len(),
                 (None, disk) => disk.map_or(Ok(0), compare::data_blocks)?,
             };
         match (first.mode.memory, first.pages) {
@@ -146,14 +151,16 @@ impl Copier {
         match (disk, first.blocks) {
             (None, _) => Ok(()),
             (Some(disk), Some(blocks)) => {
-                blocks.runs().try_for_each(|(first, count)| self.blocks(&*disk, first, count))
+                blocks.runs().try_for_each(|(first, count)| self.blocks(&*disk, first, count))?;
+                self.doubtful_by_digests(&*disk, &doubtful)
             }
             (Some(disk), None) => self.disk_by_digests(&*disk),
         }
     }
 
-    /// What the secondary may hold otherwise than the points that this seed begins from is sent too.
-    fn add_diverged(&self, first: &mut First) -> Result<(), Stopped> {
+    /// Pages that the secondary may hold otherwise than at the point that this seed begins from are sent too. Of blocks
+    /// it knows only extents: those that were changed here are sent, and the others are `doubtful`.
+    fn add_diverged(&self, first: &mut First, doubtful: &mut Doubtful) -> Result<(), Stopped> {
         loop {
             let part = match self.inbox.recv() {
                 Ok(Order::Answer(Answer::Diverged(part))) => part,
@@ -168,17 +175,22 @@ impl Copier {
                     pages.insert_range(gfn, count);
                 }
             }
-            if let Some(blocks) = &mut first.blocks {
+            if let Some(blocks) = &first.blocks {
                 let most = blocks.blocks();
                 for &(block, count) in &part.blocks {
                     block.0.checked_add(count).filter(|&end| end <= most).ok_or_else(beyond)?;
-                    blocks.insert_range(block, count);
+                    doubtful.insert_range(block, count);
                 }
             }
             if part.last {
-                return Ok(());
+                break;
             }
         }
+        // What was changed here is sent, even if the copy happens to hold the same: else it would not know that it was.
+        for block in first.blocks.iter().flat_map(BlockSet::iter) {
+            doubtful.remove(block);
+        }
+        Ok(())
     }
 
     /// J must not wait behind what is only queued.

@@ -96,6 +96,7 @@ impl Node {
             LinkEvent::Verified(answer) => self.on_verified(&answer),
             LinkEvent::Copied(bytes) => {
                 self.board.copied(bytes);
+                self.seed.iter_mut().for_each(|seed| seed.count(bytes));
                 Ok(())
             }
             LinkEvent::Sent { point, bytes, pages } => {

@@ -54,6 +54,9 @@ pub(super) struct SeedJob {
     orders: Sender<Order>,
     busy: bool,
     rounds: u32,
+    began: Instant,
+    /// Written of its pages and blocks.
+    bytes: u64,
     /// The guest stands still and the rest of its dirty pages is on its way: J is next.
     pub(super) waits_for_rest: bool,
 }
@@ -80,7 +83,15 @@ impl Node {
         let copier = Copier::new(number, (memory, disk), link.clone(), inbox, self.outbox.clone());
         let thread = std::thread::Builder::new().name(format!("seed-{}", self.vm));
         thread.spawn(in_node(move || copier.run(begin, first))).map_err(NodeError::Thread)?;
-        self.seed = Some(SeedJob { number, orders, busy: true, rounds: 0, waits_for_rest: false });
+        self.seed = Some(SeedJob {
+            number,
+            orders,
+            busy: true,
+            rounds: 0,
+            began: Instant::now(),
+            bytes: 0,
+            waits_for_rest: false,
+        });
         Ok(())
     }
 
@@ -212,7 +223,10 @@ impl Node {
             self.order_round();
             return Ok(());
         }
-        self.seed = None;
+        if let Some(seed) = self.seed.take() {
+            let ms = seed.began.elapsed().as_millis();
+            tracing::info!(vm = %self.vm, bytes = seed.bytes, ms, "the copy is sent, but for what is changed since");
+        }
         self.ship(true)
     }
 
@@ -235,6 +249,11 @@ fn since<S>(part: SeedPart, table: impl Fn(Epoch) -> Option<S>) -> Option<S> {
 }
 
 impl SeedJob {
+    /// So many bytes of it are written.
+    pub(super) fn count(&mut self, bytes: u64) {
+        self.bytes += bytes;
+    }
+
     /// Passes on what the secondary was asked for; false if there is more than that.
     pub(super) fn pass_on(&self, answer: Answer) -> bool {
         self.orders.try_send(Order::Answer(answer)).is_ok()

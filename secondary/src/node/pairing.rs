@@ -279,8 +279,13 @@ impl Follower {
         Ok((Warm { guest, spec, digest, memory, disk, runner_disk, learner, rejoin }, image))
     }
 
-    /// What the intent log says of the disk, if this node ran the guest on it.
+    /// What the intent log says of the disk, if this node ran the guest on it. A promotion makes the log before the guest
+    /// runs, and the store notes after that what the disk is: a crash in between leaves a log of a disk that is not there.
     fn claimed(&self, blocks: u64) -> Option<Claim> {
+        let known = self.directory.runner().ok().flatten();
+        if !self.replica.is_active() && known.is_none_or(|known| known.active.is_none()) {
+            return None;
+        }
         let claimed = RunnerDisk::claimed(&self.settings.intent);
         let told = claimed.inspect_err(|e| tracing::warn!(vm = %self.vm, "{e}")).ok().flatten();
         told.filter(|claim| claim.vm == self.vm && claim.extents.disk_bytes() == blocks * BLOCK_SIZE as u64)

@@ -8,13 +8,16 @@ use crate::receiver::Budget;
 use crate::replica::{AckPolicy, Replica, Rules, Start, Stored};
 use crate::store::{MemoryDisk, Store};
 use colo_common::arbiter::file::FileArbiter;
+use colo_common::history::point;
 use colo_common::register::{Entry, Value};
-use colo_common::vmdir::VmDirectory;
+use colo_common::vmdir::{Runner, VmDirectory};
 use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, ProposalId, ReplicaId, Term, VmId};
 use colo_primary::arbiter_worker::ArbiterWorker;
 use colo_primary::console::Console;
 use colo_primary::guest_files::boot_file_path;
 use colo_primary::node::status::Board;
+use colo_proto::message::Base;
+use colo_vmm::disk::intent::IntentLog;
 use colo_vmm::spec::DiskSpec;
 use colo_vmm::synthetic::SyntheticConfig;
 use colo_vmm::wire_spec::FileDigest;
@@ -28,13 +31,17 @@ use std::time::{Duration, Instant};
 const ME: Incarnation = Incarnation(1);
 const DISK_BYTES: u64 = 16 * BLOCK_SIZE as u64;
 
+fn vm() -> VmId {
+    "web".parse().unwrap()
+}
+
 fn node(name: &str) -> NodeId {
     name.parse().unwrap()
 }
 
 /// One that holds nothing.
 fn follower(place: &Path) -> Follower {
-    let vm: VmId = "web".parse().unwrap();
+    let vm = vm();
     let (outbox, inbox) = crossbeam_channel::unbounded::<Event>();
     let tray = Tray::new(outbox.clone());
     let (tell, store) = (tray.clone(), Store::open_in_memory(&MemoryDisk::new(), &vm).unwrap());
@@ -111,6 +118,24 @@ fn another_guest_may_have_the_disk_of_one_that_never_came() {
     let disk = follower.board.status().devices.disk.expect("the other guest has one");
     assert_eq!(disk.overlay.map(|overlay| overlay.bytes_to_fold()), Some(0));
     assert_eq!(disk.bytes, DISK_BYTES);
+}
+
+/// A promotion that a crash cut off has made a log, and the disk is not what it says.
+#[test]
+fn an_intent_log_counts_only_where_the_guest_has_run() {
+    let place = tempfile::tempdir().unwrap();
+    let log = IntentLog::create(&place.path().join("disk.intent"), DISK_BYTES, &vm(), point(2, 9)).unwrap();
+    drop(log);
+    bring(place.path(), 1);
+    for (has_run, base) in [(false, None), (true, Some(Base::at(point(2, 9))))] {
+        let mut follower = follower(place.path());
+        let active = has_run.then_some(Term(2));
+        let known = Runner { seen: Term(2), active, ..Runner::default() };
+        follower.directory.set_runner(known).unwrap();
+        follower.pair(&request(1)).unwrap();
+        let bases = follower.warm.as_ref().unwrap().rejoin.bases(follower.replica.copy());
+        assert_eq!(bases.disk, base, "has run: {has_run}");
+    }
 }
 
 #[test]

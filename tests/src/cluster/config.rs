@@ -106,6 +106,8 @@ pub struct Options {
     pub disk: Option<PathBuf>,
     /// Whether a primary that loses its vm follows.
     pub standby: bool,
+    /// `on_stop`: `stop`, `leave` or `switchover`.
+    pub on_stop: &'static str,
     /// Whether the guest has a network card, behind the TAP that a [lab](crate::lab) has for each node. The cluster is
     /// made in the lab then.
     pub network: bool,
@@ -130,6 +132,7 @@ impl Options {
             links: false,
             disk: None,
             standby: false,
+            on_stop: "stop",
             network: false,
             arbiter: None,
             tls: None,
@@ -206,9 +209,9 @@ fn common(options: &Options, vm: &str, node: &str, ports: Ports) -> String {
     let tls = options.tls.as_ref().map(|tls| format!("[tls]\ndirectory = \"{}\"\n", tls.display()));
     let tls = tls.unwrap_or_default();
     format!(
-        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\n{tls}[arbiter]\n{arbiter}\
+        "node = \"{node}\"\nvm = \"{vm}\"\ndirectory = \"{node}\"\non_stop = \"{}\"\n{tls}[arbiter]\n{arbiter}\
          [admin]\nlisten = \"{}\"\n[console]\nfile = \"{node}.console\"\n",
-        ports.admin
+        options.on_stop, ports.admin
     )
 }
 

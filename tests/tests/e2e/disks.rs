@@ -25,7 +25,7 @@ const ERROR: &str = "colo-error";
 
 /// What the guest works on.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
+pub(super) enum Mode {
     /// Files of its ext4.
     Files,
     /// The disk itself.
@@ -33,14 +33,14 @@ enum Mode {
 }
 
 /// An exercise of so many steps.
-struct Exercise {
-    mode: Mode,
-    seed: u64,
-    steps: usize,
+pub(super) struct Exercise {
+    pub(super) mode: Mode,
+    pub(super) seed: u64,
+    pub(super) steps: usize,
 }
 
 impl Exercise {
-    fn arguments(&self) -> String {
+    pub(super) fn arguments(&self) -> String {
         let mode = if self.mode == Mode::Files { "blk" } else { "raw" };
         format!("mode={mode} steps={} blocks={BLOCKS} seed={} {END}", self.steps, self.seed)
     }
@@ -70,13 +70,13 @@ fn said(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
     Ok(whole.lines().map(str::trim_end).filter(|line| line.starts_with(LINE)).map(str::to_owned).collect())
 }
 
-fn until_steps(cluster: &Cluster, more: usize) -> anyhow::Result<()> {
+pub(super) fn until_steps(cluster: &Cluster, more: usize) -> anyhow::Result<()> {
     let wanted = said(cluster)?.len() + more;
     cluster.until(&format!("{more} more steps"), || Ok((said(cluster)?.len() >= wanted).then_some(())))
 }
 
 /// Some more steps, to an instant at which the guest is still at work.
-fn at_work(cluster: &Cluster, exercise: &Exercise, seed: &mut Seed) -> anyhow::Result<()> {
+pub(super) fn at_work(cluster: &Cluster, exercise: &Exercise, seed: &mut Seed) -> anyhow::Result<()> {
     until_steps(cluster, SOME)?;
     pause(seed, INSTANT);
     let steps = said(cluster)?.len();
@@ -98,13 +98,13 @@ fn fail_over(cluster: &mut Cluster, from: &str, to: &str) -> anyhow::Result<()> 
 }
 
 /// A node that ran the guest comes back with the image file that it had, and follows.
-fn come_back(cluster: &mut Cluster, runner: &str, node: &str) -> anyhow::Result<()> {
+pub(super) fn come_back(cluster: &mut Cluster, runner: &str, node: &str) -> anyhow::Result<()> {
     cluster.start_secondary(node)?;
     cluster.protect(runner, node)
 }
 
 /// Every line is out, each once, in order.
-fn check_lines(cluster: &Cluster, exercise: &Exercise) -> anyhow::Result<()> {
+pub(super) fn check_lines(cluster: &Cluster, exercise: &Exercise) -> anyhow::Result<()> {
     cluster.ledger().check_history()?;
     let (said, wanted) = (said(cluster)?, exercise.lines());
     let differs = (0..said.len().max(wanted.len())).find(|&at| said.get(at) != wanted.get(at));
@@ -112,7 +112,7 @@ fn check_lines(cluster: &Cluster, exercise: &Exercise) -> anyhow::Result<()> {
     anyhow::bail!("line {at} is {:?} and not {:?}", said.get(at), wanted.get(at))
 }
 
-fn until_done(cluster: &Cluster, exercise: &Exercise) -> anyhow::Result<()> {
+pub(super) fn until_done(cluster: &Cluster, exercise: &Exercise) -> anyhow::Result<()> {
     // Every step may take long on a busy host; that none comes for a minute it may not.
     while said(cluster)?.len() <= exercise.steps {
         until_steps(cluster, 1)?;

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use crate::common::{ArbiterClient, Common, name};
 use crate::image_file::ImageFile;
+use crate::intent::{Intent, LoggedDisk};
 use crate::persister::{Persisted, Persister};
 use crate::plan::{BLOCKS, CLAIM_LIMIT, FOLDED, FRAMES, READ_INTERVAL, STARTUP_GRACE, Time};
 use crate::runner::Beginning;
@@ -65,6 +66,7 @@ pub(crate) struct Follower {
     pub(crate) image: Option<Image>,
     /// The copy of the guest's disk.
     pub(crate) disk: Arc<DiskImage>,
+    pub(crate) intent: Intent,
     pub(crate) apply: VecDeque<Apply>,
     pub(crate) persister: Persister,
     pub(crate) store_failed: bool,
@@ -105,6 +107,8 @@ pub(crate) struct Durable {
     pub(crate) disk: MemoryDisk,
     /// What the guest's disk is in, beside the store or without it.
     pub(crate) file: ImageFile,
+    /// The intent log of whoever runs the guest on that.
+    pub(crate) intent: Intent,
     /// The guest's description was kept beside the store.
     pub(crate) spec: bool,
     /// What the operator configured last.
@@ -132,6 +136,9 @@ impl Follower {
         };
         common.note(x, || format!("starts with {whole:?}, active {:?}", summary.active));
         let stored = Stored { active: summary.active.is_some(), whole };
+        // `Follower::claimed`; what is handed over has it from the process before.
+        let ran = stored.active || durable.runner.is_some_and(|known| known.active.is_some());
+        let trusts_log = ran || left.is_some();
         let rules = Rules { policy: durable.policy, boot_after_crash: common.plan.boot };
         let mut replica = Replica::new(name(x), incarnation, rules, stored);
         replica.mutate(common.mutations.follower);
@@ -148,6 +155,7 @@ impl Follower {
             guest: None,
             image: None,
             disk,
+            intent: durable.intent.clone(),
             apply: VecDeque::new(),
             persister: Persister::new(store),
             store_failed: false,
@@ -177,6 +185,10 @@ impl Follower {
             began: common.now,
             taking: None,
         };
+        if let Some((point, extents)) = durable.intent.claimed().filter(|_| trusts_log) {
+            common.count("disks claimed");
+            follower.rejoin.leave_disk(point, extents);
+        }
         if let Some(Left { base: Some(base), changed, history, .. }) = left {
             common.count("memory handed over");
             follower.rejoin.leave_memory(base, changed);
@@ -212,7 +224,8 @@ impl Follower {
 
     /// `Follower::warm_up`.
     pub(crate) fn warm_up(&mut self, memory: Arc<GuestMemory>, point: Option<Point>, common: &Common) {
-        self.guest = Some(common.guest(Arc::clone(&memory), Arc::clone(&self.disk) as _));
+        let logged = LoggedDisk { image: Arc::clone(&self.disk) as _, intent: self.intent.clone() };
+        self.guest = Some(common.guest(Arc::clone(&memory), Arc::new(logged)));
         self.image = Some(Image::new(memory, point));
     }
 

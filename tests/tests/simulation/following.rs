@@ -246,6 +246,7 @@ impl Follower {
             return false;
         }
         self.forgets_running = true;
+        self.intent.forget();
         common.note(self.x, || format!("is seeded ({mode:?}) by {node} in {term}"));
         let keep = mode.memory != SeedPart::All;
         self.persister.order(Job::Begin(if keep { Base::Stored } else { Base::Empty }));

@@ -97,6 +97,7 @@ impl Runner {
         match self.replicator.ack(ack) {
             Ok(actions) => {
                 common.count("acks");
+                self.replicator.acked().iter().for_each(|acked| self.intent.acked(*acked));
                 if self.replicator.covered() > before {
                     self.lost_since = None;
                 }

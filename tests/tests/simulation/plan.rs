@@ -61,6 +61,8 @@ const MAX_HOSTS: usize = 5;
 pub(crate) const FRAMES: u64 = 64;
 /// Blocks of its disk.
 pub(crate) const BLOCKS: u64 = 64;
+/// Blocks that a runner's log names together.
+pub(crate) const EXTENT: u64 = 4;
 /// Writes to its disk that may end in one step.
 const ENDING: u64 = 8;
 

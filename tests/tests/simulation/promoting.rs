@@ -1,7 +1,7 @@
 //! Taking the guest over, simulated: `secondary::node::promoting`, function by function.
 
-use colo_common::Point;
 use colo_common::register::{Answer, Entry, Value};
+use colo_common::{Epoch, Point};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::release::Release;
 use colo_primary::replicator::Replicator;
@@ -125,6 +125,7 @@ impl Follower {
             return Err("the image is elsewhere".to_owned());
         }
         let state = self.staged_state()?;
+        self.intent.begin(&*self.disk, point)?;
         let guest = self.guest.as_mut().ok_or("there is no guest")?;
         guest.protect().map_err(|e| e.to_string())?;
         guest.restore(&state).map_err(|e| e.to_string())?;
@@ -137,6 +138,7 @@ impl Follower {
     }
 
     fn boot(&mut self, entry: Entry, common: &mut Common) -> Result<Outcome, String> {
+        self.intent.begin(&*self.disk, Point { term: entry.term, epoch: Epoch(0) })?;
         self.persister.activate(entry.term, Mutations::default())?;
         let mut guest = self.guest.take().ok_or("the guest's description is not known here")?;
         guest.boot().map_err(|e| e.to_string())?;
@@ -165,6 +167,7 @@ impl Follower {
             replicator,
             guest,
             disk,
+            intent: self.intent.clone(),
             stint,
             release,
             promotions,

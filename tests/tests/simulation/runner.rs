@@ -21,6 +21,7 @@ use std::time::Duration;
 use crate::common::{ArbiterClient, Common};
 use crate::healing::{Healing, RETURN};
 use crate::image_file::ImageFile;
+use crate::intent::Intent;
 use crate::net::{Msg, Way};
 use crate::outside::Outlet;
 use crate::plan::{BLOCKS, FOLDED, FRAMES, INTERVAL, READ_INTERVAL, STEADY, Time};
@@ -50,6 +51,7 @@ pub(crate) struct Runner {
     pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
     pub(crate) disk: GuestDisk,
+    pub(crate) intent: Intent,
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) dirty: Changes,
@@ -115,6 +117,7 @@ pub(crate) struct Beginning {
     pub(crate) replicator: Replicator<Changes>,
     pub(crate) guest: SyntheticGuest,
     pub(crate) disk: GuestDisk,
+    pub(crate) intent: Intent,
     pub(crate) stint: usize,
     pub(crate) release: Release,
     pub(crate) promotions: u32,
@@ -133,6 +136,7 @@ impl Runner {
             mut replicator,
             mut guest,
             disk,
+            intent,
             stint,
             release,
             promotions,
@@ -158,6 +162,7 @@ impl Runner {
             replicator,
             guest,
             disk,
+            intent,
             stint,
             release,
             dirty: Changes::none(FRAMES, BLOCKS),

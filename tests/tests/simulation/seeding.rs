@@ -36,7 +36,9 @@ pub(crate) struct SeedJob {
     /// The first pass of a resync: frames looked at, and those whose digests were asked for.
     pass: Option<(u64, u64)>,
     /// The same of blocks, after that: of a full seed too.
-    block_pass: Option<(u64, u64)>,
+    block_pass: Option<Pass>,
+    /// Blocks that only the copy may have changed since the point that the disk begins from.
+    doubtful: BlockSet,
     populated: Vec<(Gfn, u64)>,
 }
 
@@ -74,7 +76,8 @@ impl Runner {
             asks_diverged: mode.asks_diverged(),
             since: (pages, blocks),
             pass: (mode.memory == SeedPart::Differing).then_some((0, 0)),
-            block_pass: (mode.disk == SeedPart::Differing).then_some((0, 0)),
+            block_pass: (mode.disk == SeedPart::Differing).then(|| Pass::of(vec![(0, BLOCKS)])),
+            doubtful: BlockSet::new(BLOCKS),
             populated,
         };
         if mode.memory == SeedPart::All {
@@ -194,18 +197,18 @@ impl Runner {
                 continue;
             }
             let (link, memory, disk) = (peer.link, self.guest.memory(), self.disk.disk());
-            let asked = match (seed.pass, seed.block_pass) {
+            let asked = match (seed.pass, &seed.block_pass) {
                 (Some(_), _) => seed.compare_memory(memory),
-                (None, Some(_)) => seed.compare_disk(&*disk),
+                (None, Some(_)) => seed.compare_disk(&*disk, common),
                 (None, None) => {
                     seed.busy = false;
                     return self.next_round(common);
                 }
             };
             match asked {
-                Pass::Ask(question) => common.send(link, Way::Say, question),
-                Pass::Wait => return,
-                Pass::Done => {}
+                Turn::Ask(question) => common.send(link, Way::Say, question),
+                Turn::Wait => return,
+                Turn::Done => {}
             }
         }
     }
@@ -271,8 +274,22 @@ impl Runner {
     }
 }
 
+/// A pass over blocks by digests: runs that are left, the next of them asked for up to `asked` and compared up to `at`.
+struct Pass {
+    runs: VecDeque<(u64, u64)>,
+    at: u64,
+    asked: u64,
+}
+
+impl Pass {
+    fn of(runs: Vec<(u64, u64)>) -> Self {
+        let at = runs.first().map_or(0, |(first, _)| *first);
+        Self { runs: runs.into(), at, asked: at }
+    }
+}
+
 /// What a step of a first pass comes to.
-enum Pass {
+enum Turn {
     /// The secondary is to be asked.
     Ask(Msg),
     /// For its answer.
@@ -297,12 +314,11 @@ impl SeedJob {
     /// `Copier::add_diverged`; whether there was something.
     fn add_diverged(&mut self) -> bool {
         let Some(part) = self.diverged.pop_front() else { return false };
-        let (pages, blocks) = &mut self.since;
-        if let Some(pages) = pages {
+        if let (Some(pages), _) = &mut self.since {
             part.pages.iter().for_each(|&(first, count)| pages.insert_range(first, count));
         }
-        if let Some(blocks) = blocks {
-            part.blocks.iter().for_each(|&(first, count)| blocks.insert_range(first, count));
+        if self.since.1.is_some() {
+            part.blocks.iter().for_each(|&(first, count)| self.doubtful.insert_range(first, count));
         }
         if part.last {
             self.asks_diverged = false;
@@ -312,6 +328,11 @@ impl SeedJob {
             }
             if let Some(blocks) = blocks {
                 blocks.runs().for_each(|(first, count)| self.blocks(first, count));
+                for block in blocks.iter() {
+                    self.doubtful.remove(block);
+                }
+                let runs = self.doubtful.runs().map(|(first, count)| (first.0, count));
+                self.block_pass = Some(Pass::of(runs.collect()));
             }
         }
         true
@@ -343,41 +364,51 @@ impl SeedJob {
     }
 
     /// A step of `Copier::memory_by_digests`.
-    fn compare_memory(&mut self, memory: &colo_vmm::GuestMemory) -> Pass {
+    fn compare_memory(&mut self, memory: &colo_vmm::GuestMemory) -> Turn {
         let (at, asked) = self.pass.unwrap_or_default();
         if at == FRAMES {
             self.pass = None;
         } else if at == asked {
             let count = DIGEST_WINDOW.min(FRAMES - at);
             self.pass = Some((at, at + count));
-            return Pass::Ask(Msg::DigestRequest(DigestRequest { first: Gfn(at), count }));
+            return Turn::Ask(Msg::DigestRequest(DigestRequest { first: Gfn(at), count }));
         } else if let Some(digests) = self.digests.pop_front() {
             assert_eq!(digests.first.0, at, "digests come in order");
             self.pass = Some((digests.end().0, asked));
             self.compare(digests, memory);
         } else {
-            return Pass::Wait;
+            return Turn::Wait;
         }
-        Pass::Done
+        Turn::Done
     }
 
-    /// A step of `Copier::disk_by_digests`.
-    fn compare_disk(&mut self, disk: &dyn Disk) -> Pass {
-        let (at, asked) = self.block_pass.unwrap_or_default();
-        if at == BLOCKS {
+    /// A step of `Copier::disk_by_digests`, or of `doubtful_by_digests`.
+    fn compare_disk(&mut self, disk: &dyn Disk, common: &mut Common) -> Turn {
+        let Some(pass) = &mut self.block_pass else { return Turn::Done };
+        let Some(&(first, count)) = pass.runs.front() else {
             self.block_pass = None;
-        } else if at == asked {
-            let count = DIGEST_WINDOW.min(BLOCKS - at);
-            self.block_pass = Some((at, at + count));
-            return Pass::Ask(Msg::BlockDigestRequest(DigestRequest { first: Block(at), count }));
+            return Turn::Done;
+        };
+        let end = first + count;
+        if pass.at == end {
+            pass.runs.pop_front();
+            pass.at = pass.runs.front().map_or(end, |(first, _)| *first);
+            pass.asked = pass.at;
+        } else if pass.at == pass.asked {
+            let count = DIGEST_WINDOW.min(end - pass.at);
+            pass.asked = pass.at + count;
+            return Turn::Ask(Msg::BlockDigestRequest(DigestRequest { first: Block(pass.at), count }));
         } else if let Some(digests) = self.block_digests.pop_front() {
-            assert_eq!(digests.first.0, at, "digests come in order");
-            self.block_pass = Some((digests.end().0, asked));
+            assert_eq!(digests.first.0, pass.at, "digests come in order");
+            pass.at = digests.end().0;
+            common
+                .counts
+                .add("doubtful blocks", if self.doubtful.is_empty() { 0 } else { pass.at - digests.first.0 });
             self.compare_blocks(digests, disk);
         } else {
-            return Pass::Wait;
+            return Turn::Wait;
         }
-        Pass::Done
+        Turn::Done
     }
 
     /// `Copier::compare_blocks`: sends what differs from what the secondary has.

@@ -3,7 +3,7 @@
 use colo_common::history::History;
 use colo_common::register::{Answer, Entry, Value};
 use colo_common::vmdir::Runner as Known;
-use colo_common::{Incarnation, NodeId, Point, ReplicaId, Term};
+use colo_common::{Epoch, Incarnation, NodeId, Point, ReplicaId, Term};
 use colo_primary::arbiter_worker::Found;
 use colo_primary::last_changed::LastChanged;
 use colo_primary::release::Release;
@@ -12,9 +12,11 @@ use colo_primary::start::{Allowed, decide};
 use colo_secondary::replica::{AckPolicy, Copy};
 use colo_secondary::store::StoreError;
 use colo_vmm::ProtectedGuest;
+use std::sync::Arc;
 
 use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
 use crate::follower::{Durable, Follower, Outcome};
+use crate::intent::LoggedDisk;
 use crate::net::{Msg, Way};
 use crate::plan::{BLOCKS, FRAMES, MAX_NODES, Mutations, Time};
 use crate::runner::{Beginning, GuestDisk, Runner};
@@ -418,7 +420,11 @@ impl World {
         common.count("primaries started");
         common.note(x, || format!("boots the guest: {entry}"));
         let disk = GuestDisk::File(nodes[x].durable.file.clone());
-        let mut guest = common.guest(common.memory(), disk.disk());
+        let intent = nodes[x].durable.intent.clone();
+        let begun = intent.begin(&*disk.disk(), Point { term: entry.term, epoch: Epoch(0) });
+        begun.expect("an image in memory");
+        let logged = LoggedDisk { image: disk.disk(), intent: intent.clone() };
+        let mut guest = common.guest(common.memory(), Arc::new(logged));
         guest.boot().expect("a new guest boots");
         let stint = common.outside.boot(x);
         let replicator = Replicator::new(name(x), incarnation, entry, History::default());
@@ -429,6 +435,7 @@ impl World {
             replicator,
             guest,
             disk,
+            intent,
             stint,
             release,
             promotions: 0,

@@ -11,6 +11,9 @@ use colo_vmm::{BlockSet, DirtySet, Disk};
 use super::{Copier, Order, Stopped};
 use crate::link::{Answer, Ask};
 
+/// Runs that are closer to each other are asked for as one: a MiB of digests costs less than a round trip.
+const JOINED_GAP: u64 = 256;
+
 /// Blocks that may hold something.
 pub(super) fn data_blocks(disk: &dyn Disk) -> Result<u64, Stopped> {
     let (mut count, mut at) = (0, Block(0));
@@ -34,33 +37,49 @@ impl Copier {
             Answer::Pages(digests) => Some(digests),
             _ => None,
         };
-        self.by_digests(limit, ask, pages, |this, digests| this.compare_pages(digests, populated))
+        self.by_digests(&[(0, limit)], ask, pages, |this, digests| this.compare_pages(digests, populated))
     }
 
     /// The same of the disk.
     pub(super) fn disk_by_digests(&mut self, disk: &dyn Disk) -> Result<(), Stopped> {
-        let limit = disk.bytes() / BLOCK_SIZE as u64;
+        self.blocks_by_digests(disk, &[(0, disk.bytes() / BLOCK_SIZE as u64)], |_| true)
+    }
+
+    /// The same of some blocks of the disk. Neighbours are looked at together with what lies between them.
+    pub(super) fn doubtful_by_digests(
+        &mut self,
+        disk: &dyn Disk,
+        doubtful: &BlockSet,
+    ) -> Result<(), Stopped> {
+        let runs = joined(doubtful.runs().map(|(first, count)| (first.0, count)));
+        self.blocks_by_digests(disk, &runs, |block| doubtful.contains(block))
+    }
+
+    fn blocks_by_digests(
+        &mut self,
+        disk: &dyn Disk,
+        runs: &[(u64, u64)],
+        counts: impl Fn(Block) -> bool,
+    ) -> Result<(), Stopped> {
         let ask = |first, count| Ask::Blocks(DigestRequest { first: Block(first), count });
         let blocks = |digests| match digests {
             Answer::Blocks(digests) => Some(digests),
             _ => None,
         };
-        self.by_digests(limit, ask, blocks, |this, digests| this.compare_blocks(digests, disk))
+        self.by_digests(runs, ask, blocks, |this, digests| this.compare_blocks(digests, disk, &counts))
     }
 
-    /// Asks for digests of everything below `limit`, window by window, and compares what comes.
+    /// Asks for digests of these runs, window by window, and compares what comes.
     fn by_digests<N: Place>(
         &mut self,
-        limit: u64,
+        runs: &[(u64, u64)],
         ask: impl Fn(u64, u64) -> Ask,
         wanted: impl Fn(Answer) -> Option<RangeDigests<N>>,
         mut compare: impl FnMut(&mut Self, RangeDigests<N>) -> Result<(), Stopped>,
     ) -> Result<(), Stopped> {
-        let mut at = 0;
-        while at < limit {
-            let window = MAX_DIGESTS_ASKED.min(limit - at);
-            self.link.request_digests(ask(at, window)).map_err(Stopped)?;
-            let end = at + window;
+        for (first, window) in windows(runs) {
+            self.link.request_digests(ask(first, window)).map_err(Stopped)?;
+            let (mut at, end) = (first, first + window);
             while at < end {
                 let digests = match self.inbox.recv() {
                     Ok(Order::Answer(answer)) => answer,
@@ -106,40 +125,68 @@ impl Copier {
         Ok(())
     }
 
-    fn compare_blocks(&mut self, digests: RangeDigests<Block>, disk: &dyn Disk) -> Result<(), Stopped> {
+    /// The same of the blocks that count.
+    fn compare_blocks(
+        &mut self,
+        digests: RangeDigests<Block>,
+        disk: &dyn Disk,
+        counts: impl Fn(Block) -> bool,
+    ) -> Result<(), Stopped> {
         let mut first = digests.first.0;
         for range in digests.ranges {
-            let count = range.count();
+            let end = first + range.count();
+            let mut differing = BlockSet::new(end);
             match range {
                 DigestRange::Zero { .. } => {
-                    let (mut at, end) = (Block(first), Block(first + count));
-                    while let Some(run) = disk.next_data(at).map_err(|e| unreadable(&e))? {
-                        if run.start >= end {
-                            break;
-                        }
-                        at = run.end.min(end);
-                        self.blocks(disk, run.start, at.0 - run.start.0)?;
+                    let mut at = Block(first);
+                    while let Some(run) = disk.next_data(at).map_err(|e| unreadable(&e))?
+                        && run.start.0 < end
+                    {
+                        at = run.end.min(Block(end));
+                        (run.start.0..at.0).map(Block).filter(|block| counts(*block)).for_each(|block| {
+                            differing.insert(block);
+                        });
                     }
                 }
                 DigestRange::Each(theirs) => {
-                    let mut differing = BlockSet::new(first + count);
-                    for (block, theirs) in (first..).map(Block).zip(theirs) {
+                    let pairs = (first..).map(Block).zip(theirs);
+                    for (block, theirs) in pairs.filter(|(block, _)| counts(*block)) {
                         let mut bytes = [0; BLOCK_SIZE];
                         disk.read(block.offset(), &mut bytes).map_err(|e| unreadable(&e))?;
                         if PageDigest::of(&bytes) != theirs {
                             differing.insert(block);
                         }
                     }
-                    self.done += count - differing.len();
-                    for (first, count) in differing.runs().collect::<Vec<_>>() {
-                        self.blocks(disk, first, count)?;
-                    }
+                    self.done += end - first - differing.len();
                 }
             }
-            first += count;
+            for (first, count) in differing.runs().collect::<Vec<_>>() {
+                self.blocks(disk, first, count)?;
+            }
+            first = end;
         }
         Ok(())
     }
+}
+
+/// Runs (ascending) that are close to each other as one.
+fn joined(runs: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for (first, count) in runs {
+        match joined.last_mut().filter(|(start, before)| first - (*start + *before) <= JOINED_GAP) {
+            Some((start, before)) => *before = first + count - *start,
+            None => joined.push((first, count)),
+        }
+    }
+    joined
+}
+
+/// Runs in pieces that one question may be about.
+fn windows(runs: &[(u64, u64)]) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let window = MAX_DIGESTS_ASKED;
+    runs.iter().flat_map(move |&(first, count)| {
+        (0..count).step_by(window as usize).map(move |at| (first + at, window.min(count - at)))
+    })
 }
 
 /// The parts of `runs` (ascending) that lie in `frames` frames from `first` on.
@@ -157,11 +204,12 @@ fn overlap(runs: &[(Gfn, u64)], first: u64, frames: u64) -> Vec<(Gfn, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Copier, Order, Stopped, overlap};
+    use super::{Copier, JOINED_GAP, Order, Stopped, joined, overlap, windows};
     use crate::changes::Changes;
     use crate::link::LinkHandle;
     use crate::node::copier::Round;
     use colo_common::Gfn;
+    use colo_common::limits::MAX_DIGESTS_ASKED;
     use colo_vmm::GuestMemory;
     use std::sync::Arc;
 
@@ -173,6 +221,16 @@ mod tests {
         assert_eq!(overlap(&runs, 5, 5), []);
         assert_eq!(overlap(&runs, 15, 1), [(Gfn(15), 1)]);
         assert_eq!(overlap(&runs, 20, 9), []);
+    }
+
+    #[test]
+    fn close_runs_are_asked_for_at_once_and_long_ones_in_pieces() {
+        let far = 7 + JOINED_GAP + 1;
+        let runs = [(0, 2), (4, 3), (far, 1), (far + 1 + JOINED_GAP, 5)];
+        assert_eq!(joined(runs.into_iter()), [(0, 7), (far, JOINED_GAP + 6)]);
+        let pieces: Vec<_> = windows(&[(3, 1), (9, MAX_DIGESTS_ASKED + 1)]).collect();
+        assert_eq!(pieces, [(3, 1), (9, MAX_DIGESTS_ASKED), (9 + MAX_DIGESTS_ASKED, 1)]);
+        assert_eq!(windows(&[]).count(), 0);
     }
 
     #[test]

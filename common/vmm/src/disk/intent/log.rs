@@ -16,11 +16,18 @@ use super::tracks::Tracks;
 /// Extents named together where a disk is written in sequence, so that it does not wait for a sync in each.
 const AHEAD: u64 = 8;
 
+/// Rounds of the cleaner after which the claim names a newer point even if nothing leaves it: what was changed since that
+/// point is sent to a copy that comes back, needed or not. A sync of the log is less than a round of anything else.
+const POINT_ROUNDS: u32 = 30;
+
 /// What is written to the file, by one at a time.
 struct Writer {
     slots: Slots,
     /// Known to be safe.
     claim: Claim,
+    /// The round of the cleaner in which it was written last; none while its point is that of the beginning, which may be
+    /// older than anything that another node knows.
+    written: Option<u32>,
 }
 
 /// What there is to tell of a log.
@@ -115,7 +122,7 @@ impl IntentLog {
             open: AtomicU64::new(open.0),
             acked: Mutex::new(claim.point),
             round: AtomicU32::new(0),
-            writer: Mutex::new(Writer { slots, claim }),
+            writer: Mutex::new(Writer { slots, claim, written: None }),
             writes: AtomicU64::new(0),
             failures: AtomicU64::new(0),
         }
@@ -176,6 +183,8 @@ impl IntentLog {
             return Ok(());
         }
         let mut claim = writer.claim.clone();
+        // What no claim has named was not written since the beginning, or since it was synced: it is as in any acked point.
+        claim.point = claim.point.max(*lock(&self.acked));
         extents.clone().for_each(|extent| claim.extents.insert(extent));
         if extents.start > 0 && self.is_free(extents.start - 1) {
             let round = self.round.load(Ordering::Relaxed);
@@ -203,8 +212,27 @@ impl IntentLog {
             return Err(error);
         }
         self.writes.fetch_add(1, Ordering::Relaxed);
+        if claim.point > writer.claim.point {
+            writer.written = Some(self.round.load(Ordering::Relaxed));
+        }
         writer.claim = claim;
         Ok(())
+    }
+
+    /// A round of the cleaner in which nothing leaves: now and then the claim names a newer point. The image need not be
+    /// synced for that.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn advance(&self, cleaning: &Cleaning) -> io::Result<()> {
+        let mut writer = self.writer();
+        let round = self.round.load(Ordering::Relaxed);
+        let is_young = writer.written.is_some_and(|at| round.wrapping_sub(at) < POINT_ROUNDS);
+        if is_young || cleaning.point <= writer.claim.point {
+            return Ok(());
+        }
+        let claim = Claim { point: cleaning.point, ..writer.claim.clone() };
+        self.write(&mut writer, claim)
     }
 
     /// A round of the cleaner begins: what may leave the log if the image is synced now. With `all`, also what was used
@@ -244,7 +272,7 @@ impl IntentLog {
             }
         }
         if left > 0 {
-            claim.point = cleaning.point;
+            claim.point = claim.point.max(cleaning.point);
             self.write(&mut writer, claim)?;
         }
         Ok(left)

@@ -54,7 +54,7 @@ impl LoggedDisk {
     fn clean_if(&self, all: bool) -> io::Result<u64> {
         let cleaning = self.log.begin_cleaning(all);
         if cleaning.is_empty() {
-            return Ok(0);
+            return self.log.advance(&cleaning).map(|()| 0);
         }
         self.sync()?;
         if self.has_lost() {
