@@ -317,7 +317,7 @@ fn retrace(run: Run, seed: u64, why: &str, mutations: Mutations) -> String {
 }
 
 /// Runs `most` seeds, or as the environment says, and wants `least` of what happens in that many.
-#[expect(clippy::print_stdout, reason = "the seeds that were run and what they saw")]
+#[expect(clippy::print_stdout, reason = "what was tried is told with the test")]
 fn all_hold(run: Run, most: u64, least: &[(&str, u64)]) {
     quiet();
     if let Some(seed) = number("COLO_SEED") {

@@ -185,15 +185,7 @@ impl Follower {
             began: common.now,
             taking: None,
         };
-        if let Some((point, extents)) = durable.intent.claimed().filter(|_| trusts_log) {
-            common.count("disks claimed");
-            follower.rejoin.leave_disk(point, extents);
-        }
-        if let Some(Left { base: Some(base), changed, history, .. }) = left {
-            common.count("memory handed over");
-            follower.rejoin.leave_memory(base, changed);
-            follower.history = history;
-        }
+        follower.take_left(left, trusts_log, common);
         if let Some(Loaded { memory, point, restored }) = loaded {
             follower.take_loaded(memory, point, restored, common);
         }
@@ -202,6 +194,19 @@ impl Follower {
             follower.detector.silent(common.now, common.now + STARTUP_GRACE);
         }
         Ok(follower)
+    }
+
+    /// What the process before left: of the disk, if its log is `trusted`, and of memory.
+    fn take_left(&mut self, left: Option<Left>, trusted: bool, common: &mut Common) {
+        if let Some((point, extents)) = self.intent.claimed().filter(|_| trusted) {
+            common.count("disks claimed");
+            self.rejoin.leave_disk(point, extents);
+        }
+        if let Some(Left { base: Some(base), changed, history, .. }) = left {
+            common.count("memory handed over");
+            self.rejoin.leave_memory(base, changed);
+            self.history = history;
+        }
     }
 
     /// `Follower::take_loaded` and `take_stored`.
