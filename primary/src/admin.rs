@@ -8,6 +8,7 @@ mod fencing;
 pub(crate) mod health;
 mod listing;
 mod plane;
+mod reason;
 mod verify;
 
 use colo_proto::v1::admin_server::Admin;
@@ -33,6 +34,7 @@ use crate::node::{Command, Event};
 pub(crate) use convert::role;
 pub use plane::{FenceAnswer, FollowerControl, Order, Part, Plane};
 use plane::{PATIENCE, POLL};
+pub use reason::{Reason, WhyNot};
 
 /// How long a guest may take to power itself off.
 const MAX_GRACE: Duration = Duration::from_secs(3600);
@@ -165,17 +167,17 @@ impl Admin for AdminService {
         };
         while !runs(self.0.board.status().role) {
             if let Ok(why) = why_not.try_recv() {
-                return Err(Status::failed_precondition(why));
+                return Err(why.into());
             }
             if started.elapsed() > PATIENCE {
-                return Err(Status::deadline_exceeded("the promotion takes long; look at the node's status"));
+                return Err(Reason::NoAnswer.status("the promotion takes long; look at the node's status"));
             }
             tokio::time::sleep(POLL).await;
         }
         let status = self.0.board.status();
         let promotion = status.promotion.filter(|_| status.role.runs());
         let Some((promoted, ran)) = promotion.and_then(|promoted| Some((promoted, promoted.ran?))) else {
-            return Err(Status::aborted(self.0.not_here("runs the guest").message()));
+            return Err(Reason::GivenUp.status(self.0.not_here("runs the guest").message()));
         };
         Ok(Response::new(PromoteReply {
             register: self.0.register(),
@@ -230,7 +232,7 @@ impl Admin for AdminService {
                 Part::Follower(control) => control.leave(),
                 Part::None => {}
             },
-            _ => return Err(Status::invalid_argument("say what is to stop: the vm, or this node")),
+            _ => return Err(Reason::BadRequest.status("say what is to stop: the vm, or this node")),
         }
         Ok(Response::new(StopReply { register: self.0.register() }))
     }
@@ -248,12 +250,12 @@ impl Admin for AdminService {
         let disk = match wanted {
             Ok(v1::AckPolicy::Disk) => true,
             Ok(v1::AckPolicy::Memory) => false,
-            _ => return Err(Status::invalid_argument("say what an ack shall mean: memory or disk")),
+            _ => return Err(Reason::BadRequest.status("say what an ack shall mean: memory or disk")),
         };
         self.0.asked(&request, format!("acks shall mean {}", if disk { "disk" } else { "memory" }), "");
         let (reply, answer) = oneshot::channel();
         control.set_disk_policy(disk, reply);
-        let gone = |_| Status::unavailable("the node is ending; look at the other node");
+        let gone = |_| Reason::Unavailable.status("the node is ending; look at the other node");
         let mut now = answer.await.map_err(gone)?;
         let until = Instant::now() + POLICY_PATIENCE;
         while now.pending && Instant::now() < until {
@@ -309,7 +311,7 @@ async fn protect(
         let status = plane.board.status();
         if !status.role.runs() || status.role == Role::Alone {
             let why = status.error.map_or_else(|| "it was given up".to_owned(), |(why, _)| why);
-            return Err(Status::aborted(format!("no protection by {address}: {why}")));
+            return Err(Reason::GivenUp.status(format!("no protection by {address}: {why}")));
         }
         let progress = convert::progress(&status, started.elapsed());
         if out.send(Ok(progress)).await.is_err() || status.role == Role::Paired {

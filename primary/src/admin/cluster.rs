@@ -9,19 +9,20 @@ use std::sync::Arc;
 use tonic::Status;
 
 use super::Plane;
+use super::reason::Reason;
 
 impl Plane {
     /// Everything that is listed now.
     pub(super) async fn list_cluster(&self) -> Result<ListClusterReply, Status> {
-        let none = || Status::unavailable("this node starts: try again");
+        let none = || Reason::Unavailable.status("this node starts: try again");
         let membership = Arc::clone(self.membership().ok_or_else(none)?);
         let listed = tokio::task::spawn_blocking(move || list(&*membership)).await;
-        listed.map_err(|e| Status::internal(e.to_string()))?
+        listed.map_err(|e| Reason::Internal.status(e.to_string()))?
     }
 }
 
 fn list(membership: &dyn Membership) -> Result<ListClusterReply, Status> {
-    let silent = |e: colo_common::membership::MembershipError| Status::unavailable(e.to_string());
+    let silent = |e: colo_common::membership::MembershipError| Reason::Unavailable.status(e.to_string());
     let vms = membership.vms().map_err(silent)?.iter().map(vm).collect();
     let nodes = membership.nodes().map_err(silent)?.iter().map(node).collect();
     Ok(ListClusterReply { vms, nodes })

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, Streaming};
 
+use super::reason::Reason;
 use super::{Part, Plane};
 use crate::node::{Command, Event};
 
@@ -70,7 +71,7 @@ pub(super) async fn attach(
 ) -> Result<mpsc::Receiver<Result<ConsoleOutput, Status>>, Status> {
     let first = input.message().await?.and_then(|first| first.message);
     let Some(console_input::Message::Attach(attach)) = first else {
-        return Err(Status::invalid_argument("the first message must say where to begin"));
+        return Err(Reason::BadRequest.status("the first message must say where to begin"));
     };
     let end = plane.console.end();
     let offset = match attach.start {
@@ -147,14 +148,13 @@ struct Typist {
 
 impl Typist {
     fn attach(plane: &Arc<Plane>, attach: &ConsoleAttach) -> Result<Self, Status> {
-        let named = match attach.typist.as_slice() {
-            [] => None,
-            bytes => Some(
-                bytes
-                    .try_into()
-                    .map_err(|_| Status::invalid_argument("a typist is named by 16 bytes, or not at all"))?,
-            ),
-        };
+        let named =
+            match attach.typist.as_slice() {
+                [] => None,
+                bytes => Some(bytes.try_into().map_err(|_| {
+                    Reason::BadRequest.status("a typist is named by 16 bytes, or not at all")
+                })?),
+            };
         let (plane, number) = (Arc::clone(plane), plane.typists.attach(named));
         Ok(Self { plane, number, taking: Arc::default() })
     }
@@ -189,9 +189,9 @@ impl Typist {
         let Part::Runner(outbox) = plane.part() else { return Err(plane.not_here("runs the guest")) };
         let (reply, taken) = oneshot::channel();
         let command = Event::Command(Command::Input { bytes, reply });
-        let gone = || Status::unavailable("the node is ending");
+        let gone = || Reason::Unavailable.status("the node is ending");
         let passed = plane.typists.as_one(self.number, || outbox.send(command).is_ok());
-        let again = || Status::aborted("this console was attached again, or too many type");
+        let again = || Reason::GivenUp.status("this console was attached again, or too many type");
         if !passed.ok_or_else(again)? {
             return Err(gone());
         }

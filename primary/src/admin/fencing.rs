@@ -11,6 +11,7 @@ use tonic::{Request, Status};
 
 use super::convert::role;
 use super::plane::{PATIENCE, Part, Plane};
+use super::reason::Reason;
 use crate::node::Command;
 use crate::node::status::Role;
 
@@ -20,16 +21,16 @@ const MAX_REASON: usize = 512;
 /// Whether a typed reason is one.
 pub(super) fn check_reason(reason: &str, needed: bool) -> Result<(), Status> {
     if needed && reason.trim().is_empty() {
-        return Err(Status::invalid_argument("say why: a reason is needed, for the audit trail"));
+        return Err(Reason::BadRequest.status("say why: a reason is needed, for the audit trail"));
     }
     if reason.len() > MAX_REASON || reason.chars().any(char::is_control) {
-        return Err(Status::invalid_argument(format!("a reason is one line of {MAX_REASON} bytes at most")));
+        return Err(Reason::BadRequest.status(format!("a reason is one line of {MAX_REASON} bytes at most")));
     }
     Ok(())
 }
 
 fn gone<T>(_: T) -> Status {
-    Status::unavailable("the node is ending; look at the other node")
+    Reason::Unavailable.status("the node is ending; look at the other node")
 }
 
 impl Plane {
@@ -41,7 +42,7 @@ impl Plane {
         match self.part() {
             Part::Runner(_) => self.command(|reply| Command::Fence { reply }).await?,
             Part::Follower(control) => control.leave(),
-            Part::None => return Err(Status::unavailable("this node starts or ends: ask again")),
+            Part::None => return Err(Reason::Unavailable.status("this node starts or ends: ask again")),
         }
         Ok(FenceReply { node: self.node.to_string(), register: self.register() })
     }
@@ -53,14 +54,14 @@ impl Plane {
     ) -> Result<ConfirmFencedReply, Status> {
         let ConfirmFencedRequest { node, reason } = request.get_ref();
         check_reason(reason, true)?;
-        let node: NodeId = node.parse().map_err(|e| Status::invalid_argument(format!("{e}")))?;
+        let node: NodeId = node.parse().map_err(|e| Reason::BadRequest.status(format!("{e}")))?;
         self.asked(&request, format!("{node} is fenced"), reason);
         let Part::Follower(control) = self.part() else { return Err(self.not_here("follows")) };
         let (reply, answer) = oneshot::channel();
         control.confirm_fenced(node, reply);
-        let silent = |_| Status::deadline_exceeded("the arbiter does not answer; look at the node's status");
+        let silent = |_| Reason::NoAnswer.status("the arbiter does not answer; look at the node's status");
         let answer = tokio::time::timeout(PATIENCE, answer).await.map_err(silent)?.map_err(gone)?;
-        let entry = answer.map_err(Status::failed_precondition)?;
+        let entry = answer?;
         Ok(ConfirmFencedReply { register: Some(RegisterEntry::from(&entry)) })
     }
 
@@ -73,7 +74,7 @@ impl Plane {
             FailoverPolicy::Auto => (true, "auto"),
             FailoverPolicy::Manual => (false, "manual"),
             FailoverPolicy::Unspecified => {
-                return Err(Status::invalid_argument("say who decides on a failover: auto or manual"));
+                return Err(Reason::BadRequest.status("say who decides on a failover: auto or manual"));
             }
         };
         let Part::Follower(control) = self.part() else { return Err(self.not_here("follows")) };
@@ -94,10 +95,10 @@ impl Plane {
     pub(super) async fn empty_node(&self, request: Request<DrainRequest>) -> Result<DrainReply, Status> {
         let DrainRequest { drain, reason } = request.get_ref();
         check_reason(reason, false)?;
-        let drains = self.drain().ok_or_else(|| Status::unavailable("this node starts: try again"))?;
+        let drains = self.drain().ok_or_else(|| Reason::Unavailable.status("this node starts: try again"))?;
         self.asked(&request, if *drain { "drain this node" } else { "end the drain" }.to_owned(), reason);
         let kept = if *drain { drains.begin() } else { drains.end() };
-        kept.map_err(|e| Status::internal(e.to_string()))?;
+        kept.map_err(|e| Reason::Internal.status(e.to_string()))?;
         if *drain && matches!(self.part(), Part::Runner(_)) && self.board.status().role == Role::Paired {
             self.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
         }

@@ -7,6 +7,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tonic::{Request, Status};
 
 use super::Plane;
+use super::reason::Reason;
 use crate::audit::{Trail, TrailError};
 
 /// Entries read at once; a reader that is slow holds no more of them.
@@ -24,7 +25,7 @@ impl Plane {
 
     /// The audit trail, as it is asked for.
     pub(super) fn list_audit(&self, request: ListAuditRequest) -> Result<Answers<AuditEntry>, Status> {
-        let none = || Status::failed_precondition("this node keeps no audit trail; its log says why");
+        let none = || Reason::NotNow.status("this node keeps no audit trail; its log says why");
         let audit = self.board.audit().ok_or_else(none)?;
         let (trail, next) = (audit.trail().map_err(|_| none())?, audit.next());
         let (first, end) = trail.range();

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tonic::Status;
 
 use super::console::Typists;
+use super::reason::{Reason, WhyNot};
 use crate::console::Console;
 use crate::drain::Drain;
 use crate::node::status::{Board, Policy, Role};
@@ -27,11 +28,11 @@ pub struct Order {
     /// Whatever the register says.
     pub force: bool,
     /// Told why it does not come to that.
-    pub reply: oneshot::Sender<String>,
+    pub reply: oneshot::Sender<WhyNot>,
 }
 
 /// By which entry of the register a node is taken for fenced, or why it is not.
-pub type FenceAnswer = Result<Entry, String>;
+pub type FenceAnswer = Result<Entry, WhyNot>;
 
 /// What a follower can be asked.
 pub trait FollowerControl: Send + Sync {
@@ -134,11 +135,19 @@ impl Plane {
 
     pub(super) fn not_here(&self, what: &str) -> Status {
         let status = self.board.status();
-        let where_ = status.register.map_or_else(
+        let register = status.register.map(|entry| entry.value.to_string());
+        let where_ = register.as_ref().map_or_else(
             || "the register is not known".to_owned(),
-            |entry| format!("the register says: {}", entry.value),
+            |value| format!("the register says: {value}"),
         );
-        Status::failed_precondition(format!("this node ({}) is not the one that {what}; {where_}", self.node))
+        let text = format!("this node ({}) is not the one that {what}; {where_}", self.node);
+        let more = [
+            ("node", Some(self.node.to_string())),
+            ("vm", Some(self.vm.to_string())),
+            ("register", register),
+        ];
+        let more: Vec<_> = more.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+        Reason::OtherNode.about(text, &more)
     }
 
     pub(super) async fn command(
@@ -146,14 +155,14 @@ impl Plane {
         make: impl FnOnce(oneshot::Sender<Result<(), CommandError>>) -> Command,
     ) -> Result<(), Status> {
         let (reply, answer) = oneshot::channel();
-        let gone = || Status::unavailable("the node is ending; look at the other node");
+        let gone = || Reason::Unavailable.status("the node is ending; look at the other node");
         self.runner()?.send(Event::Command(make(reply))).map_err(|_| gone())?;
         match tokio::time::timeout(PATIENCE, answer).await {
             Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(e @ CommandError::Aborted(_)))) => Err(Status::aborted(e.to_string())),
-            Ok(Ok(Err(e))) => Err(Status::failed_precondition(e.to_string())),
+            Ok(Ok(Err(e @ CommandError::Aborted(_)))) => Err(Reason::GivenUp.status(e.to_string())),
+            Ok(Ok(Err(e))) => Err(Reason::NotNow.status(e.to_string())),
             Ok(Err(_)) => Err(gone()),
-            Err(_) => Err(Status::deadline_exceeded("the node takes long; look at its status")),
+            Err(_) => Err(Reason::NoAnswer.status("the node takes long; look at its status")),
         }
     }
 
@@ -165,16 +174,14 @@ impl Plane {
             match status.role {
                 role if role == wanted => return Ok(()),
                 Role::Lost | Role::Stopped => {
-                    return Err(Status::aborted(self.not_here("runs the guest any more").message()));
+                    return Err(Reason::GivenUp.status(self.not_here("runs the guest any more").message()));
                 }
                 _ => {}
             }
             if started.elapsed() > PATIENCE {
                 let why = status.arbiter_silent.map(|why| format!(" (the arbiter does not answer: {why})"));
                 let why = why.unwrap_or_default();
-                return Err(Status::deadline_exceeded(format!(
-                    "it takes long; look at the node's status{why}"
-                )));
+                return Err(Reason::NoAnswer.status(format!("it takes long; look at the node's status{why}")));
             }
             tokio::time::sleep(POLL).await;
         }

@@ -8,6 +8,7 @@ use tonic::Status;
 
 use super::convert;
 use super::plane::Plane;
+use super::reason::Reason;
 use crate::node::{Command, VerifyProgress};
 use crate::verify::Tally;
 
@@ -45,7 +46,7 @@ async fn pass_on(
         let now = told.borrow_and_update().clone();
         let ended = now.ended.is_some();
         let message = match &now.ended {
-            Some(Err(why)) => Err(Status::aborted(format!("the copy was compared in part: {why}"))),
+            Some(Err(why)) => Err(Reason::GivenUp.status(format!("the copy was compared in part: {why}"))),
             _ => Ok(message(&now)),
         };
         if out.send(message).await.is_err() || ended {
@@ -54,7 +55,7 @@ async fn pass_on(
         tokio::select! {
             () = out.closed() => return,
             changed = told.changed() => if changed.is_err() {
-                let gone = Status::unavailable("the node is ending; look at the other node");
+                let gone = Reason::Unavailable.status("the node is ending; look at the other node");
                 drop(out.send(Err(gone)).await);
                 return;
             },

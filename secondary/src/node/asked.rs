@@ -3,11 +3,20 @@
 
 use colo_common::NodeId;
 use colo_common::register::Entry;
-use colo_primary::admin::{FenceAnswer, Order};
+use colo_primary::admin::{FenceAnswer, Order, Reason, WhyNot};
 use tokio::sync::oneshot;
 
 use super::Follower;
 use crate::replica::{Action, Fences, NotMine, others};
+
+/// As the control plane names it.
+pub(super) fn reason_of(why: &NotMine) -> Reason {
+    match why {
+        NotMine::NoCopy | NotMine::OtherReplica { .. } => Reason::NoCopy,
+        NotMine::NotFenced { .. } => Reason::NotFenced,
+        NotMine::Register(_) | NotMine::Absent | NotMine::Followed(_) | NotMine::Proposing => Reason::NotNow,
+    }
+}
 
 /// Where it says that a node is fenced, and who waits for the answer.
 type Confirming = (NodeId, oneshot::Sender<FenceAnswer>);
@@ -39,10 +48,10 @@ impl Asked {
     }
 
     /// It does not come to that.
-    pub(super) fn refuse(&mut self, why: String) {
+    pub(super) fn refuse(&mut self, reason: Reason, text: String) {
         if let Some(order) = self.promote.take() {
             // Whoever asked may have given up.
-            drop(order.reply.send(why));
+            drop(order.reply.send(WhyNot { reason, text }));
         }
     }
 
@@ -61,17 +70,21 @@ impl Follower {
     /// The register was read: a confirmation counts for what it says now.
     pub(super) fn confirm_fenced(&mut self, found: Option<&Entry>) {
         let Some((node, reply)) = self.asked.confirming.take() else { return };
+        let refused = |reason, text| Err(WhyNot { reason, text });
         let answer = match found {
-            None => Err("the register does not exist".to_owned()),
-            Some(entry) if self.replica.source() == Some(&node) => {
-                Err(format!("{node} lives: this node follows it; the register says: {entry}"))
-            }
+            None => refused(Reason::NotNow, "the register does not exist".to_owned()),
+            Some(entry) if self.replica.source() == Some(&node) => refused(
+                Reason::NotNow,
+                format!("{node} lives: this node follows it; the register says: {entry}"),
+            ),
             Some(entry) if others(entry, &self.me).contains(&&node) => {
                 self.asked.fences.confirm(node, entry.term);
                 Ok(entry.clone())
             }
             Some(entry) => {
-                Err(format!("{node} is no other node that may run the guest; the register says: {entry}"))
+                let text =
+                    format!("{node} is no other node that may run the guest; the register says: {entry}");
+                refused(Reason::BadRequest, text)
             }
         };
         // Whoever asked may have given up.

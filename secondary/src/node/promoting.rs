@@ -6,6 +6,7 @@
 
 use colo_common::register::{Answer, Entry, Value};
 use colo_common::{Epoch, Incarnation, NodeId, Point, Term};
+use colo_primary::admin::Reason;
 use colo_primary::arbiter_worker::Found;
 use colo_primary::node::Beginning;
 use colo_primary::node::status::{Promoted, Role};
@@ -17,6 +18,7 @@ use colo_vmm::egress::OutputPosition;
 use colo_vmm::tap::learn::Learner;
 use std::time::{Duration, Instant};
 
+use super::asked::reason_of;
 use super::{Follower, Outcome, READ_INTERVAL};
 use crate::persist;
 use crate::replica::{Copy, NotMine, Start};
@@ -132,12 +134,12 @@ impl Follower {
             return;
         }
         if let Some(why) = self.cannot_run() {
-            return self.asked.refuse(why);
+            return self.asked.refuse(Reason::NotNow, why);
         }
         match self.want_to_run(found.as_ref()) {
             Ok(actions) => self.act(actions),
             Err(NotMine::Proposing) => {}
-            Err(e) => self.asked.refuse(e.to_string()),
+            Err(e) => self.asked.refuse(reason_of(&e), e.to_string()),
         }
     }
 
