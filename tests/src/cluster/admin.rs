@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Response, Status};
+use tonic_types::StatusExt;
 
 use super::ledger::Ledger;
 
@@ -295,7 +296,10 @@ impl Admin {
         let answer = call(self.client()?);
         let answer = self.runtime.block_on(async { tokio::time::timeout(limit, answer).await });
         let answer = answer.with_context(|| format!("{} does not answer in {limit:?}", self.address))?;
-        answer.map(Response::into_inner).map_err(|status| anyhow!("{}: {}", self.address, status.message()))
+        answer.map(Response::into_inner).map_err(|status| {
+            let reason = status.get_details_error_info().map(|info| format!(" [{}]", info.reason));
+            anyhow!("{}: {}{}", self.address, status.message(), reason.unwrap_or_default())
+        })
     }
 }
 

@@ -44,9 +44,9 @@ fn a_guest_that_nobody_may_run_runs_by_force() {
         cluster.options.on_secondary_loss = "hold";
         stranded(cluster, &mut seed)?;
         let admin = cluster.admin("b")?;
-        refused(admin.promote(), "no whole copy")?;
-        refused(admin.promote_by_force(" "), "say why")?;
-        refused(admin.promote_by_force("a and b lost power"), "confirm-fenced a")?;
+        refused(admin.promote(), "no whole copy of the guest [NO_COPY]")?;
+        refused(admin.promote_by_force(" "), "for the audit trail [BAD_REQUEST]")?;
+        refused(admin.promote_by_force("a and b lost power"), "does not count) [NOT_FENCED]")?;
         refused(admin.confirm_fenced("c", "there is none"), "no other node")?;
         let stale = cluster.status("b").and_then(|status| status.points).and_then(|points| points.stale);
         let confirmed = admin.confirm_fenced("a", "its host is off")?.register.context("no register")?;
