@@ -106,9 +106,10 @@ fn what_is_in_use_stays_and_a_steady_load_hardly_writes_the_log() {
     assert!(steady.extents == 600 && steady.writes <= before.writes + 1 + 200 / 30, "{steady:?}");
     assert!(steady.point.epoch.0 > 200 - 30, "{steady:?}");
     // 88 too many, and those that go were not used for long.
-    assert_eq!(rounds(20, 100..600).extents, 512);
+    let fewer = rounds(20, 100..600);
+    assert_eq!(fewer.extents, 512);
     let after = rounds(100, 599..600);
-    assert!(after.extents == 1 && after.writes < before.writes + 8, "{after:?}");
+    assert!(after.extents == 1 && after.writes <= fewer.writes + 2 + 100 / 30, "{after:?}");
     assert_eq!(disk.clean_all().unwrap(), 1);
 }
 
