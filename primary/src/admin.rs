@@ -227,11 +227,9 @@ impl Admin for AdminService {
                     self.0.until(Role::Stopped).await?;
                 }
             }
-            Ok(v1::stop_request::Scope::Node) => match self.0.part() {
-                Part::Runner(_) => self.0.command(|reply| Command::Leave { reply: Some(reply) }).await?,
-                Part::Follower(control) => control.leave(),
-                Part::None => {}
-            },
+            Ok(v1::stop_request::Scope::Node) => {
+                self.0.leave(|reply| Command::Leave { reply: Some(reply) }).await?;
+            }
             _ => return Err(Reason::BadRequest.status("say what is to stop: the vm, or this node")),
         }
         Ok(Response::new(StopReply { register: self.0.register() }))

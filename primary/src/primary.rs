@@ -107,6 +107,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
         standby,
         membership,
         presence,
+        signals: serve::EndSignals::of(runtime.handle())?,
     };
     let end = runner.run(beginning, runtime.handle())?;
     Ok(ended(&config.vm, end))

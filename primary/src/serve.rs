@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Certificate, ClientTlsConfig, Server, ServerTlsConfig};
 use tonic::{Request, Status};
@@ -206,6 +207,8 @@ pub struct Runner {
     pub max_promotions: u32,
     /// What a signal to end does.
     pub on_stop: OnStop,
+    /// Those.
+    pub signals: EndSignals,
     /// Certificates.
     pub security: Security,
     /// Where the control plane listens.
@@ -266,7 +269,7 @@ impl Runner {
             reprotect: self.replication.reprotect == Reprotect::Auto,
         };
         let ends = Arc::new(AtomicBool::new(false));
-        runtime.spawn(on_signal(self.on_stop, outbox.clone(), Arc::clone(&ends)));
+        runtime.spawn(on_signal(self.signals, self.on_stop, outbox.clone(), Arc::clone(&ends)));
         let board = self.plane.board.clone();
         let needs = Needs {
             memory: beginning.spec.memory_bytes(),
@@ -308,11 +311,9 @@ impl Runner {
 }
 
 /// A signal to end does what the configuration says; the second one after a switchover that failed stops the vm.
-async fn on_signal(on_stop: OnStop, outbox: Sender<Event>, ends: Arc<AtomicBool>) {
+async fn on_signal(mut signals: EndSignals, on_stop: OnStop, outbox: Sender<Event>, ends: Arc<AtomicBool>) {
     let stop = || Command::Stop { reply: tokio::sync::oneshot::channel().0 };
-    if ended().await.is_err() {
-        return;
-    }
+    signals.next().await;
     ends.store(true, Ordering::SeqCst);
     let command = match on_stop {
         OnStop::Stop => stop(),
@@ -325,9 +326,7 @@ async fn on_signal(on_stop: OnStop, outbox: Sender<Event>, ends: Arc<AtomicBool>
             }
             tracing::warn!("the guest runs on here; another signal to end stops the vm");
             ends.store(false, Ordering::SeqCst);
-            if ended().await.is_err() {
-                return;
-            }
+            signals.next().await;
             stop()
         }
     };
@@ -339,13 +338,34 @@ async fn on_signal(on_stop: OnStop, outbox: Sender<Event>, ends: Arc<AtomicBool>
 /// # Errors
 /// Signals cannot be handled.
 pub async fn ended() -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+    EndSignals::of(&Handle::current())?.next().await;
     Ok(())
+}
+
+/// SIGTERM and SIGINT from when it is made: one that comes before anybody waits is found then.
+#[derive(Debug)]
+pub struct EndSignals {
+    term: Signal,
+    int: Signal,
+}
+
+impl EndSignals {
+    /// From now on.
+    ///
+    /// # Errors
+    /// Signals cannot be handled.
+    pub fn of(runtime: &Handle) -> std::io::Result<Self> {
+        let _entered = runtime.enter();
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
 }
 
 /// The membership beside it.

@@ -39,6 +39,8 @@ const MIN_LOOK: u64 = 64;
 const RETRIES: u32 = 4;
 /// Runs that are looked at at one go where only some are wanted.
 const MAX_SPANS: usize = MAX_VERIFY_RANGES / 8;
+/// Pages or blocks in them: more than an order has read. They are found by the thread that cuts.
+const MAX_SPANNED: u64 = 1 << 16;
 
 /// What is to be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,14 +287,16 @@ impl Pass {
         let Some(only) = &self.only else {
             return if self.at < total { vec![(self.at, total - self.at)] } else { Vec::new() };
         };
-        let (mut spans, mut at) = (Vec::new(), self.at);
+        let (mut spans, mut at, mut room) = (Vec::new(), self.at, MAX_SPANNED);
         while spans.len() < MAX_SPANS
+            && room > 0
             && let Some(first) = only.next(Gfn(at))
         {
             at = first.0 + 1;
-            while only.contains(Gfn(at)) {
+            while at - first.0 < room && only.contains(Gfn(at)) {
                 at += 1;
             }
+            room -= at - first.0;
             spans.push((first.0, at - first.0));
         }
         spans

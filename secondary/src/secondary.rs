@@ -189,9 +189,11 @@ impl Secondary {
         let follower = self.follower(copy, inbox, endpoint.local_addr()?.port())?;
         runtime.spawn(self.receiver().serve(endpoint.clone()).instrument(telemetry::node_span()));
         let outbox = self.outbox.clone();
+        // For the case that one comes while this node takes the guest over: the runner finds it.
+        let signals_kept = serve::EndSignals::of(runtime.handle())?;
         let signals = runtime.spawn(async move {
             if serve::ended().await.is_ok() {
-                drop(outbox.send(Event::Leave));
+                drop(outbox.send(Event::Leave(None)));
             }
         });
         let (vm, listen) = (&self.vm, self.config.admin.listen);
@@ -203,7 +205,7 @@ impl Secondary {
             // The runner hears of it at once and need not wait for a silence.
             drop(runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await }));
         }
-        self.finish(outcome, runtime)
+        self.finish(outcome, signals_kept, runtime)
     }
 
     /// The sockets, the control plane and the console's sinks.
@@ -332,7 +334,12 @@ impl Secondary {
     }
 
     /// What follows from the follower's end: mostly, running the guest.
-    fn finish(self, outcome: Outcome, runtime: &Runtime) -> anyhow::Result<ExitCode> {
+    fn finish(
+        self,
+        outcome: Outcome,
+        signals: serve::EndSignals,
+        runtime: &Runtime,
+    ) -> anyhow::Result<ExitCode> {
         let vm = self.vm.clone();
         match outcome {
             Outcome::Left => Ok(ExitCode::SUCCESS),
@@ -364,6 +371,7 @@ impl Secondary {
                     standby: Some(self.standby),
                     membership: self.membership,
                     presence: self.presence,
+                    signals,
                 };
                 let end = runner.run(*beginning, runtime.handle())?;
                 Ok(ended(&vm, end))
@@ -471,7 +479,7 @@ impl FollowerControl for Control {
         drop(self.outbox.send(Event::Policy(policy, reply)));
     }
 
-    fn leave(&self) {
-        drop(self.outbox.send(Event::Leave));
+    fn leave(&self, reply: oneshot::Sender<()>) {
+        drop(self.outbox.send(Event::Leave(Some(reply))));
     }
 }

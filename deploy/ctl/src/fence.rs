@@ -22,6 +22,10 @@ const AGAIN: Duration = Duration::from_millis(250);
 #[derive(Serialize)]
 struct Fenced {
     node: String,
+    /// Where it is known that it is fenced.
+    confirmed_at: Option<String>,
+    /// Why nowhere.
+    not_confirmed: Option<String>,
     register: Option<Register>,
 }
 
@@ -40,7 +44,11 @@ pub(crate) async fn fence(nodes: &Nodes, options: &Fence) -> Result<(), CtlError
         };
         let node = nodes.connect(&address).await?;
         let mut client = node.client.clone();
-        node.answer(COMMAND_LIMIT, client.fence(FenceRequest { reason: options.reason.clone() })).await
+        node.answer(
+            COMMAND_LIMIT,
+            client.fence(FenceRequest { reason: options.reason.clone(), node: name.clone() }),
+        )
+        .await
     };
     let reply = stopped.await.inspect_err(|_| note(&by_hand()))?;
     if reply.node != name {
@@ -50,7 +58,12 @@ pub(crate) async fn fence(nodes: &Nodes, options: &Fence) -> Result<(), CtlError
     let told = pass_on(nodes, options).await;
     if options.shape.json {
         let entry = told.as_ref().map_or(reply.register.as_ref(), |(_, entry)| Some(entry));
-        return print_json(&Fenced { node: name, register: register(entry) });
+        return print_json(&Fenced {
+            node: name,
+            confirmed_at: told.as_ref().ok().map(|(address, _)| address.to_string()),
+            not_confirmed: told.as_ref().err().map(ToString::to_string),
+            register: register(entry),
+        });
     }
     match told {
         Ok((address, _)) => print(&format!(
@@ -82,7 +95,12 @@ pub(crate) async fn confirm(nodes: &Nodes, options: &ConfirmFenced) -> Result<()
     let entry = tell(&node, &options.name, &options.reason).await?;
     let name = options.name.to_string();
     if options.shape.json {
-        return print_json(&Fenced { node: name, register: register(Some(&entry)) });
+        return print_json(&Fenced {
+            node: name,
+            confirmed_at: Some(node.address.to_string()),
+            not_confirmed: None,
+            register: register(Some(&entry)),
+        });
     }
     print(&format!("{name} is taken for fenced while the register says: {}\n", words::register(Some(&entry))))
 }

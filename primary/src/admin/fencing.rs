@@ -36,14 +36,14 @@ fn gone<T>(_: T) -> Status {
 impl Plane {
     /// Ends this process' part at once.
     pub(super) async fn fence(&self, request: Request<FenceRequest>) -> Result<FenceReply, Status> {
-        let reason = &request.get_ref().reason;
+        let FenceRequest { reason, node } = request.get_ref();
         check_reason(reason, true)?;
-        self.asked(&request, "fence this node".to_owned(), reason);
-        match self.part() {
-            Part::Runner(_) => self.command(|reply| Command::Fence { reply }).await?,
-            Part::Follower(control) => control.leave(),
-            Part::None => return Err(Reason::Unavailable.status("this node starts or ends: ask again")),
+        if !node.is_empty() && *node != self.node.as_str() {
+            let text = format!("this node is {}, not {node}: nothing is stopped", self.node);
+            return Err(Reason::OtherNode.about(text, &[("node", self.node.to_string())]));
         }
+        self.asked(&request, "fence this node".to_owned(), reason);
+        self.leave(|reply| Command::Fence { reply }).await?;
         Ok(FenceReply { node: self.node.to_string(), register: self.register() })
     }
 
@@ -81,7 +81,8 @@ impl Plane {
         self.asked(&request, format!("failover shall be {word}"), "");
         let (reply, answer) = oneshot::channel();
         control.set_failover(auto, reply);
-        answer.await.map_err(gone)?;
+        let slow = |_| Reason::NoAnswer.status("the node takes long; look at its status");
+        tokio::time::timeout(PATIENCE, answer).await.map_err(slow)?.map_err(gone)?;
         self.board.note(
             AuditKind::FailoverPolicy,
             format!("failover = {word}"),

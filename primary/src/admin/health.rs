@@ -97,7 +97,9 @@ fn stranded(status: &Status, node: &NodeId) -> Option<String> {
             let age = age.map(|age| format!(", stored {} s ago", age.as_secs())).unwrap_or_default();
             format!("this node has {point}{age}, and what was let out after it would be lost")
         }
-        (None, _) if ran_here => "this node has its disk, as after a power cut".to_owned(),
+        (None, _) if ran_here && status.disk_of_runner => {
+            "this node has its disk, as after a power cut".to_owned()
+        }
         (None, _) => return Some(format!("{may} may run the guest, and this node has no whole point of it")),
     };
     Some(format!("{may} may run the guest; {has}: `coloctl promote --force` once {who} is fenced"))

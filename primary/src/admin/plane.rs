@@ -44,8 +44,8 @@ pub trait FollowerControl: Send + Sync {
     fn set_failover(&self, auto: bool, reply: oneshot::Sender<()>);
     /// That acks shall mean disk (true) or memory; told what they mean from now on.
     fn set_disk_policy(&self, disk: bool, reply: oneshot::Sender<Policy>);
-    /// To end.
-    fn leave(&self);
+    /// To end; told when nothing can keep it from that any more.
+    fn leave(&self, reply: oneshot::Sender<()>);
 }
 
 /// What the process is at the moment.
@@ -166,6 +166,32 @@ impl Plane {
         }
     }
 
+    /// Has this process end its part in the vm, whichever that is by the time it hears of it: it may be taking the guest
+    /// over now, and must not run it after this was answered.
+    pub(super) async fn leave(
+        &self,
+        runner: impl Fn(oneshot::Sender<Result<(), CommandError>>) -> Command,
+    ) -> Result<(), Status> {
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            match self.part() {
+                Part::Runner(_) => return self.command(&runner).await,
+                Part::Follower(control) => {
+                    let (reply, answer) = oneshot::channel();
+                    control.leave(reply);
+                    match tokio::time::timeout_at(until.into(), answer).await {
+                        Ok(Ok(())) => return Ok(()),
+                        // It was not heard: the part has changed, or changes now.
+                        Ok(Err(_)) => tokio::time::sleep(POLL).await,
+                        Err(_) => break,
+                    }
+                }
+                Part::None => tokio::time::sleep(POLL).await,
+            }
+        }
+        Err(Reason::NoAnswer.status("this node has not said that it ends; look at its status"))
+    }
+
     /// Waits until the node has this role.
     pub(super) async fn until(&self, wanted: Role) -> Result<(), Status> {
         let started = Instant::now();
@@ -189,5 +215,47 @@ impl Plane {
 
     pub(super) fn register(&self) -> Option<v1::RegisterEntry> {
         self.board.status().register.as_ref().map(v1::RegisterEntry::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FenceAnswer, FollowerControl, Order, Part, Plane, Policy};
+    use crate::console::Console;
+    use crate::node::status::Board;
+    use crate::node::{Command, Event};
+    use colo_common::{Incarnation, NodeId};
+    use std::sync::Arc;
+    use std::time::Duration;
+    use tokio::sync::oneshot;
+
+    /// Takes the guest over: nobody reads its inbox any more.
+    struct Promoting;
+
+    impl FollowerControl for Promoting {
+        fn promote(&self, _: Order) {}
+        fn confirm_fenced(&self, _: NodeId, _: oneshot::Sender<FenceAnswer>) {}
+        fn set_failover(&self, _: bool, _: oneshot::Sender<()>) {}
+        fn set_disk_policy(&self, _: bool, _: oneshot::Sender<Policy>) {}
+        fn leave(&self, _: oneshot::Sender<()>) {}
+    }
+
+    #[tokio::test]
+    async fn a_follower_that_takes_over_is_not_said_to_have_left() {
+        let (vm, node) = ("web".parse().unwrap(), "a".parse().unwrap());
+        let plane = Plane::new(vm, node, Incarnation(1), Board::default(), Console::default());
+        plane.set_part(Part::Follower(Arc::new(Promoting)));
+        let asked = Arc::clone(&plane);
+        let leaving = tokio::spawn(async move { asked.leave(|reply| Command::Fence { reply }).await });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!leaving.is_finished(), "nobody has said that it leaves");
+        let (outbox, inbox) = crossbeam_channel::unbounded();
+        plane.set_part(Part::Runner(outbox));
+        let runner = tokio::task::spawn_blocking(move || inbox.recv_timeout(Duration::from_secs(10)));
+        match runner.await.unwrap().unwrap() {
+            Event::Command(Command::Fence { reply }) => reply.send(Ok(())).unwrap(),
+            other => panic!("the runner was told {other:?}"),
+        }
+        leaving.await.unwrap().unwrap();
     }
 }

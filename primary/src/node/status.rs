@@ -216,6 +216,8 @@ pub struct Status {
     pub out: Option<Point>,
     /// A whole point that no replica id vouches for.
     pub stale: Option<Point>,
+    /// This node ran the guest when it crashed, and nothing has replaced its disk since: the guest could be booted from it.
+    pub disk_of_runner: bool,
     /// When that was stored.
     pub stale_at: Option<SystemTime>,
     /// When the newest acked point was cut, or the newest whole one was staged.

@@ -30,9 +30,15 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    /// To run the guest. Whoever asked before is told nothing more.
+    /// To run the guest. One at a time: somebody else's word may still be waited for.
     pub(super) fn promote(&mut self, order: Order) {
-        self.promote = Some(order);
+        if self.wants() {
+            let text = "another operator's word is waited for: look at the status, and ask again".to_owned();
+            // Whoever asked may have given up.
+            drop(order.reply.send(WhyNot { reason: Reason::NotNow, text }));
+        } else {
+            self.promote = Some(order);
+        }
     }
 
     /// Whether somebody waits for this node to run the guest. Whoever asked may have left while the arbiter was silent:
@@ -63,6 +69,12 @@ impl Asked {
 
 impl Follower {
     pub(super) fn on_confirm_fenced(&mut self, node: NodeId, reply: oneshot::Sender<FenceAnswer>) {
+        if self.asked.confirming.as_ref().is_some_and(|(_, waits)| !waits.is_closed()) {
+            let text = "another operator's word is waited for: ask again".to_owned();
+            // Whoever asked may have given up.
+            drop(reply.send(Err(WhyNot { reason: Reason::NotNow, text })));
+            return;
+        }
         self.asked.confirming = Some((node, reply));
         self.read();
     }

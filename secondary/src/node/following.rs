@@ -43,6 +43,7 @@ impl Follower {
         }
         // A runner that comes again has lost its old link, whether this end knows it or not.
         self.break_off_seed();
+        self.needless_since = None;
         self.link = Some(Link {
             number,
             say,
@@ -173,6 +174,7 @@ impl Follower {
         tracing::warn!(vm = %self.vm, runner = %link.node, "the link is down: {why}");
         self.board.error(format!("the link to {} is down: {why}", link.node));
         self.board.count(|counters| counters.link_losses += 1);
+        self.needless_since = None;
         self.replica.link_lost();
         self.break_off_seed();
         self.suspect();

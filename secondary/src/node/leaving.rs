@@ -21,20 +21,26 @@ pub fn is_needless(me: &NodeId, register: Option<&Entry>) -> bool {
 impl Follower {
     /// A claim is no promise: its runner may have died, or have found another node.
     pub(super) fn leave_if_unfollowed(&mut self, now: Instant) {
-        if self.end.is_some() {
-            return;
-        }
-        let unfollowed = Some(self.began).filter(|_| self.settings.claimed && !self.followed);
-        let needless = self.needless_since.filter(|_| self.settings.spare && self.link.is_none());
-        let late = |since: Instant| now.saturating_duration_since(since) > CLAIM_LIMIT;
-        if unfollowed.is_some_and(late) || needless.is_some_and(late) {
+        let waits = self.settings.claimed && !self.followed;
+        if self.end.is_none() && waits && is_late(self.began, now) {
             self.end = Some(Outcome::Unfollowed);
         }
     }
 
-    /// A copy that nobody needs now would keep a spare from the vms that lack one. Its store stays for a rejoin.
-    pub(super) fn look_whether_needed(&mut self, found: Option<&Entry>) {
-        let needless = is_needless(&self.me, found) && self.link.is_none();
-        self.needless_since = needless.then(|| self.needless_since.unwrap_or_else(Instant::now));
+    /// The register was just read. A copy that nobody needs now would keep a spare from the vms that lack one; its store
+    /// stays for a rejoin. What was read earlier decides nothing: this may be the secondary by now.
+    pub(super) fn look_whether_needed(&mut self, found: Option<&Entry>, now: Instant) {
+        if self.link.is_some() || !is_needless(&self.me, found) {
+            self.needless_since = None;
+            return;
+        }
+        let since = *self.needless_since.get_or_insert(now);
+        if self.end.is_none() && self.settings.spare && is_late(since, now) {
+            self.end = Some(Outcome::Unfollowed);
+        }
     }
+}
+
+fn is_late(since: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(since) > CLAIM_LIMIT
 }

@@ -88,7 +88,7 @@ pub enum Event {
     /// The operator wants acks to mean something else; told what they mean from now on.
     Policy(crate::replica::AckPolicy, oneshot::Sender<Policy>),
     /// The operator ends this process.
-    Leave,
+    Leave(Option<oneshot::Sender<()>>),
 }
 
 /// What a node does by itself.
@@ -394,7 +394,11 @@ impl Follower {
                 // Whoever asked may have given up.
                 let _ = reply.send(self.policy());
             }
-            Event::Leave => self.end = Some(Outcome::Left),
+            Event::Leave(reply) => {
+                self.end = Some(Outcome::Left);
+                // Whoever asked may have given up, or is a signal.
+                let _ = reply.map(|reply| reply.send(()));
+            }
         }
     }
 

@@ -110,7 +110,7 @@ impl Follower {
         if !std::mem::replace(&mut self.observed, true) && !self.on_first_look(found.as_ref()) {
             return;
         }
-        self.look_whether_needed(found.as_ref());
+        self.look_whether_needed(found.as_ref(), Instant::now());
         if let Some(entry) = &found
             && matches!(entry.value, Value::Stopped { .. })
             && self.followed

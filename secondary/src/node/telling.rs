@@ -86,6 +86,7 @@ impl Follower {
         let input = state.map_or(0, |state| state.console_input);
         self.board.change(|status| {
             (status.role, status.replica, status.stale) = (role, self.replica_id(), stale);
+            status.disk_of_runner = self.replica.is_active();
             (status.marks, status.acked) = (self.marks, self.replica.acked());
             status.link_stands(self.link.is_some());
             status.proposing = self.replica.is_proposing();

@@ -163,15 +163,42 @@ fn a_spare_leaves_a_vm_that_others_protect_and_no_other_one() {
         Entry { term: Term(2), proposal: ProposalId(1), value }
     };
     let alone = Value::Solo { node: node("a"), incarnation: ME };
-    let later = Instant::now() + 2 * CLAIM_LIMIT;
+    let begin = Instant::now();
     let mut leaves = |spare: bool, found: &Entry| {
         follower.settings.spare = spare;
-        follower.look_whether_needed(Some(found));
-        follower.leave_if_unfollowed(later);
+        follower.needless_since = None;
+        for now in [begin, begin + 2 * CLAIM_LIMIT] {
+            assert!(follower.end.is_none(), "it leaves at once");
+            follower.look_whether_needed(Some(found), now);
+        }
         matches!(follower.end.take(), Some(Outcome::Unfollowed))
     };
     assert!(leaves(true, &paired("c")), "others protect it");
     assert!(!leaves(false, &paired("c")), "the configuration binds it");
     assert!(!leaves(true, &paired("b")), "it is the secondary");
     assert!(!leaves(true, &Entry { value: alone, ..paired("c") }), "the runner looks for somebody");
+}
+
+/// What it read before it was taken back says nothing of the vm that it protects since: a copy that is thrown away when its
+/// runner dies is the guest.
+#[test]
+fn a_spare_that_was_taken_back_stays() {
+    let place = tempfile::tempdir().unwrap();
+    let mut follower = follower(place.path());
+    follower.settings.spare = true;
+    let paired = |secondary: &str| {
+        let (primary, secondary) = (node("a"), node(secondary));
+        let value = Value::Paired { primary, secondary, replica: ReplicaId(7) };
+        Entry { term: Term(2), proposal: ProposalId(1), value }
+    };
+    let begin = Instant::now();
+    follower.look_whether_needed(Some(&paired("c")), begin);
+    // The register is not read while its runner is there, which dies a long time after.
+    follower.settle(begin + 3 * CLAIM_LIMIT);
+    assert!(follower.end.is_none(), "it left by what it had read before");
+    follower.look_whether_needed(Some(&paired("b")), begin + 3 * CLAIM_LIMIT);
+    follower.look_whether_needed(Some(&paired("c")), begin + 4 * CLAIM_LIMIT);
+    assert!(follower.end.is_none(), "it has only just become needless");
+    follower.look_whether_needed(Some(&paired("c")), begin + 6 * CLAIM_LIMIT);
+    assert!(matches!(follower.end.take(), Some(Outcome::Unfollowed)));
 }

@@ -211,7 +211,7 @@ impl Admin {
     /// # Errors
     /// It says no.
     pub fn fence(&self, reason: &str) -> anyhow::Result<v1::FenceReply> {
-        let request = v1::FenceRequest { reason: reason.to_owned() };
+        let request = v1::FenceRequest { reason: reason.to_owned(), node: String::new() };
         self.call(CALL_LIMIT, |mut client| async move { client.fence(request).await })
     }
 

@@ -280,27 +280,29 @@ impl Follower {
 
     /// `Follower::leave_if_unfollowed`.
     fn leave_if_unfollowed(&mut self, common: &mut Common) {
-        if self.end.is_some() {
-            return;
+        let waits = self.claimed && !self.followed;
+        if self.end.is_none() && waits && common.now - self.began > CLAIM_LIMIT {
+            self.let_go("spares that nobody followed", common);
         }
-        let unfollowed = Some(self.began).filter(|_| self.claimed && !self.followed);
-        let stays = common.mutations.needless_stay || !self.spare || self.link.is_some();
-        let needless = self.needless_since.filter(|_| !stays);
-        let late = |since: Time| common.now - since > CLAIM_LIMIT;
-        let why = match (unfollowed.is_some_and(late), needless.is_some_and(late)) {
-            (true, _) => "spares that nobody followed",
-            (_, true) => "spares that nobody needed",
-            _ => return,
-        };
+    }
+
+    fn let_go(&mut self, why: &'static str, common: &mut Common) {
         common.count(why);
         common.note(self.x, || format!("lets go ({why})"));
         self.end = Some(Outcome::Unfollowed);
     }
 
     /// `Follower::look_whether_needed`.
-    pub(crate) fn look_whether_needed(&mut self, found: Option<&Entry>, common: &Common) {
-        let needless = is_needless(&self.me, found) && self.link.is_none();
-        self.needless_since = needless.then(|| self.needless_since.unwrap_or(common.now));
+    pub(crate) fn look_whether_needed(&mut self, found: Option<&Entry>, common: &mut Common) {
+        if self.link.is_some() || !is_needless(&self.me, found) {
+            self.needless_since = None;
+            return;
+        }
+        let since = *self.needless_since.get_or_insert(common.now);
+        let leaves = self.spare && !common.mutations.needless_stay;
+        if self.end.is_none() && leaves && common.now - since > CLAIM_LIMIT {
+            self.let_go("spares that nobody needed", common);
+        }
     }
 
     /// Where the node waits for its store, it does nothing else; its heartbeats go on.

@@ -106,6 +106,7 @@ impl Follower {
             staging,
             over: false,
         };
+        self.needless_since = None;
         self.link = Some(link);
         self.detector.heard();
         self.planned = false;
@@ -219,6 +220,7 @@ impl Follower {
 
     fn link_down(&mut self, why: &str, common: &mut Common) {
         let Some(link) = self.link.take() else { return };
+        self.needless_since = None;
         common.note(self.x, || format!("link {} is down: {why}", link.number));
         self.replica.link_lost();
         self.rejoin.break_off();

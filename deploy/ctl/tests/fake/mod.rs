@@ -252,10 +252,11 @@ impl Admin for Service {
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
         let v1::DrainRequest { drain, reason } = request.into_inner();
         self.command(format!("drain {drain} {reason}").trim_end().to_owned())?;
-        // It has left by the second look.
+        // A guest that runs there moves to b.
         let mut state = self.state();
-        if state.asked.iter().filter(|asked| asked.starts_with("drain")).count() > 1 {
+        if state.nodes.iter().any(|node| node.role() == v1::NodeRole::Runner) {
             state.nodes.iter_mut().for_each(|node| node.role = v1::NodeRole::Waiting.into());
+            state.status.register = Some(solo("b", 3));
         }
         Ok(Response::new(v1::DrainReply { role: v1::Role::Waiting.into() }))
     }
