@@ -105,6 +105,7 @@ fn a_drained_node_is_left_by_its_guest_and_replaced_as_a_secondary() {
         check_goes_on(cluster)?;
         // It is chosen again once it may be.
         cluster.kill("s")?;
+        cluster.until_solo("b")?;
         stays(cluster, "a")?;
         cluster.admin("a")?.drain(false)?;
         cluster.until_paired("b")?;
