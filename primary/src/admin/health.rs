@@ -235,6 +235,8 @@ mod tests {
         let line = told(&status, "b");
         assert!(line.contains("1.7") && line.contains("once a is fenced"), "{line}");
         status.stale = None;
+        assert!(told(&status, "a").contains("no whole point"), "{}", told(&status, "a"));
+        status.disk_of_runner = true;
         let line = told(&status, "a");
         assert!(line.contains("its disk") && line.contains("once b is fenced"), "{line}");
         assert_eq!(told(&status, "c"), "");
