@@ -37,7 +37,11 @@ fn pair(cluster: &mut Cluster) -> anyhow::Result<Between> {
     let between = stand_before(cluster, "b")?;
     let (path, command) = cluster.prepare("a", true, Some("b"))?;
     let (direct, through) = (cluster.admin("b")?.address().to_string(), between.address.to_string());
-    fs::write(&path, fs::read_to_string(&path)?.replace(&direct, &through))?;
+    // By itself it would find b where the membership says, and not through the go-between.
+    let by_hand = ("[replication]\n", "[replication]\nreprotect = \"manual\"\n");
+    let text = fs::read_to_string(&path)?.replace(&direct, &through).replace(by_hand.0, by_hand.1);
+    ensure!(text.contains(by_hand.1), "{text}");
+    fs::write(&path, text)?;
     cluster.start("a", command, true)?;
     cluster.until_paired("a")?;
     Ok(between)

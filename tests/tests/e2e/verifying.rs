@@ -91,7 +91,8 @@ fn flip(file: &File, piece: u64, byte: u64) -> anyhow::Result<()> {
 fn until_made_whole(cluster: &Cluster, term: u64) -> anyhow::Result<()> {
     cluster.until("the copy to be whole again", || {
         let status = cluster.status("a").context("a does not answer")?;
-        let newer = status.register.as_ref().is_some_and(|entry| entry.term > term);
+        // Alone in the term after it, then paired again.
+        let newer = status.register.as_ref().is_some_and(|entry| entry.term > term + 1);
         Ok((status.role() == Role::Paired && newer).then_some(()))
     })?;
     let status = cluster.status("a").context("a does not answer")?;
@@ -158,10 +159,10 @@ fn a_comparison_is_refused_or_ends_with_words() {
         refused(cluster, "a", disk, "the guest has no disk")?;
         let admin = cluster.admin("a")?.clone();
         let slow = std::thread::spawn(move || admin.verify(all(1)));
-        let begun = "the copy is being compared already";
         cluster.until("a comparison to go on", || {
-            Ok(refused(cluster, "a", all(1), begun).is_ok().then_some(()))
+            Ok(cluster.log("a").contains("the copy is being compared").then_some(()))
         })?;
+        refused(cluster, "a", all(1), "the copy is being compared already")?;
         cluster.kill("b")?;
         let ended = slow.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))?;
         let why = format!("{:#}", ended.err().context("it did not end early")?);
