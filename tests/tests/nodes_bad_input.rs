@@ -277,8 +277,12 @@ fn two_nodes_of_one_name() {
         fs::write(&path, text.replace("node = \"b\"", "node = \"a\""))?;
         cluster.start("b", command, false)?;
         cluster.start_primary("a", Some("b"))?;
-        let before = cluster.register()?;
         let error = cluster.until("an error", || Ok(error_of(cluster, "a")))?;
+        let before = cluster.register()?;
+        ensure!(
+            before.as_ref().is_some_and(|entry| entry.term.0 == 1),
+            "the register has changed: {before:?}"
+        );
         ensure!(
             error.contains("named a and so is the runner") && error.contains("a name of its own"),
             "{error}"
