@@ -299,7 +299,7 @@ impl Follower {
             return;
         }
         let since = *self.needless_since.get_or_insert(common.now);
-        let leaves = self.spare && !common.mutations.needless_stay;
+        let leaves = self.spare;
         if self.end.is_none() && leaves && common.now - since > CLAIM_LIMIT {
             self.let_go("spares that nobody needed", common);
         }

@@ -105,8 +105,6 @@ pub(crate) struct Mutations {
     pub(crate) endless_patience: bool,
     /// A spare that was claimed stays with that vm, whatever becomes of it.
     pub(crate) spares_stay: bool,
-    /// What was wrong once. So does one that others follow in the place of.
-    pub(crate) needless_stay: bool,
     /// What is known of a node that died is never forgotten.
     pub(crate) endless_leases: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
