@@ -70,15 +70,15 @@ impl Follower {
     }
 
     /// Why this node could not run the guest if the register named it.
-    fn cannot_run(&self) -> Option<String> {
+    fn cannot_run(&self) -> Option<(Reason, String)> {
         if !matches!(self.replica.copy(), Copy::Whole { .. }) && !self.asked.forces() {
-            return Some(NotMine::NoCopy.to_string());
+            return Some((Reason::NoCopy, NotMine::NoCopy.to_string()));
         }
         if let Some(why) = &self.store_failed {
-            return Some(format!("this node's store has failed: {why}"));
+            return Some((Reason::NotNow, format!("this node's store has failed: {why}")));
         }
         let ready = self.warm.is_some() && (self.applier.is_some() || self.replica.is_active());
-        (!ready).then(|| "this node does not know the guest's description".to_owned())
+        (!ready).then(|| (Reason::NoCopy, "this node does not know the guest's description".to_owned()))
     }
 
     pub(super) fn on_arbiter(&mut self, found: Found) {
@@ -133,8 +133,8 @@ impl Follower {
         if !self.asked.wants() && !suspected {
             return;
         }
-        if let Some(why) = self.cannot_run() {
-            return self.asked.refuse(Reason::NotNow, why);
+        if let Some((reason, why)) = self.cannot_run() {
+            return self.asked.refuse(reason, why);
         }
         match self.want_to_run(found.as_ref()) {
             Ok(actions) => self.act(actions),
