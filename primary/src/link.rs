@@ -90,6 +90,8 @@ pub enum LinkEvent {
     Up(Box<Welcomed>),
     /// The secondary did not take it, or not any more.
     Refused(String),
+    /// The secondary has only begun: it is to be asked again soon.
+    NotReady(String),
     /// It is of no more use. Nothing follows.
     Down(String),
     /// An ack.

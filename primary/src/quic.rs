@@ -4,7 +4,7 @@
 use colo_common::Point;
 use colo_common::telemetry::node_span;
 use colo_proto::frame::{Frame, Kind, VmTag};
-use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, TermChanged, Yield};
+use colo_proto::message::{Control, Goodbye, Hello, Purpose as WirePurpose, Refusal, TermChanged, Yield};
 use colo_proto::version::Versions;
 use colo_vmm::PagePool;
 use crossbeam_channel::Sender;
@@ -67,6 +67,7 @@ impl Connector for QuicConnector {
                 Ok(why) => LinkEvent::Down(why),
                 Err(Failed::Down(why)) => LinkEvent::Down(why),
                 Err(Failed::Refused(why)) => LinkEvent::Refused(why),
+                Err(Failed::NotReady(why)) => LinkEvent::NotReady(why),
             };
             tell(&outbox, number, event);
         };
@@ -90,6 +91,7 @@ impl Connector for QuicConnector {
 enum Failed {
     Down(String),
     Refused(String),
+    NotReady(String),
 }
 
 impl From<WireError> for Failed {
@@ -191,7 +193,11 @@ impl QuicConnector {
         write_control(&mut say, vm, &hello).await?;
         let welcome = match read_control(&mut hear, vm, &PagePool::default()).await? {
             Control::Welcome(welcome) => welcome,
-            Control::Refused(refused) => return Err(Failed::Refused(refused.detail.to_string())),
+            Control::Refused(refused) => {
+                let why = refused.detail.to_string();
+                let begins = refused.reason == Refusal::NotReady;
+                return Err(if begins { Failed::NotReady(why) } else { Failed::Refused(why) });
+            }
             other => return Err(Failed::Down(format!("the secondary answered {other:?} to a hello"))),
         };
         let (link, end) = LinkHandle::new();

@@ -215,6 +215,7 @@ fn every_reason_to_refuse() {
         "0703776879",
         "0803776879",
         "0903776879",
+        "0a03776879",
     ];
     for (refused, golden) in samples::refusals().iter().zip(golden) {
         message(refused, golden);

@@ -110,7 +110,7 @@ impl Node {
                 tracing::warn!(vm = %self.vm, "more answers than were asked for");
                 self.lose_link()
             }
-            LinkEvent::Refused(reason) | LinkEvent::Down(reason) => {
+            LinkEvent::Refused(reason) | LinkEvent::NotReady(reason) | LinkEvent::Down(reason) => {
                 tracing::warn!(vm = %self.vm, secondary = %peer.node, "the link is down: {reason}");
                 self.board.error(format!("the link to {} is down: {reason}", peer.node));
                 self.lose_link()
@@ -146,12 +146,14 @@ impl Node {
                 }
                 reason
             }
+            LinkEvent::NotReady(reason) => reason,
             LinkEvent::Down(reason) => {
                 self.candidate_failed(false);
                 reason
             }
             _ => "the secondary answered out of turn".to_owned(),
         };
+        tracing::debug!(vm = %self.vm, "no link came about: {failed}");
         self.board.error(failed.clone());
         super::operator::answer(asked, Err(super::CommandError::Refused(failed)));
         Ok(())

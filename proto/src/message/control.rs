@@ -141,6 +141,8 @@ pub enum Refusal {
     Damaged,
     /// The secondary itself has failed, as when its disk is full.
     Failed,
+    /// The secondary's process has only begun and has not read the register yet: it is to be asked again soon.
+    NotReady,
 }
 
 /// A short text for a person, from a peer or for one: one line without control characters.

@@ -93,7 +93,7 @@ pub(crate) fn welcome() -> Welcome {
     }
 }
 
-pub(crate) fn refusals() -> [Refused; 10] {
+pub(crate) fn refusals() -> [Refused; 11] {
     [
         Refusal::Version { versions: Versions { min: 2, max: 300 } },
         Refusal::OtherVm,
@@ -105,6 +105,7 @@ pub(crate) fn refusals() -> [Refused; 10] {
         Refusal::OutOfPlace,
         Refusal::Damaged,
         Refusal::Failed,
+        Refusal::NotReady,
     ]
     .map(|reason| Refused { reason, detail: Detail::new("why") })
 }

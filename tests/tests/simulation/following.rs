@@ -78,6 +78,11 @@ impl Follower {
             let memory = common.memory();
             self.warm_up(memory, None, common);
         }
+        if !self.observed {
+            common.note(self.x, || format!("refuses link {number}: it has not read the register yet"));
+            common.send(number, Way::Hear, Msg::NotReady);
+            return;
+        }
         if let Err(why) = self.judge(term, purpose) {
             common.note(self.x, || format!("refuses link {number}: {why}"));
             common.send(number, Way::Hear, Msg::Refused(why));
@@ -121,9 +126,6 @@ impl Follower {
     }
 
     fn judge(&self, term: colo_common::Term, purpose: Purpose) -> Result<(), String> {
-        if !self.observed {
-            return Err("this node has not read the register yet".to_owned());
-        }
         if self.store_failed {
             return Err("the store has failed".to_owned());
         }

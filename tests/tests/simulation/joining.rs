@@ -138,6 +138,10 @@ impl Runner {
                     self.linking = Linking::Waiting { until: common.now + REFUSED_BACKOFF };
                 }
             }
+            Msg::NotReady => {
+                common.count("links that came too early");
+                common.close(link, 0);
+            }
             _ => {
                 self.candidate_failed(false, common);
                 common.close(link, 0);

@@ -25,6 +25,8 @@ pub(crate) enum Msg {
         max_epoch_bytes: u64,
     },
     Refused(String),
+    /// The follower has not read the register yet.
+    NotReady,
     Term(Term),
     DigestRequest(DigestRequest),
     BlockDigestRequest(BlockDigestRequest),
