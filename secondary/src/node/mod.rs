@@ -12,6 +12,7 @@
 mod asked;
 mod following;
 mod leaving;
+mod loading;
 mod pairing;
 mod promoting;
 mod starting;
@@ -19,6 +20,7 @@ mod telling;
 #[cfg(test)]
 mod tests;
 mod tray;
+mod welcoming;
 
 use colo_common::config::Endpoint;
 use colo_common::register::Entry;
@@ -52,7 +54,8 @@ use crate::replica::{Copy, Replica};
 use crate::staging::StagedEpoch;
 pub use following::judge_epoch;
 pub use leaving::is_needless;
-pub use pairing::{Loaded, PairAnswer, PairError, load, offered};
+pub use loading::{Loaded, load};
+pub use pairing::{PairAnswer, PairError, offered};
 pub use promoting::{HandBack, Promotion};
 pub use starting::{FirstLook, Known, first_look};
 use tray::Told;
