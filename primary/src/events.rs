@@ -3,7 +3,7 @@
 
 use colo_common::register::Entry;
 use colo_proto::v1::{self, AuditEntry, AuditKind, EventKind};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::admin::role as role_of;
 use crate::node::status::{Policy, Role, Seed, Status};
@@ -19,6 +19,8 @@ pub(crate) struct Told {
     policy: Option<Policy>,
     link: Option<(bool, Instant)>,
     seed: Option<(bool, u64)>,
+    copy: Option<Instant>,
+    unprotected: Duration,
     ran: Option<Instant>,
     error: Option<Instant>,
 }
@@ -30,6 +32,11 @@ pub(crate) struct News {
 }
 
 impl Told {
+    /// So long the guest ran here without protection under processes before this one.
+    pub(crate) fn was_unprotected(&mut self, before: Duration) {
+        self.unprotected = before;
+    }
+
     /// What is new in `status`; `is_own` tells the changes of the register that this process made.
     pub(crate) fn news(&mut self, status: &Status, is_own: impl Fn(&Entry) -> bool) -> Vec<News> {
         let mut news = Vec::new();
@@ -69,7 +76,13 @@ impl Told {
         if status.role == self.role {
             return;
         }
-        let what = format!("{} after {}", word(status.role), word(self.role));
+        let mut what = format!("{} after {}", word(status.role), word(self.role));
+        // A period has ended.
+        let bare = status.unprotected_before.saturating_sub(self.unprotected);
+        self.unprotected = status.unprotected_before;
+        if !bare.is_zero() {
+            what += &format!(", {} ms without protection", bare.as_millis());
+        }
         self.role = status.role;
         news.push(told(status, EventKind::Role, what).noted(status, AuditKind::Role));
     }
@@ -110,6 +123,11 @@ impl Told {
     fn seed(&mut self, status: &Status, news: &mut Vec<News>) {
         let part =
             |seed: &Seed| (seed.done * 100).checked_div(seed.total).unwrap_or(0) / SEED_STEP * SEED_STEP;
+        if let Some(copy) = status.copy.as_ref().filter(|copy| Some(copy.since) != self.copy) {
+            self.copy = Some(copy.since);
+            let why = if copy.why.is_empty() { String::new() } else { format!("; {}", copy.why) };
+            news.push(told(status, EventKind::Seed, format!("a copy begins: {}{why}", copy.what)));
+        }
         let now = status.seed.as_ref().map(|seed| (seed.compares, part(seed)));
         if now == self.seed {
             return;
@@ -145,6 +163,7 @@ pub(crate) fn entry(status: &Status, kind: AuditKind, what: String) -> AuditEntr
         register: register.map(v1::RegisterEntry::from),
         kind: kind.into(),
         what,
+        unprotected_ms: ms(status.unprotected(Instant::now())),
         ..AuditEntry::default()
     }
 }
@@ -162,6 +181,10 @@ pub(crate) fn told(status: &Status, kind: EventKind, what: String) -> News {
     News { event, audit: None }
 }
 
+fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Milliseconds since 1970 by the host's clock.
 pub(crate) fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -175,11 +198,11 @@ fn word(role: Role) -> String {
 #[cfg(test)]
 mod tests {
     use super::Told;
-    use crate::node::status::{Policy, Role, Seed, Status};
+    use crate::node::status::{CopyNote, Policy, Role, Seed, Status};
     use colo_common::register::{Entry, Value};
     use colo_common::{Incarnation, ProposalId, Term};
     use colo_proto::v1::{AuditKind, EventKind};
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     fn kinds(told: &mut Told, status: &Status) -> Vec<EventKind> {
         told.news(status, |_| false).iter().map(|news| news.event.kind()).collect()
@@ -223,5 +246,33 @@ mod tests {
         assert!((10..=12).contains(&steps), "{steps}");
         status.seed = None;
         assert_eq!(kinds(&mut told, &status), [EventKind::Seed]);
+    }
+
+    #[test]
+    fn why_a_copy_is_large_is_told_once() {
+        let (mut told, mut status) = (Told::default(), Status::default());
+        let (what, why) = ("all pages".to_owned(), "memory: the secondary has nothing of it".to_owned());
+        status.copy = Some(CopyNote { what, why, since: Instant::now() });
+        let news = told.news(&status, |_| false);
+        let wanted = "a copy begins: all pages; memory: the secondary has nothing of it";
+        assert_eq!((news[0].event.kind(), news[0].event.what.as_str()), (EventKind::Seed, wanted));
+        assert!(kinds(&mut told, &status).is_empty());
+    }
+
+    #[test]
+    fn time_without_protection_is_noted_when_it_ends() {
+        let (mut told, mut status) = (Told::default(), Status::default());
+        told.was_unprotected(Duration::from_millis(500));
+        status.unprotected_before = Duration::from_millis(500);
+        let mut turns = |role, bare| {
+            status.role = role;
+            status.unprotected_before = Duration::from_millis(bare);
+            let entry = told.news(&status, |_| false).remove(0).audit.unwrap();
+            (entry.what, entry.unprotected_ms)
+        };
+        assert_eq!(turns(Role::Alone, 500), ("alone after starting".to_owned(), 500));
+        let wanted = "paired after alone, 1250 ms without protection";
+        assert_eq!(turns(Role::Paired, 1750), (wanted.to_owned(), 1750));
+        assert_eq!(turns(Role::Alone, 1750).0, "alone after paired");
     }
 }

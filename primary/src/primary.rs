@@ -77,7 +77,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     let _audit = serve::keep_audit(
         &plane,
         &directory,
-        format!("on_secondary_loss = {:?}", config.replication.on_secondary_loss),
+        serve::policies(&config.replication, config.on_stop, config.on_crash, config.max_promotions),
     );
     plane.board.describe(machine.account(), Arc::clone(machine.guest.memory()));
     plane.board.attach(std::mem::take(&mut machine.devices));

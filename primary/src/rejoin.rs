@@ -15,37 +15,120 @@ use colo_proto::message::{Base, SeedMode, SeedPart};
 use crate::last_changed::Known;
 use crate::replicator::Offer;
 
-/// How a copy is made whole. `full`: the operator wants everything sent.
-pub fn plan(mine: &History, known: Known, offer: &Offer, full: bool) -> SeedMode {
-    if full {
-        return SeedMode::FULL;
+/// Why more than what was written since is sent or compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Why {
+    /// The operator wants it all.
+    #[error("the operator asked for it in full")]
+    Asked,
+    /// The secondary holds nothing of it.
+    #[error("the secondary has nothing of it")]
+    Nothing,
+    /// The secondary does not know which point it holds.
+    #[error(
+        "the secondary does not know which point it holds: a copy was cut off there, or its memory is of no point"
+    )]
+    NoBase,
+    /// This node did not track what was written.
+    #[error("this node does not know what was written when")]
+    NotTracked,
+    /// The histories have no point in common.
+    #[error("its history has nothing in common with the guest's, from {at} on")]
+    OtherHistory {
+        /// What it holds.
+        at: Point,
+    },
+    /// It goes back further than this node's tables do.
+    #[error("it holds {at}, and this node knows what was written since epoch {known} only")]
+    TooOld {
+        /// The common point.
+        at: Point,
+        /// Of the oldest change that is known.
+        known: Epoch,
+    },
+    /// It went on by itself, and does not know what it wrote since the common point.
+    #[error("it went on after {at}, and knows what it wrote since epoch {known} only")]
+    WentOn {
+        /// The common point.
+        at: Point,
+        /// Of the oldest change that it knows.
+        known: Epoch,
+    },
+}
+
+/// How a copy is made whole, and why more is sent than was written since, of memory and of disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// What is sent.
+    pub mode: SeedMode,
+    /// Why that much of the memory.
+    pub memory: Option<Why>,
+    /// Why that much of the disk.
+    pub disk: Option<Why>,
+}
+
+impl Plan {
+    /// The same in words; empty if only what was written is sent. `forgot`: why this node's tables begin so late.
+    pub fn reasons(&self, has_disk: bool, forgot: Option<&str>) -> String {
+        let said = |why: Why| match (why, forgot) {
+            (Why::TooOld { .. } | Why::NotTracked, Some(forgot)) => format!("{why} ({forgot})"),
+            _ => why.to_string(),
+        };
+        match (self.memory, self.disk.filter(|_| has_disk)) {
+            (None, None) => String::new(),
+            (Some(memory), Some(disk)) if memory == disk => format!("memory and disk: {}", said(memory)),
+            (Some(memory), Some(disk)) => format!("memory: {}; disk: {}", said(memory), said(disk)),
+            (Some(memory), None) => format!("memory: {}", said(memory)),
+            (None, Some(disk)) => format!("disk: {}", said(disk)),
+        }
     }
-    let since = |known, base: Option<Base>| base.and_then(|base| common(mine, known, base, &offer.history));
-    let memory = match (since(known.memory, offer.bases.memory), offer.staged) {
-        (Some(point), _) => SeedPart::Since(point),
-        (None, Some(_)) => SeedPart::Differing,
-        (None, None) => SeedPart::All,
+}
+
+/// How a copy is made whole. `full`: the operator wants everything sent.
+pub fn plan(mine: &History, known: Known, offer: &Offer, full: bool) -> Plan {
+    if full {
+        return Plan { mode: SeedMode::FULL, memory: Some(Why::Asked), disk: Some(Why::Asked) };
+    }
+    let since = |known, base: Option<Base>| common(mine, known, base, &offer.history);
+    let (memory, why_memory) = match (since(known.memory, offer.bases.memory), offer.staged) {
+        (Ok(point), _) => (SeedPart::Since(point), None),
+        (Err(why), Some(_)) => (SeedPart::Differing, Some(why)),
+        (Err(_), None) => (SeedPart::All, Some(Why::Nothing)),
     };
-    let disk = since(known.disk, offer.bases.disk).map_or(SeedPart::Differing, SeedPart::Since);
-    SeedMode { memory, disk }
+    let (disk, why_disk) = match since(known.disk, offer.bases.disk) {
+        Ok(point) => (SeedPart::Since(point), None),
+        Err(why) => (SeedPart::Differing, Some(why)),
+    };
+    Plan { mode: SeedMode { memory, disk }, memory: why_memory, disk: why_disk }
 }
 
 /// The newest point that both have, if both know what they changed since.
-fn common(mine: &History, known: Option<Epoch>, base: Base, theirs: &History) -> Option<Point> {
-    let known = known?;
-    let point = if mine.contains(base.point) { base.point } else { mine.common_point(theirs)? };
-    let reached = point <= base.point && point.epoch >= base.from && point.epoch >= known;
-    reached.then_some(point)
+fn common(mine: &History, known: Option<Epoch>, base: Option<Base>, theirs: &History) -> Result<Point, Why> {
+    let base = base.ok_or(Why::NoBase)?;
+    let known = known.ok_or(Why::NotTracked)?;
+    let common = if mine.contains(base.point) { Some(base.point) } else { mine.common_point(theirs) };
+    let at = common.filter(|point| *point <= base.point).ok_or(Why::OtherHistory { at: base.point })?;
+    if at.epoch < known {
+        return Err(Why::TooOld { at, known });
+    }
+    if at.epoch < base.from {
+        return Err(Why::WentOn { at, known: base.from });
+    }
+    Ok(at)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::plan;
+    use super::{Plan, Why};
     use crate::last_changed::Known;
     use crate::replicator::Offer;
     use colo_common::history::{History, point};
     use colo_common::{Epoch, Point};
     use colo_proto::message::{Base, Bases, SeedMode, SeedPart};
+
+    fn plan(mine: &History, known: Known, offer: &Offer, full: bool) -> SeedMode {
+        super::plan(mine, known, offer, full).mode
+    }
 
     fn history(points: &[(u64, u64)]) -> History {
         History::from_points(points.iter().map(|&(t, e)| point(t, e)).collect()).unwrap()
@@ -100,5 +183,42 @@ mod tests {
         let both = offer(Bases::at(point(1, 30)), &[(1, 30)]);
         let wanted = SeedMode { memory: SeedPart::Since(point(1, 30)), disk: SeedPart::Differing };
         assert_eq!(plan(&mine, known, &both, false), wanted);
+    }
+
+    #[test]
+    fn it_says_why_more_is_sent_than_was_written() {
+        let mine = history(&[(1, 10), (3, 40)]);
+        let why = |known, offer: &Offer| {
+            let Plan { memory, disk, .. } = super::plan(&mine, known, offer, false);
+            assert!(memory == disk || memory == Some(Why::Nothing), "{memory:?}, {disk:?}");
+            disk
+        };
+        let at = |term, epoch| offer(Bases::at(point(term, epoch)), &[(term, epoch)]);
+        assert_eq!(why(knows(10), &at(3, 20)), None);
+        assert_eq!(why(knows(21), &at(3, 20)), Some(Why::TooOld { at: point(3, 20), known: Epoch(21) }));
+        assert_eq!(why(Known::default(), &at(3, 20)), Some(Why::NotTracked));
+        assert_eq!(why(knows(0), &at(2, 4)), Some(Why::OtherHistory { at: point(2, 4) }));
+        assert_eq!(why(knows(0), &Offer::default()), Some(Why::NoBase));
+        let base = Some(Base { point: point(1, 14), from: Epoch(12) });
+        let far = offer(Bases { memory: base, disk: base }, &[(1, 14)]);
+        assert_eq!(why(knows(0), &far), Some(Why::WentOn { at: point(1, 10), known: Epoch(12) }));
+        let Plan { memory, disk, .. } = super::plan(&mine, knows(0), &at(3, 20), true);
+        assert_eq!((memory, disk), (Some(Why::Asked), Some(Why::Asked)));
+        let empty = super::plan(&mine, knows(0), &Offer::default(), false);
+        assert_eq!(empty.memory, Some(Why::Nothing));
+        let words = |plan: Plan, disk| plan.reasons(disk, Some("it was away too long"));
+        assert_eq!(
+            words(empty, true),
+            "memory: the secondary has nothing of it; disk: the secondary does not know which point it holds: a copy was \
+             cut off there, or its memory is of no point"
+        );
+        assert_eq!(words(empty, false), "memory: the secondary has nothing of it");
+        let late = super::plan(&mine, knows(21), &at(3, 20), false);
+        assert_eq!(
+            words(late, true),
+            "memory and disk: it holds 3.20, and this node knows what was written since epoch 21 only (it was away too long)"
+        );
+        let quick = super::plan(&mine, knows(9), &at(3, 20), false);
+        assert_eq!(words(quick, true), "");
     }
 }

@@ -3,7 +3,9 @@
 
 use anyhow::{Context, anyhow};
 use colo_common::arbiter::Arbiter;
-use colo_common::config::{ConsoleConfig, Endpoint, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect};
+use colo_common::config::{
+    ConsoleConfig, Endpoint, OnCrash, OnSecondaryLoss, OnStop, ReplicationConfig, Reprotect,
+};
 use colo_common::membership::Membership;
 use colo_common::register::{Entry, Value};
 use colo_common::tls::{self, Identity};
@@ -88,6 +90,20 @@ impl Security {
                 .client_ca_root(Certificate::from_pem(&pem.ca))
         })
     }
+}
+
+/// What a runner decides by itself, in words, for the audit trail.
+pub fn policies(
+    replication: &ReplicationConfig,
+    on_stop: OnStop,
+    on_crash: OnCrash,
+    max_promotions: u32,
+) -> String {
+    let ReplicationConfig { on_secondary_loss, reprotect, .. } = replication;
+    format!(
+        "on_secondary_loss = {on_secondary_loss:?}, reprotect = {reprotect:?}, on_stop = {on_stop:?}, \
+         on_crash = {on_crash:?}, max_promotions = {max_promotions}"
+    )
 }
 
 /// Begins the audit trail of this process, which ends with the answer, and notes by which `policy` it decides.

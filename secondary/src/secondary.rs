@@ -103,8 +103,11 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let (board, console) = (Board::default(), Console::default());
     let plane = Plane::new(vm.clone(), config.node.clone(), incarnation, board, console);
     let failover = format!(
-        "failover = {:?}, promote_delay_ms = {}",
-        config.replication.failover, config.replication.promote_delay_ms
+        "failover = {:?}, promote_delay_ms = {}, ack = {:?}; promoted: {}",
+        config.replication.failover,
+        config.replication.promote_delay_ms,
+        config.replication.ack,
+        serve::policies(&config.promoted, config.on_stop, config.on_crash, config.max_promotions)
     );
     let _audit = serve::keep_audit(&plane, &directory, failover);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);

@@ -59,16 +59,22 @@ struct Display {
     terminal: bool,
     open: bool,
     last: Option<(i32, Instant)>,
+    /// Why so much is copied was shown.
+    reasoned: bool,
     /// Where and when the phase began: a rate over all phases would say nothing.
     began: (u64, u64),
 }
 
 impl Display {
     fn new(terminal: bool) -> Self {
-        Self { terminal, open: false, last: None, began: (0, 0) }
+        Self { terminal, open: false, last: None, reasoned: false, began: (0, 0) }
     }
 
     fn show(&mut self, step: &ProtectProgress, now: Instant) {
+        if !step.why.is_empty() && !std::mem::replace(&mut self.reasoned, true) {
+            self.close();
+            aside(&format!("why so much is copied: {}\n", clean(&step.why)));
+        }
         if let Some(text) = self.line(step, now) {
             aside(&text);
         }

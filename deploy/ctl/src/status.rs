@@ -26,13 +26,14 @@ pub(crate) async fn run(nodes: &Nodes, json: bool) -> Result<(), CtlError> {
 /// A row of the table: its name, and what a node says to it.
 type Row = (&'static str, fn(&StatusReply) -> String);
 
-const ROWS: [Row; 27] = [
+const ROWS: [Row; 29] = [
     ("vm", |s| clean(&s.vm)),
     ("role", |s| words::role(s.role).to_owned()),
     ("protection", protection),
     ("register", |s| words::register(s.register.as_ref())),
     ("output", |s| clean(&s.holding)),
     ("ack policy", policy),
+    ("failover", |s| words::failover(s.failover).to_owned()),
     ("lag", behind),
     ("tip", |s| words::point(s.points.unwrap_or_default().tip)),
     ("acked", |s| words::point(s.points.unwrap_or_default().acked)),
@@ -52,6 +53,7 @@ const ROWS: [Row; 27] = [
     ("wire", |s| s.counters.filter(|c| c.wire_bytes > 0).map(|c| bytes(c.wire_bytes)).unwrap_or_default()),
     ("copies", copies),
     ("trouble", trouble),
+    ("unprotected", unprotected),
     ("up", |s| millis(s.uptime_ms)),
     ("version", |s| format!("{} (protocol {})", clean(&s.version), s.protocol)),
 ];
@@ -102,8 +104,19 @@ fn errors(sights: &[Sight]) -> String {
         }
         Err(e) => Some(format!("{e}\n")),
     });
-    let lines: String = disks.chain(lines).collect();
+    let copies = sights.iter().filter_map(|sight| {
+        let (_, status) = sight.found.as_ref().ok()?;
+        let why = &status.seed.as_ref().filter(|seed| !seed.why.is_empty())?.why;
+        Some(format!("{}, why so much is copied: {}\n", clean(&status.node), clean(why)))
+    });
+    let lines: String = disks.chain(copies).chain(lines).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// In all, at this node.
+fn unprotected(status: &StatusReply) -> String {
+    let total = status.unprotected_total_ms;
+    if total > 0 { format!("{} in all", millis(total)) } else { String::new() }
 }
 
 fn protection(status: &StatusReply) -> String {

@@ -52,7 +52,9 @@ struct Status {
     seed: Option<Progress>,
     counters: Counters,
     unprotected_ms: u64,
+    unprotected_total_ms: u64,
     uptime_ms: u64,
+    failover: Option<&'static str>,
     ack_policy: Option<&'static str>,
     ack_policy_pending: bool,
     epoch_age_ms: Option<u64>,
@@ -130,6 +132,7 @@ pub(crate) struct Progress {
     elapsed_ms: u64,
     secondary: Option<String>,
     register: Option<Register>,
+    why: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -195,7 +198,9 @@ fn status(status: &StatusReply) -> Status {
         seed: status.seed.as_ref().map(progress),
         counters: counters(&status.counters.unwrap_or_default()),
         unprotected_ms: status.unprotected_ms,
+        unprotected_total_ms: status.unprotected_total_ms,
         uptime_ms: status.uptime_ms,
+        failover: Some(words::failover(status.failover)).filter(|word| !word.is_empty()),
         ack_policy: Some(words::policy(status.ack_policy)).filter(|word| !word.is_empty()),
         ack_policy_pending: status.ack_policy_pending,
         epoch_age_ms: status.epoch_age_ms,
@@ -292,6 +297,7 @@ pub(crate) fn progress(progress: &v1::ProtectProgress) -> Progress {
         elapsed_ms: progress.elapsed_ms,
         secondary: filled(&progress.secondary),
         register: register(progress.register.as_ref()),
+        why: filled(&progress.why),
     }
 }
 

@@ -3,7 +3,7 @@
 use colo_common::Point;
 use colo_common::register::Entry;
 use colo_proto::v1::protect_progress::Phase;
-use colo_proto::v1::{self, AckPolicy, Role};
+use colo_proto::v1::{self, AckPolicy, FailoverPolicy, Role};
 
 /// A role, in one word.
 pub(crate) fn role(role: i32) -> &'static str {
@@ -56,6 +56,15 @@ pub(crate) fn policy(policy: i32) -> &'static str {
         Ok(AckPolicy::Memory) => "memory",
         Ok(AckPolicy::Disk) => "disk",
         Ok(AckPolicy::Unspecified) | Err(_) => "",
+    }
+}
+
+/// Who decides on a failover.
+pub(crate) fn failover(policy: i32) -> &'static str {
+    match FailoverPolicy::try_from(policy) {
+        Ok(FailoverPolicy::Auto) => "auto",
+        Ok(FailoverPolicy::Manual) => "manual",
+        Ok(FailoverPolicy::Unspecified) | Err(_) => "",
     }
 }
 

@@ -279,6 +279,11 @@ fn protect_shows_progress_and_ends_with_the_register() {
         elapsed_ms: done,
         secondary: "b".to_owned(),
         register: (phase == Phase::Paired).then(|| paired("a", "b", 2)),
+        why: if phase == Phase::Memory {
+            "memory: the secondary has nothing of it".to_owned()
+        } else {
+            String::new()
+        },
     };
     let steps = [step(Phase::Memory, 0), step(Phase::Memory, 2048), step(Phase::Paired, 4096)];
     a.state().steps = steps.into_iter().map(Ok).collect();

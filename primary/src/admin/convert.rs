@@ -83,7 +83,17 @@ fn account(status: &Status, console: v1::Console) -> v1::StatusReply {
         epoch_age_ms: status.epoch_at.map(age).or(status.stale_age().map(ms)),
         disk: disk(status),
         network: network(status),
+        unprotected_total_ms: ms(status.unprotected(Instant::now())),
+        failover: failover(status).into(),
         ..Default::default()
+    }
+}
+
+fn failover(status: &Status) -> v1::FailoverPolicy {
+    match status.auto_failover.filter(|_| !status.role.runs()) {
+        None => v1::FailoverPolicy::Unspecified,
+        Some(true) => v1::FailoverPolicy::Auto,
+        Some(false) => v1::FailoverPolicy::Manual,
     }
 }
 
@@ -205,6 +215,11 @@ pub(super) fn progress(status: &Status, elapsed: Duration) -> v1::ProtectProgres
         elapsed_ms: ms(elapsed),
         secondary: status.link.as_ref().map(|link| link.peer.to_string()).unwrap_or_default(),
         register: status.register.as_ref().filter(|_| phase == Phase::Paired).map(v1::RegisterEntry::from),
+        why: status
+            .copy
+            .as_ref()
+            .filter(|_| status.seed.is_some())
+            .map_or(String::new(), |copy| copy.why.clone()),
     }
 }
 

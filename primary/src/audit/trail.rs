@@ -187,6 +187,15 @@ impl Trail {
         self.scan(from).take(most).map(|found| found.map(|(entry, _)| entry)).collect()
     }
 
+    /// The newest entry, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read, or is damaged.
+    pub fn newest(&self) -> Result<Option<AuditEntry>, TrailError> {
+        let Some(last) = self.range().1.checked_sub(1) else { return Ok(None) };
+        Ok(self.read(last, 1)?.pop())
+    }
+
     /// The sequences of the oldest that is kept, and of the next that comes.
     pub fn range(&self) -> (u64, u64) {
         let kept = self.kept();

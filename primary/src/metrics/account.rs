@@ -134,7 +134,7 @@ impl Sheet {
         let open =
             status.unprotected_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         self.set(UNPROTECTED_AGE, open.as_secs_f64());
-        self.set(UNPROTECTED, (status.unprotected_before + open).as_secs_f64());
+        self.set(UNPROTECTED, status.unprotected(now).as_secs_f64());
         self.count(PROMOTIONS, status.counters.promotions);
     }
 

@@ -24,6 +24,8 @@ const REPORT_PAGES: u64 = 8192;
 pub(super) struct First {
     /// As the secondary is told.
     pub(super) mode: SeedMode,
+    /// Why that is more than what was written since; empty if it is not.
+    pub(super) why: String,
     /// Pages changed since the point that the memory begins from, if it begins from one.
     pub(super) pages: Option<DirtySet>,
     /// The same of the disk.

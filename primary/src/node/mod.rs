@@ -187,6 +187,8 @@ pub struct Node {
     distrusted: bool,
     /// When each page and block was changed last, up to the open dirty set and what is in flight.
     last_changed: LastChanged,
+    /// Why those tables begin later than they could.
+    forgot: Option<&'static str>,
     /// Since when the guest's writes are tracked for nothing but a copy that may come back.
     kept_since: Option<Instant>,
     arbiter: ArbiterWorker,
@@ -259,6 +261,7 @@ impl Node {
             distrusted: false,
             kept_since: beginning.last_changed.known().memory.map(|_| now),
             last_changed: beginning.last_changed,
+            forgot: None,
             arbiter,
             next_read: now + READ_INTERVAL,
             next_offer: (now, READ_INTERVAL),

@@ -73,8 +73,9 @@ impl Node {
         self.track_disk();
         self.disk_fails = false;
         let first = self.first_pass(offer)?;
-        self.board.seed_begins(first.mode);
-        tracing::info!(vm = %self.vm, "a copy begins: {first}");
+        self.board.seed_begins(first.mode, first.to_string(), first.why.clone());
+        let why = &first.why;
+        tracing::info!(vm = %self.vm, "a copy begins: {first}{}{why}", if why.is_empty() { "" } else { "; " });
         let begin =
             Transfer::SeedBegin { mode: first.mode, history: self.replicator.history().points().to_vec() };
         let (orders, inbox) = crossbeam_channel::bounded(MAX_ORDERS);
@@ -112,10 +113,11 @@ impl Node {
             self.last_changed.blocks.begin(self.replicator.next_point().epoch);
         }
         let history = self.replicator.history();
-        let mode = plan(history, self.last_changed.known(), offer, self.send_all);
+        let plan = plan(history, self.last_changed.known(), offer, self.send_all);
+        let (mode, why) = (plan.mode, plan.reasons(self.disk.is_some(), self.forgot.take()));
         let pages = since(mode.memory, |epoch| self.last_changed.pages_since(epoch));
         let blocks = since(mode.disk, |epoch| self.last_changed.blocks_since(epoch));
-        Ok(First { mode, pages, blocks })
+        Ok(First { mode, why, pages, blocks })
     }
 
     /// Begins to track the guest's writes, with nothing known of those before.
@@ -145,7 +147,7 @@ impl Node {
             self.kept_since.get_or_insert_with(Instant::now);
             return Ok(());
         }
-        self.forget_copy()
+        self.forget_copy("what was written was not tracked, or lost track of")
     }
 
     /// What is kept for a copy that may come back is not kept for ever.
@@ -153,14 +155,23 @@ impl Node {
         let Some(since) = self.kept_since.filter(|_| self.peer.is_none()) else { return Ok(()) };
         self.collect()?;
         let much = self.dirty.pages.len() > self.dirty.pages.frames() / KEEP_SHARE;
-        if self.unknown || much || now.duration_since(since) > KEEP_LIMIT {
-            return self.forget_copy();
-        }
-        Ok(())
+        let why = if self.unknown {
+            "the dirty ring has overrun meanwhile"
+        } else if much {
+            "more than half of the memory was written meanwhile"
+        } else if now.duration_since(since) > KEEP_LIMIT {
+            "what is written is kept for 10 minutes after a loss"
+        } else {
+            return Ok(());
+        };
+        self.forget_copy(why)
     }
 
-    fn forget_copy(&mut self) -> Result<(), NodeError> {
-        self.kept_since = None;
+    fn forget_copy(&mut self, why: &'static str) -> Result<(), NodeError> {
+        if self.kept_since.take().is_some() {
+            tracing::info!(vm = %self.vm, "a copy that comes back will be compared by digests: {why}");
+        }
+        self.forgot.get_or_insert(why);
         self.last_changed.forget();
         self.guest.unprotect()?;
         self.track_disk();

@@ -175,6 +175,17 @@ pub struct Seed {
     pub since: Instant,
 }
 
+/// What is sent in a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyNote {
+    /// What.
+    pub what: String,
+    /// Why that is more than what was written since the point that the copy holds; empty if it is not.
+    pub why: String,
+    /// Since when.
+    pub since: Instant,
+}
+
 /// What an ack of a follower means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -230,6 +241,8 @@ pub struct Status {
     pub link: Option<LinkState>,
     /// What an ack means, if this node gives acks.
     pub policy: Option<Policy>,
+    /// Whether a follower takes over without an operator's word.
+    pub auto_failover: Option<bool>,
     /// The guest, once it is known.
     pub guest: Option<GuestAccount>,
     /// What is behind its disk and its network card.
@@ -250,10 +263,12 @@ pub struct Status {
     pub counters: Counters,
     /// When the guest began to run without protection; nothing while it is protected, or does not run here.
     pub unprotected_since: Option<Instant>,
-    /// How long it ran without protection before that.
+    /// How long it ran here without protection before that, also under earlier processes, as far as the audit trail tells.
     pub unprotected_before: Duration,
     /// What is sent or received in the copy that was begun last.
     pub copying: Option<SeedMode>,
+    /// The same in words, of a copy that is sent.
+    pub copy: Option<CopyNote>,
     /// Console bytes let out.
     pub released: u64,
     /// Console input that the guest has taken.
@@ -285,6 +300,13 @@ impl Status {
             }
             _ => {}
         }
+    }
+
+    /// All time without protection, with the time that still goes on.
+    pub fn unprotected(&self, now: Instant) -> Duration {
+        let open =
+            self.unprotected_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        self.unprotected_before + open
     }
 
     /// The link stands, or does not.

@@ -198,6 +198,7 @@ impl Node {
         self.board.error(what.clone());
         self.note_verification("differs", what);
         self.last_changed.forget();
+        self.forgot = Some("the copy was found to differ from the guest");
         self.distrusted = true;
         verifying.tell(Some(Ok(())));
     }

@@ -91,6 +91,7 @@ impl Follower {
             status.link_stands(self.link.is_some());
             status.proposing = self.replica.is_proposing();
             status.policy = Some(self.policy());
+            status.auto_failover = Some(self.settings.auto_failover);
             status.failure = self.store_failed.as_ref().map(|why| format!("the store has failed: {why}"));
             (status.released, status.input, status.input_done) = (self.console.end(), input, input);
             status.held_frames = self.held.frames();

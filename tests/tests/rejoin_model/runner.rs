@@ -148,7 +148,7 @@ impl Runner {
         };
         let (bases, history) = (follower.rejoin.bases(&follower.copy), follower.history.clone());
         let offer = Offer { replica: None, staged, bases, history };
-        let mode = plan(&self.history, self.table.known(), &offer, false);
+        let mode = plan(&self.history, self.table.known(), &offer, false).mode;
         let diverged = follower.begin(mode)?;
         let mut seeding = Seeding { to, pages: Vec::new(), blocks: Vec::new(), compared: Default::default() };
         match mode.memory {

@@ -105,7 +105,7 @@ impl Runner {
             self.last_changed.blocks.begin(self.replicator.next_point().epoch);
         }
         let known = self.last_changed.known();
-        let mut mode = plan(self.replicator.history(), known, offer, false);
+        let mut mode = plan(self.replicator.history(), known, offer, false).mode;
         if common.mutations.runner.resync_any_copy
             && let Some(base) = offer.bases.memory
         {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 
-use super::{Counters, Devices, GuestAccount, LinkState, Marks, Promoted, Report, Seed, Status};
+use super::{CopyNote, Counters, Devices, GuestAccount, LinkState, Marks, Promoted, Report, Seed, Status};
 use crate::admin::role;
 use crate::audit::Audit;
 use crate::checkpoint::Timing;
@@ -86,6 +86,12 @@ impl Board {
 
     /// Everything that is to be noted goes to this trail from now on; the first that is given stays.
     pub fn keep_audit(&self, audit: Audit) {
+        let before = audit.trail().ok().and_then(|trail| trail.newest().ok().flatten());
+        let before = Duration::from_millis(before.map_or(0, |entry| entry.unprotected_ms));
+        let mut account = self.lock();
+        account.status.unprotected_before = before;
+        account.told.was_unprotected(before);
+        drop(account);
         drop(self.audit.set(audit));
     }
 
@@ -224,9 +230,10 @@ impl Board {
     }
 
     /// A copy begins to be sent.
-    pub(in crate::node) fn seed_begins(&self, mode: SeedMode) {
+    pub(in crate::node) fn seed_begins(&self, mode: SeedMode, what: String, why: String) {
         self.copy_begins(mode);
         self.change(|status| {
+            status.copy = Some(CopyNote { what, why, since: Instant::now() });
             let compares = mode.memory == SeedPart::Differing;
             status.seed = Some(Seed { done: 0, total: 0, compares, since: Instant::now() });
             // Of another copy.
@@ -263,5 +270,41 @@ impl Board {
 
     fn lock(&self) -> MutexGuard<'_, Account> {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Board;
+    use crate::audit::Audit;
+    use crate::node::status::Role;
+    use colo_common::Incarnation;
+    use std::path::Path;
+    use std::time::Duration;
+
+    /// A process that runs the guest alone for a while; answers the time without protection that it begins with, and ends
+    /// with.
+    fn run_alone(path: &Path, time: Duration) -> (Duration, Duration) {
+        let board = Board::default();
+        let audit = Audit::open(path, "a".parse().unwrap(), Incarnation(1), |_| {});
+        board.keep_audit(audit.clone());
+        let before = board.status().unprotected_before;
+        board.change(|status| status.role = Role::Alone);
+        std::thread::sleep(time);
+        board.change(|status| status.role = Role::Paired);
+        audit.close();
+        (before, board.status().unprotected_before)
+    }
+
+    #[test]
+    fn time_without_protection_is_kept_over_processes() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("audit");
+        let time = Duration::from_millis(20);
+        let (before, first) = run_alone(&path, time);
+        assert!(before.is_zero() && first >= time, "{before:?}, {first:?}");
+        let (before, second) = run_alone(&path, time);
+        assert_eq!(before.as_millis(), first.as_millis());
+        assert!(second >= before + time, "{second:?}");
     }
 }
