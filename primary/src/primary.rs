@@ -4,7 +4,7 @@ use anyhow::{Context, bail};
 use colo_common::arbiter::Arbiter;
 use colo_common::config::{OnCrash, PrimaryConfig};
 use colo_common::membership::Membership;
-use colo_common::register::{Answer, Entry, Proposal};
+use colo_common::register::{Answer, Entry, Proposal, Value};
 use colo_common::vmdir::{Runner as Known, VmDirectory};
 use colo_common::{BLOCK_SIZE, Epoch, History, Incarnation, NodeId, Point, Term, VmId, telemetry};
 use colo_vmm::egress::OutputPosition;
@@ -89,9 +89,10 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     })?;
     let allowed = Allowed { boot_after_crash: config.on_crash == OnCrash::Boot, start_again: again };
     let asked = ask(&*arbiter, &directory, (&config.node, incarnation), known, allowed);
-    let entry = asked.map_err(|why| follow_instead(standby.as_ref(), why))?;
+    let (entry, was_protected) = asked.map_err(|why| follow_instead(standby.as_ref(), why))?;
     // Before a vCPU runs: a crash from here on finds that this node ran the guest.
     let beginning = machine.begin(&config, incarnation, entry.clone(), console)?;
+    let beginning = Beginning { was_protected, ..beginning };
     directory.set_runner(Known { seen: entry.term, active: Some(entry.term), starting: None })?;
     tracing::info!(vm = %config.vm, node = %config.node, "the guest runs: {entry}");
     let (membership, presence) = announce(&config, &plane)?;
@@ -175,6 +176,7 @@ impl Machine {
             disk,
             outlet,
             moved: false,
+            was_protected: false,
             promotions: 0,
             former: None,
             planned: false,
@@ -263,9 +265,10 @@ fn ask(
     (node, incarnation): (&NodeId, Incarnation),
     known: Option<Known>,
     allowed: Allowed,
-) -> anyhow::Result<Entry> {
+) -> anyhow::Result<(Entry, bool)> {
     let vm = directory.vm();
     let found = read(arbiter, vm)?;
+    let was_protected = found.as_ref().is_some_and(|entry| matches!(entry.value, Value::Paired { .. }));
     let proposal = match decide(node, incarnation, found.as_ref(), known, allowed) {
         Ok(proposal) => proposal,
         Err(refusal) => {
@@ -278,7 +281,7 @@ fn ask(
     // Before it is asked for: a crash from here on finds that this start ran nothing.
     directory.set_runner(Known { seen, starting: Some(incarnation), ..known })?;
     match propose(arbiter, vm, &proposal) {
-        Ok(entry) => Ok(entry),
+        Ok(entry) => Ok((entry, was_protected)),
         Err(entry) => {
             directory.set_runner(Known { seen, starting: None, ..known })?;
             bail!("nothing is started: the register has changed and says: {entry}")

@@ -286,7 +286,7 @@ pub(crate) struct Audit {
     /// Only nodes of this vm; needed if the nodes are of several.
     #[arg(long, value_name = "VM")]
     pub(crate) vm: Option<VmId>,
-    /// Only so many entries of each node, the newest.
+    /// Only so many entries, the newest; with --follow, of each node.
     #[arg(long, value_name = "ENTRIES", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) last: Option<u64>,
     /// Goes on with what comes, until it is ended.

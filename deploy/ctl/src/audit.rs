@@ -40,6 +40,8 @@ pub(crate) async fn run(nodes: &Nodes, options: &Audit) -> Result<(), CtlError> 
     }
     // Each node's own order stays; between nodes the clocks decide.
     entries.sort_by_key(|entry| entry.at_ms);
+    let newest = options.last.and_then(|last| usize::try_from(last).ok()).unwrap_or(usize::MAX);
+    entries.drain(..entries.len().saturating_sub(newest));
     entries.iter().try_for_each(|entry| show(entry, json))?;
     match failed {
         Some(e) if !shown && entries.is_empty() => Err(e),

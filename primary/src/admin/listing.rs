@@ -41,7 +41,7 @@ impl Plane {
         tokio::spawn(async move {
             if let Err(e) = send(trail, from.max(first), follow, &out).await {
                 // Whoever asked may have left.
-                let _ = out.send(Err(Status::data_loss(e.to_string()))).await;
+                let _ = out.send(Err(Reason::DataLoss.status(e.to_string()))).await;
             }
         });
         Ok(answers)

@@ -29,11 +29,13 @@ pub enum Reason {
     NoAnswer,
     /// The system refuses.
     Internal,
+    /// What this node keeps cannot be read.
+    DataLoss,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::BadRequest,
         Self::OtherNode,
         Self::NotNow,
@@ -43,6 +45,7 @@ impl Reason {
         Self::Unavailable,
         Self::NoAnswer,
         Self::Internal,
+        Self::DataLoss,
     ];
 
     /// As it is in the details.
@@ -57,6 +60,7 @@ impl Reason {
             Self::Unavailable => "UNAVAILABLE",
             Self::NoAnswer => "NO_ANSWER",
             Self::Internal => "INTERNAL",
+            Self::DataLoss => "DATA_LOSS",
         }
     }
 
@@ -69,6 +73,7 @@ impl Reason {
             Self::Unavailable => Code::Unavailable,
             Self::NoAnswer => Code::DeadlineExceeded,
             Self::Internal => Code::Internal,
+            Self::DataLoss => Code::DataLoss,
         }
     }
 

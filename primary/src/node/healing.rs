@@ -19,7 +19,7 @@ pub(super) const RETURN: Duration = Duration::from_secs(3);
 /// Where it stands.
 pub(super) struct Healing {
     worker: Option<HealWorker>,
-    /// The vm was protected before, or ran elsewhere: somebody is missing.
+    /// The vm was protected before: somebody is missing.
     lacks: bool,
     /// What the worker was told last.
     wanted: bool,
@@ -34,11 +34,11 @@ pub(super) struct Healing {
 }
 
 impl Healing {
-    /// Of a guest that `moved` here from another node, or not; which `returns` by then.
-    pub(super) fn new(moved: bool, returns: Option<Instant>) -> Self {
+    /// Of a vm that `was_protected` before, or not; the node that it came from `returns` by then.
+    pub(super) fn new(was_protected: bool, returns: Option<Instant>) -> Self {
         Self {
             worker: None,
-            lacks: moved,
+            lacks: was_protected,
             wanted: false,
             replace: false,
             protected_by: None,

@@ -256,7 +256,10 @@ impl Node {
             lost_since: None,
             seed: None,
             switching: None,
-            healing: healing::Healing::new(beginning.moved, beginning.planned.then(|| now + healing::RETURN)),
+            healing: healing::Healing::new(
+                beginning.was_protected,
+                beginning.planned.then(|| now + healing::RETURN),
+            ),
             verifying: None,
             distrusted: false,
             kept_since: beginning.last_changed.known().memory.map(|_| now),

@@ -54,6 +54,8 @@ pub struct Beginning {
     pub outlet: Outlet,
     /// Whether it ran elsewhere before: the network is told where it is now.
     pub moved: bool,
+    /// Whether somebody protected the vm before: by `reprotect`, somebody is to do so again.
+    pub was_protected: bool,
     /// Promotions in a row because the guest had failed.
     pub promotions: u32,
     /// The control plane of the node that ran it before: it protects to that one if it is told of no other.

@@ -266,6 +266,7 @@ impl Follower {
             disk: warm.runner_disk,
             outlet: Outlet::new(self.console.clone(), network),
             moved: true,
+            was_protected: true,
             promotions: self.promotions + self.yielded,
             last_changed: warm.rejoin.into_last_changed(),
             planned: self.planned,
