@@ -25,9 +25,7 @@ pub enum Why {
     #[error("the secondary has nothing of it")]
     Nothing,
     /// The secondary does not know which point it holds.
-    #[error(
-        "the secondary does not know which point it holds: a copy was cut off there, or its memory is of no point"
-    )]
+    #[error("the secondary does not know which point it holds, as after a copy that was cut off")]
     NoBase,
     /// This node did not track what was written.
     #[error("this node does not know what was written when")]
@@ -39,7 +37,7 @@ pub enum Why {
         at: Point,
     },
     /// It goes back further than this node's tables do.
-    #[error("it holds {at}, and this node knows what was written since epoch {known} only")]
+    #[error("it holds {at}, and this node knows what was written since {known} only")]
     TooOld {
         /// The common point.
         at: Point,
@@ -47,7 +45,7 @@ pub enum Why {
         known: Epoch,
     },
     /// It went on by itself, and does not know what it wrote since the common point.
-    #[error("it went on after {at}, and knows what it wrote since epoch {known} only")]
+    #[error("it went on after {at}, and knows what it wrote since {known} only")]
     WentOn {
         /// The common point.
         at: Point,
@@ -209,8 +207,8 @@ mod tests {
         let words = |plan: Plan, disk| plan.reasons(disk, Some("it was away too long"));
         assert_eq!(
             words(empty, true),
-            "memory: the secondary has nothing of it; disk: the secondary does not know which point it holds: a copy was \
-             cut off there, or its memory is of no point"
+            "memory: the secondary has nothing of it; disk: the secondary does not know which point it holds, as after a \
+             copy that was cut off"
         );
         assert_eq!(words(empty, false), "memory: the secondary has nothing of it");
         let late = super::plan(&mine, knows(21), &at(3, 20), false);

@@ -280,7 +280,7 @@ mod tests {
     use crate::node::status::Role;
     use colo_common::Incarnation;
     use std::path::Path;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     /// A process that runs the guest alone for a while; answers the time without protection that it begins with, and ends
     /// with.
@@ -289,9 +289,15 @@ mod tests {
         let audit = Audit::open(path, "a".parse().unwrap(), Incarnation(1), |_| {});
         board.keep_audit(audit.clone());
         let before = board.status().unprotected_before;
-        board.change(|status| status.role = Role::Alone);
+        let turn = |role| {
+            board.change(|status| {
+                status.role = role;
+                status.judge_protection(Instant::now());
+            });
+        };
+        turn(Role::Alone);
         std::thread::sleep(time);
-        board.change(|status| status.role = Role::Paired);
+        turn(Role::Paired);
         audit.close();
         (before, board.status().unprotected_before)
     }
