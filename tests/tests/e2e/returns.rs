@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::disks::{Exercise, Mode, at_work, check_lines, come_back, until_done, until_steps};
 use super::service::{boot, has_ended, images, in_lab};
+use super::verifying::check_same;
 use super::{check_goes_on, kill_runner, pair, pause, synthetic};
 
 /// Copies that a process has sent or taken: in full, by digests, and of what was missed.
@@ -54,6 +55,7 @@ fn a_runner_that_stood_still_is_sent_what_differs() {
         check_goes_on(cluster)?;
         cluster.until_paired("b")?;
         check_rejoined(cluster, "b", before)?;
+        check_same(cluster, "b")?;
         check_goes_on(cluster)?;
         pause(&mut seed, Duration::from_millis(300));
         kill_runner(cluster, "b", "a").map(drop)
@@ -101,6 +103,7 @@ fn there_and_back(mode: Mode, steps: usize, seed: u64) {
         cluster.start_primary("a", Some("b"))?;
         cluster.until_paired("b").context("the primary that came back")?;
         check_by_intent(cluster, "b")?;
+        check_same(cluster, "b")?;
         at_work(cluster, &exercise, &mut seed)?;
         // The secondary that runs the guest, with its store.
         cluster.kill("b")?;
@@ -109,6 +112,7 @@ fn there_and_back(mode: Mode, steps: usize, seed: u64) {
         cluster.start_secondary("b")?;
         cluster.until_paired("a").context("the secondary that came back")?;
         check_by_intent(cluster, "a")?;
+        check_same(cluster, "a")?;
         at_work(cluster, &exercise, &mut seed)?;
         // Frozen: memory and disk are handed over.
         freeze_until_lost(cluster, "a", "b")?;
@@ -119,6 +123,7 @@ fn there_and_back(mode: Mode, steps: usize, seed: u64) {
             words.contains(" pages changed since ") && words.contains(" blocks changed since "),
             "{words}"
         );
+        check_same(cluster, "b")?;
         until_done(cluster, &exercise)?;
         has_ended(cluster, "b", "a")?;
         check_lines(cluster, &exercise)

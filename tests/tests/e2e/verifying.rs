@@ -34,6 +34,16 @@ fn verify(cluster: &Cluster, rate_mib: u32) -> anyhow::Result<VerifyProgress> {
     cluster.admin("a")?.verify(all(rate_mib))
 }
 
+/// The copy of the vm that `runner` runs is the same as the guest, memory and disk.
+pub(super) fn check_same(cluster: &Cluster, runner: &str) -> anyhow::Result<()> {
+    let found = cluster.admin(runner)?.verify(all(0))?;
+    let parts: Vec<&VerifiedPart> = found.memory.iter().chain(&found.disk).collect();
+    ensure!(!parts.is_empty(), "nothing was compared");
+    let differs = parts.iter().find(|part| part.differing > 0 || part.compared == 0);
+    ensure!(differs.is_none(), "the copy of {runner}'s guest: {differs:?}");
+    Ok(())
+}
+
 fn memory(found: &VerifyProgress) -> anyhow::Result<&VerifiedPart> {
     found.memory.as_ref().context("no memory was compared")
 }
