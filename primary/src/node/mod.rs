@@ -23,12 +23,9 @@ mod verifying;
 
 use colo_common::register::{Answer, StopReason};
 use colo_common::telemetry::TermSpan;
-use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, VmId};
+use colo_common::{BLOCK_SIZE, Incarnation, NodeId, Point, VmId};
 use colo_vmm::guest::{GuestEvent, GuestFailure};
-use colo_vmm::{
-    BlockSet, BootFile, DirtySet, Disk, DiskTracking, GuestError, GuestMemory, PagePool, ProtectedGuest,
-    Tracked, WireSpec,
-};
+use colo_vmm::{Disk, DiskTracking, PagePool, ProtectedGuest, Tracked, WireSpec};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
 use std::sync::Arc;

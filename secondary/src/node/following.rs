@@ -2,26 +2,24 @@
 
 use colo_common::{Point, ReplicaId, Term};
 use colo_primary::metrics;
-use colo_primary::node::status::LinkState;
 use colo_primary::release::{Release, after};
 use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::{
-    Ack as WireAck, Diverged, Progress, Purpose, Refusal as WireRefusal, SeedMode, SeedPart, Verified,
-    Verify, VerifyPart, Welcome,
+    Ack as WireAck, Diverged, Progress, Refusal as WireRefusal, SeedMode, SeedPart, Verified, Verify,
+    VerifyPart,
 };
 use colo_proto::v1::EventKind;
-use colo_proto::version::Versions;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::pairing::offered;
-use super::{Follower, Link, Tip};
+use super::welcoming::reason_of;
+use super::{Follower, Tip};
 use crate::apply::{self, Applied};
 use crate::persist::{self, Persisted, ToStore};
-use crate::receiver::{Agreed, Caller, LinkEvent, Say, refused};
-use crate::replica::{Action, Copy, Refusal};
+use crate::receiver::{LinkEvent, Say, refused};
+use crate::replica::{Action, Copy};
 use crate::staging::{StagedEpoch, StagedPages};
 use crate::store::Base;
 
@@ -106,7 +104,7 @@ impl Follower {
         }
     }
 
-    fn break_off_seed(&mut self) {
+    pub(super) fn break_off_seed(&mut self) {
         self.warm.iter_mut().for_each(|warm| warm.rejoin.break_off());
     }
 

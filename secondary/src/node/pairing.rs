@@ -2,10 +2,9 @@
 //! [`load`](super::load) finds them after a restart. A link is taken only from a process that has agreed on the guest that waits here.
 
 use colo_common::config::Endpoint;
-use colo_common::{BLOCK_SIZE, History, Incarnation, NodeId, Point, ReplicaId};
+use colo_common::{BLOCK_SIZE, Incarnation, NodeId, Point, ReplicaId};
 use colo_primary::guest_config::account;
-use colo_primary::guest_files::{KeepError, boot_file, keep_spec, spec_path};
-use colo_primary::handover::Handover;
+use colo_primary::guest_files::{KeepError, boot_file, keep_spec};
 use colo_primary::node::status::Devices;
 use colo_primary::runner_disk::RunnerDisk;
 use colo_proto::message::Hello;
@@ -15,20 +14,17 @@ use colo_vmm::spec::NetSpec;
 use colo_vmm::tap::Tap;
 use colo_vmm::tap::learn::Learner;
 use colo_vmm::wire_spec::FileDigest;
-use colo_vmm::{Backends, BlockSet, DirtySet, Disk, GuestKind, GuestMemory, WireSpec, admission};
-use std::fs;
+use colo_vmm::{Backends, Disk, GuestKind, GuestMemory, WireSpec, admission};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Follower, Settings, Warm};
+use super::{Follower, Warm};
 use crate::agreement::PairRequest;
 use crate::apply::Applier;
 use crate::disk::DiskImage;
 use crate::image::Image;
-use crate::persist::{Restored, StoredState};
 use crate::rejoin::Rejoin;
 use crate::replica::{AckPolicy, Copy};
-use crate::store::{Store, StoreError, StoredCopy};
 
 /// Processes that are remembered to have agreed: the runner, and those that were it or want to be.
 const MAX_AGREED: usize = 16;

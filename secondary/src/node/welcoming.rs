@@ -59,7 +59,10 @@ impl Follower {
             return Err((WireRefusal::OtherVm, format!("this node follows {}, not {}", self.vm, hello.vm)));
         }
         if !self.observed {
-            return Err((WireRefusal::NotReady, "this node has not read the register yet: try again".to_owned()));
+            return Err((
+                WireRefusal::NotReady,
+                "this node has not read the register yet: try again".to_owned(),
+            ));
         }
         let (warm, cpu) = self.agreed_on(hello).map_err(|why| (WireRefusal::NotPaired, why))?;
         if let Some(why) = &self.store_failed {
