@@ -1,5 +1,6 @@
 //! The control plane of a node: answers from the account that the node keeps of itself, and passes the operator's words
-//! on to it. Served by whichever role the process has; a promotion changes the role behind it.
+//! on to it. Served by whichever role the process has; a promotion changes the role behind it. A spare has one too, which
+//! knows of no vm.
 
 mod cluster;
 mod console;
@@ -61,6 +62,7 @@ impl Admin for AdminService {
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.0.bound()?;
         let mut reports = self.0.board.watch();
         let (out, answers) = mpsc::channel(16);
         tokio::spawn(async move {
@@ -236,7 +238,7 @@ impl Admin for AdminService {
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthReply>, Status> {
-        Ok(Response::new(health::of(&self.0.board.status(), &self.0.node, Instant::now())))
+        Ok(Response::new(self.0.health()))
     }
 
     async fn set_ack_policy(

@@ -1,5 +1,5 @@
 //! The thread that finds somebody to protect a vm: lists the nodes, chooses, claims a spare. Whatever the membership
-//! takes, the node does not wait for it.
+//! takes, the node does not wait for it. Where nobody can be had, it tells why.
 
 use colo_common::membership::{Claim, ClaimAnswer, Membership, NodeRecord};
 use colo_common::register::Entry;
@@ -21,6 +21,8 @@ const WATCH: Duration = Duration::from_secs(1);
 /// The same for a node that follows the vm already. The one that was lost a moment ago is the first to be asked, since it
 /// lacks least, and may be frozen or cut off.
 const RETURN: Duration = Duration::from_secs(3);
+/// How long nobody can be had before that is told: records of nodes that change their parts come and go.
+const QUIET: Duration = Duration::from_secs(2);
 /// While nobody is wanted.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -31,6 +33,13 @@ pub enum Advice {
     Take(Box<NodeRecord>),
     /// The node that protects the vm is being emptied, and another one is there to replace it.
     Replace,
+    /// Nobody can be had, and why.
+    Nobody {
+        /// In one line.
+        why: String,
+        /// It is more than other numbers for what was told before.
+        news: bool,
+    },
 }
 
 /// What the node says to it.
@@ -41,6 +50,8 @@ enum Order {
     Protected(Option<NodeId>),
     /// That process does not follow.
     Failed(NodeId, Incarnation),
+    /// That node says no, in these words.
+    Refused(NodeId, String),
 }
 
 /// A handle on the thread; it ends with it.
@@ -83,6 +94,8 @@ impl HealWorker {
             protected_by: None,
             told: None,
             silent: false,
+            lonely: None,
+            passed: Vec::new(),
             began: Instant::now(),
             copying: Arc::clone(&copying),
         };
@@ -106,6 +119,11 @@ impl HealWorker {
         drop(self.orders.send(Order::Failed(node, process)));
     }
 
+    /// That node says no, and why.
+    pub fn refused(&self, node: NodeId, why: String) {
+        drop(self.orders.send(Order::Refused(node, why)));
+    }
+
     /// Says whether a copy is on its way to whoever was named: that takes the time it takes, and nobody else is looked for.
     pub fn copies(&self, now: bool) {
         self.copying.store(now, Ordering::Relaxed);
@@ -123,6 +141,10 @@ struct Worker {
     told: Option<(Candidate, Instant)>,
     /// The membership does not answer, which was logged.
     silent: bool,
+    /// Since when nobody can be had, and what was said of it.
+    lonely: Option<(Instant, String)>,
+    /// Who was passed over and for what, as it was logged last.
+    passed: Vec<(NodeId, &'static str)>,
     began: Instant,
     /// A copy is on its way.
     copying: Arc<AtomicBool>,
@@ -161,13 +183,18 @@ impl Worker {
             Order::Wanted(entry) => {
                 if entry.is_none() {
                     self.healer.healed();
-                    self.told = None;
+                    (self.told, self.lonely) = (None, None);
+                    self.passed.clear();
                 }
                 self.wanted = entry;
             }
             Order::Protected(node) => self.protected_by = node,
             Order::Failed(node, process) => {
                 self.healer.failed(node, process, self.began.elapsed());
+                self.told = None;
+            }
+            Order::Refused(node, why) => {
+                self.healer.refused(node, &why, self.began.elapsed());
                 self.told = None;
             }
         }
@@ -188,13 +215,17 @@ impl Worker {
         }
         let nodes = match self.membership.nodes() {
             Ok(nodes) => nodes,
-            Err(e) => return self.complain(&e.to_string()),
+            Err(e) => {
+                self.complain(&e.to_string());
+                return self.say_nobody(format!("nobody can be found to protect it: {e}"), true, tell);
+            }
         };
         self.silent = false;
         let Patient { vm, node, needs, .. } = &self.patient;
         let Some(candidate) = self.healer.choose(&nodes, node, vm, needs, self.began.elapsed()) else {
-            return;
+            return self.pass_over(&nodes, tell);
         };
+        self.lonely = None;
         if candidate.spare && !self.claim(entry, &candidate.record) {
             return;
         }
@@ -203,6 +234,31 @@ impl Worker {
         tracing::info!(vm = %self.patient.vm, "{node} at {address}, {what}, is to protect the vm");
         tell(Advice::Take(Box::new(candidate.record.clone())));
         self.told = Some((candidate, Instant::now()));
+    }
+
+    /// Tells why nobody can be had: each time that something else stands in the way.
+    fn pass_over(&mut self, nodes: &[NodeRecord], tell: &impl Fn(Advice)) {
+        let Patient { vm, node, needs, .. } = &self.patient;
+        let passed = self.healer.passed_over(nodes, node, vm, needs, self.began.elapsed());
+        let (since, _) = self.lonely.get_or_insert_with(|| (Instant::now(), String::new()));
+        if since.elapsed() < QUIET {
+            return;
+        }
+        let kinds = passed.kinds();
+        let news = self.passed.is_empty() || self.passed != kinds;
+        if news {
+            tracing::warn!(vm = %self.patient.vm, "{passed}");
+            self.passed = kinds;
+        }
+        self.say_nobody(passed.to_string(), news, tell);
+    }
+
+    fn say_nobody(&mut self, why: String, news: bool, tell: &impl Fn(Advice)) {
+        let (_, said) = self.lonely.get_or_insert_with(|| (Instant::now(), String::new()));
+        if *said != why {
+            said.clone_from(&why);
+            tell(Advice::Nobody { why, news });
+        }
     }
 
     /// Whether the node that protects the vm is being emptied, and another one could.
@@ -296,7 +352,7 @@ mod tests {
         let vm = "web".parse().unwrap();
         FileArbiter::open(place.path()).unwrap().propose(&vm, &proposal).unwrap();
         let (tell, told) = crossbeam_channel::unbounded();
-        let needs = Needs { memory: 1 << 20, hypervisor: "kvm".to_owned(), protocol: 3 };
+        let needs = Needs { memory: 1 << 20, disk: 0, hypervisor: "kvm".to_owned(), protocol: 3 };
         let patient = Patient { vm, node: "a".parse().unwrap(), incarnation: Incarnation(1), needs };
         let worker = HealWorker::start(Arc::clone(&membership), patient, move |advice| {
             drop(tell.send(advice));
@@ -304,7 +360,7 @@ mod tests {
         .unwrap();
         let next = || match told.recv_timeout(Duration::from_secs(10)).unwrap() {
             Advice::Take(record) => *record,
-            Advice::Replace => panic!("nobody protects the vm"),
+            other => panic!("nobody protects the vm: {other:?}"),
         };
         assert!(told.recv_timeout(Duration::from_millis(20)).is_err(), "nobody is wanted");
         worker.want(Some(proposal.entry()));
@@ -336,7 +392,7 @@ mod tests {
         let proposal = Proposal { id: ProposalId(1), expected: None, value };
         FileArbiter::open(place.path()).unwrap().propose(&vm, &proposal).unwrap();
         let (tell, told) = crossbeam_channel::unbounded();
-        let needs = Needs { memory: 1 << 20, hypervisor: "kvm".to_owned(), protocol: 3 };
+        let needs = Needs { memory: 1 << 20, disk: 0, hypervisor: "kvm".to_owned(), protocol: 3 };
         let patient = Patient { vm, node: "a".parse().unwrap(), incarnation: Incarnation(1), needs };
         let worker = HealWorker::start(membership, patient, move |named| drop(tell.send(named))).unwrap();
         worker.want(Some(proposal.entry()));

@@ -2,7 +2,7 @@
 //! what is told as it happens, and the endpoint.
 //!
 //! A name is `colo_`, the thing, its unit (base units: `_seconds`, `_bytes`), and `_total` for what only grows. Every
-//! sample has the labels `vm` and `node`, and at most one more, whose values are in the table.
+//! sample has the labels `vm` and `node` (a spare's has no `vm`), and at most one more, whose values are in the table.
 //!
 //! To add a metric, put a line into [`table`], its row into `docs/metrics.md` (a test prints it), and one call:
 //! - what the account ([`Status`](crate::node::status::Status)) says already is `from account`: set it in `account.rs`;

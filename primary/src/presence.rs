@@ -63,18 +63,18 @@ impl Who {
 pub struct Presence {
     /// Dropped to end the thread.
     end: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<Box<dyn Registration>>>>,
 }
 
 impl Presence {
-    /// Says so of a process that is bound to `vm`, by its account. `registered`: as a spare, before.
+    /// Says so of a process that is bound to `vm`, or to none yet, by its account. `registered`: before, as a spare.
     ///
     /// # Errors
     /// No thread can be had.
     pub fn start(
         membership: Arc<dyn Membership>,
         who: Who,
-        vm: VmId,
+        vm: Option<VmId>,
         board: Board,
         registered: Option<Box<dyn Registration>>,
     ) -> std::io::Result<Self> {
@@ -83,6 +83,12 @@ impl Presence {
         let thread = std::thread::Builder::new().name("presence".to_owned());
         let thread = thread.spawn(in_node(move || worker.run(&ended)))?;
         Ok(Self { end: Some(end), thread: Some(thread) })
+    }
+
+    /// Says no more, and hands on what there is to be changed.
+    pub fn hand_on(mut self) -> Option<Box<dyn Registration>> {
+        drop(self.end.take());
+        self.thread.take().and_then(|thread| thread.join().ok().flatten())
     }
 }
 
@@ -99,14 +105,14 @@ impl Drop for Presence {
 struct Worker {
     membership: Arc<dyn Membership>,
     who: Who,
-    vm: VmId,
+    vm: Option<VmId>,
     board: Board,
     registered: Option<Box<dyn Registration>>,
     complained: bool,
 }
 
 impl Worker {
-    fn run(mut self, ended: &Receiver<()>) {
+    fn run(mut self, ended: &Receiver<()>) -> Option<Box<dyn Registration>> {
         let (mut record, mut measured) = (self.who.spare(), Instant::now());
         let drain = Drain::of(&self.who.directory);
         let mut told: Option<NodeRecord> = None;
@@ -116,7 +122,7 @@ impl Worker {
                 record.memory_free = steps(memory_free());
                 record.disk_free = steps(disk_free(&self.who.directory));
             }
-            fill(&mut record, &self.vm, &self.board.status());
+            fill(&mut record, self.vm.as_ref(), &self.board.status());
             record.draining = drain.is_on();
             let mut wait = LOOK;
             if told.as_ref() != Some(&record) {
@@ -129,7 +135,7 @@ impl Worker {
                 }
             }
             if ended.recv_timeout(wait) != Err(RecvTimeoutError::Timeout) {
-                return;
+                return self.registered;
             }
         }
     }
@@ -147,14 +153,16 @@ impl Worker {
 
     fn complain(&mut self, why: &str) {
         if !std::mem::replace(&mut self.complained, true) {
-            tracing::warn!(vm = %self.vm, "the cluster is not told of this node: {why}");
+            let vm = self.vm.as_ref().map(tracing::field::display);
+            tracing::warn!(vm, "the cluster is not told of this node: {why}");
             self.board.error(format!("the cluster is not told of this node: {why}"));
         }
     }
 }
 
-/// What the account says of a process that is bound to `vm`.
-fn fill(record: &mut NodeRecord, vm: &VmId, status: &Status) {
+/// What the account says of a process that is bound to `vm`; a spare's record stays that of a spare.
+fn fill(record: &mut NodeRecord, vm: Option<&VmId>, status: &Status) {
+    let Some(vm) = vm else { return };
     record.vm = Some(vm.clone());
     record.role = match status.role {
         role if role.runs() => NodeRole::Runner,
@@ -191,6 +199,7 @@ fn disk_free(directory: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::{Presence, Who, disk_free, memory_free};
+    use crate::drain::Drain;
     use crate::node::status::{Board, Role};
     use colo_common::Incarnation;
     use colo_common::history::point;
@@ -212,8 +221,7 @@ mod tests {
         };
         let board = Board::default();
         let presence =
-            Presence::start(Arc::clone(&membership), who, "web".parse().unwrap(), board.clone(), None)
-                .unwrap();
+            Presence::start(Arc::clone(&membership), who, "web".parse().ok(), board.clone(), None).unwrap();
         let until = |wanted: &dyn Fn(&[NodeRecord]) -> bool| {
             let began = Instant::now();
             while !wanted(&membership.nodes().unwrap()) {
@@ -229,5 +237,37 @@ mod tests {
         drop(presence);
         until(&|nodes| nodes.is_empty());
         assert!(memory_free() > 0 && disk_free(Path::new("/no/such/place")) > 0);
+    }
+
+    #[test]
+    fn a_spare_says_that_it_is_emptied_and_hands_its_record_on() {
+        let place = tempfile::tempdir().unwrap();
+        let membership: Arc<dyn Membership> = Arc::new(FileMembership::open(place.path()).unwrap());
+        let (node, incarnation) = ("s".parse().unwrap(), Incarnation(7));
+        let directory = place.path().to_owned();
+        let who = Who { node, incarnation, address: "127.0.0.1:7701".parse().unwrap(), directory };
+        let registered = Some(membership.register(who.spare()).unwrap());
+        let start = |vm, registered| {
+            Presence::start(Arc::clone(&membership), who.clone(), vm, Board::default(), registered).unwrap()
+        };
+        let until = |role: NodeRole, draining: bool| {
+            let began = Instant::now();
+            let is =
+                |nodes: &[NodeRecord]| matches!(nodes, [one] if (one.role, one.draining) == (role, draining));
+            while !is(&membership.nodes().unwrap()) {
+                assert!(began.elapsed() < Duration::from_secs(20), "{:?}", membership.nodes());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        let presence = start(None, registered);
+        until(NodeRole::Spare, false);
+        Drain::of(place.path()).begin().unwrap();
+        until(NodeRole::Spare, true);
+        let presence = start("web".parse().ok(), presence.hand_on());
+        until(NodeRole::Waiting, true);
+        Drain::of(place.path()).end().unwrap();
+        until(NodeRole::Waiting, false);
+        drop(presence);
+        assert!(membership.nodes().unwrap().is_empty());
     }
 }

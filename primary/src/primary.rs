@@ -73,7 +73,7 @@ pub fn start(path: &Path, again: bool) -> anyhow::Result<ExitCode> {
     // A start that was cut off is gone on with as the same process.
     let incarnation = known.and_then(|known| known.starting).unwrap_or_else(Incarnation::draw);
     let (board, console) = (Board::default(), Console::default());
-    let plane = Plane::new(config.vm.clone(), config.node.clone(), incarnation, board, console.clone());
+    let plane = Plane::new(Some(config.vm.clone()), config.node.clone(), incarnation, board, console.clone());
     let _audit = serve::keep_audit(
         &plane,
         &directory,
@@ -208,7 +208,7 @@ fn announce(config: &PrimaryConfig, plane: &Plane) -> anyhow::Result<(Arc<dyn Me
         directory: config.directory.clone(),
     };
     let presence =
-        Presence::start(Arc::clone(&membership), who, config.vm.clone(), plane.board.clone(), None);
+        Presence::start(Arc::clone(&membership), who, Some(config.vm.clone()), plane.board.clone(), None);
     Ok((membership, presence.context("no thread for the membership")?))
 }
 

@@ -289,6 +289,7 @@ impl Runner {
         let board = self.plane.board.clone();
         let needs = Needs {
             memory: beginning.spec.memory_bytes(),
+            disk: beginning.spec.virtio().disk.as_ref().map_or(0, |disk| disk.bytes),
             hypervisor: beginning.spec.kind.name().to_owned(),
             protocol: PROTOCOL_VERSION.into(),
         };

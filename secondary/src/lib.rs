@@ -20,5 +20,6 @@ pub mod rejoin;
 pub mod replica;
 pub mod secondary;
 mod spare;
+mod spare_plane;
 pub mod staging;
 pub mod store;

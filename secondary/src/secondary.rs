@@ -85,9 +85,20 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let arbiter = serve::arbiter(&config.arbiter)?;
     let (membership, drawn) = (serve::membership(&config.arbiter)?, Incarnation::draw());
     let is_spare = config.vm.is_none();
+    // The node's own, whichever vm it is bound to: what is said there holds for all of them.
+    let home = config.directory.clone();
+    let who = Who {
+        node: config.node.clone(),
+        incarnation: drawn,
+        address: config.admin.address(),
+        directory: home,
+    };
     let bound = match config.vm.clone().or(options.bind) {
         Some(vm) => Some(Bound { vm, registered: None, claim: None }),
-        None => spare::bind(&config, &*arbiter, &membership, drawn, &runtime)?,
+        None => {
+            let served_by = (&security, metrics.as_ref());
+            spare::bind(&config, &who, &*arbiter, &membership, served_by, &runtime)?
+        }
     };
     let Some(Bound { vm, registered, claim }) = bound else { return Ok(ExitCode::SUCCESS) };
     let config = config.bound_to(&vm);
@@ -101,7 +112,7 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     // A start again that was cut off is gone on with as the same process.
     let incarnation = starting.unwrap_or(drawn);
     let (board, console) = (Board::default(), Console::default());
-    let plane = Plane::new(vm.clone(), config.node.clone(), incarnation, board, console);
+    let plane = Plane::new(Some(vm.clone()), config.node.clone(), incarnation, board, console);
     let failover = format!(
         "failover = {:?}, promote_delay_ms = {}, ack = {:?}; promoted: {}",
         config.replication.failover,
@@ -112,16 +123,12 @@ pub fn start(path: &Path, options: Options) -> anyhow::Result<ExitCode> {
     let _audit = serve::keep_audit(&plane, &directory, failover);
     let (outbox, inbox) = crossbeam_channel::bounded(MAX_EVENTS);
     let budget = Budget::new(u64::from(config.replication.memory_budget_mib) << 20);
-    let who = Who {
-        node: config.node.clone(),
-        incarnation,
-        address: config.admin.address(),
-        directory: config.directory.clone(),
-    };
+    let who = Who { incarnation, ..who };
     plane.keep_membership(Arc::clone(&membership));
-    plane.keep_drain(Drain::of(&config.directory));
-    let presence = Presence::start(Arc::clone(&membership), who, vm.clone(), plane.board.clone(), registered)
-        .context("no thread for the membership")?;
+    plane.keep_drain(Drain::of(&who.directory));
+    let presence =
+        Presence::start(Arc::clone(&membership), who, Some(vm.clone()), plane.board.clone(), registered)
+            .context("no thread for the membership")?;
     let secondary = Secondary {
         config,
         vm,

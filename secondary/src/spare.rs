@@ -1,21 +1,31 @@
-//! A node that is bound to no vm: it says so to the cluster, and waits for a runner to claim it. Then it follows that vm, in
-//! the same process, with its files in a directory of the vm's name.
+//! A node that is bound to no vm: it says so to the cluster and to operators, and waits for a runner to claim it. Then it
+//! follows that vm, in the same process, with its files in a directory of the vm's name.
 
 use anyhow::{Context, bail};
+use colo_common::VmId;
 use colo_common::arbiter::Arbiter;
 use colo_common::config::SecondaryConfig;
 use colo_common::membership::{Claim, Membership, Registration};
 use colo_common::register::Value;
-use colo_common::{Incarnation, NodeId, VmId};
-use colo_primary::presence::Who;
-use colo_primary::serve;
+use colo_primary::admin::{Part, Plane};
+use colo_primary::console::Console;
+use colo_primary::drain::Drain;
+use colo_primary::metrics::Endpoint;
+use colo_primary::node::status::{Board, Role};
+use colo_primary::presence::{Presence, Who};
+use colo_primary::serve::{self, Security};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::spare_plane::SparePlane;
 
 /// Between two looks whether it is claimed.
 const LOOK: Duration = Duration::from_millis(150);
+/// How long the control plane lives on after the node was told to end: a reply.
+const LAST_REPLY: Duration = Duration::from_millis(100);
 
 /// What a spare is bound to.
 pub(crate) struct Bound {
@@ -30,60 +40,96 @@ pub(crate) struct Bound {
 /// Waits until the node is bound to a vm; nothing if the process is to end first.
 ///
 /// # Errors
-/// Another process has the node's name, or the membership cannot be used.
+/// A port is in use, another process has the node's name, or the membership cannot be used.
 pub(crate) fn bind(
     config: &SecondaryConfig,
+    who: &Who,
     arbiter: &dyn Arbiter,
     membership: &Arc<dyn Membership>,
-    incarnation: Incarnation,
+    (security, metrics): (&Security, Option<&Endpoint>),
     runtime: &Runtime,
 ) -> anyhow::Result<Option<Bound>> {
     if let Some(vm) = left_off(config, arbiter)? {
-        tracing::info!(%vm, node = %config.node, "the register names this node: it goes on with this vm");
+        tracing::info!(%vm, node = %who.node, "the register names this node: it goes on with this vm");
         return Ok(Some(Bound { vm, registered: None, claim: None }));
     }
-    let who = Who {
-        node: config.node.clone(),
-        incarnation,
-        address: config.admin.address(),
-        directory: config.directory.clone(),
-    };
+    // Where it is said that the node is being emptied.
+    std::fs::create_dir_all(&who.directory)
+        .with_context(|| format!("cannot create {}", who.directory.display()))?;
+    let (board, ends) = (Board::default(), mpsc::channel(1));
+    let plane = Plane::new(None, who.node.clone(), who.incarnation, board.clone(), Console::default());
+    plane.keep_membership(Arc::clone(membership));
+    plane.keep_drain(Drain::of(&who.directory));
+    let served = SparePlane::serve(config.admin.listen, security, metrics, &plane)?;
     let registered = membership.register(who.spare()).context("this node cannot be a spare")?;
-    tracing::info!(node = %config.node, "waiting as a spare at {}", who.address);
-    let claim = runtime.block_on(claimed(Arc::clone(membership), config.node.clone(), incarnation))?;
+    let presence =
+        Presence::start(Arc::clone(membership), who.clone(), None, board.clone(), Some(registered));
+    let presence = presence.context("no thread for the membership")?;
+    board.change(|status| (status.role, status.arbiter_answered) = (Role::Spare, Some(Instant::now())));
+    plane.set_part(Part::Spare(ends.0));
+    tracing::info!(node = %who.node, "waiting as a spare at {}", who.address);
+    let waiting = Waiting { membership: Arc::clone(membership), who, board, ends: ends.1 };
+    let claim = runtime.block_on(waiting.claimed())?;
+    // What comes next takes the port, and answers for the vm.
+    drop(served);
     Ok(claim.map(|claim| {
-        tracing::info!(vm = %claim.vm, node = %config.node, "claimed by {}", claim.by);
-        Bound { vm: claim.vm.clone(), registered: Some(registered), claim: Some(claim) }
+        tracing::info!(vm = %claim.vm, node = %who.node, "claimed by {}", claim.by);
+        Bound { vm: claim.vm.clone(), registered: presence.hand_on(), claim: Some(claim) }
     }))
 }
 
-/// The claim on this very process; nothing if a signal ends it before there is one.
-async fn claimed(
+/// What a spare waits with.
+struct Waiting<'a> {
     membership: Arc<dyn Membership>,
-    node: NodeId,
-    process: Incarnation,
-) -> anyhow::Result<Option<Claim>> {
-    let ended = serve::ended();
-    tokio::pin!(ended);
-    let mut complained = false;
-    loop {
-        let (asked, of) = (Arc::clone(&membership), node.clone());
-        let found = tokio::task::spawn_blocking(move || asked.claim_of(&of)).await?;
-        match found {
-            Ok(Some(claim)) if claim.node_incarnation == process => return Ok(Some(claim)),
-            Ok(_) => complained = false,
-            Err(e) if !complained => {
-                tracing::warn!(%node, "whether this spare is claimed is not known: {e}");
-                complained = true;
+    who: &'a Who,
+    board: Board,
+    /// Operators who want it to end.
+    ends: mpsc::Receiver<oneshot::Sender<()>>,
+}
+
+impl Waiting<'_> {
+    /// The claim on this very process; nothing if it is to end before there is one.
+    async fn claimed(mut self) -> anyhow::Result<Option<Claim>> {
+        let ended = serve::ended();
+        tokio::pin!(ended);
+        loop {
+            if let Some(claim) = self.look().await? {
+                return Ok(Some(claim));
             }
-            Err(_) => {}
+            tokio::select! {
+                signal = &mut ended => {
+                    signal?;
+                    return Ok(None);
+                }
+                Some(reply) = self.ends.recv() => {
+                    tracing::info!(node = %self.who.node, "an operator ends this spare");
+                    // Whoever asked may have left.
+                    let _ = reply.send(());
+                    tokio::time::sleep(LAST_REPLY).await;
+                    return Ok(None);
+                }
+                () = tokio::time::sleep(LOOK) => {}
+            }
         }
-        tokio::select! {
-            signal = &mut ended => {
-                signal?;
-                return Ok(None);
+    }
+
+    /// Asks for the claim, and writes down whether there was an answer.
+    async fn look(&self) -> anyhow::Result<Option<Claim>> {
+        let (asked, of) = (Arc::clone(&self.membership), self.who.node.clone());
+        match tokio::task::spawn_blocking(move || asked.claim_of(&of)).await? {
+            Ok(found) => {
+                self.board.change(|status| {
+                    (status.arbiter_answered, status.arbiter_silent) = (Some(Instant::now()), None);
+                });
+                Ok(found.filter(|claim| claim.node_incarnation == self.who.incarnation))
             }
-            () = tokio::time::sleep(LOOK) => {}
+            Err(e) => {
+                if self.board.status().arbiter_silent.is_none() {
+                    tracing::warn!(node = %self.who.node, "whether this spare is claimed is not known: {e}");
+                    self.board.arbiter_silent(e.to_string());
+                }
+                Ok(None)
+            }
         }
     }
 }

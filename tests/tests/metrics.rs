@@ -30,7 +30,7 @@ fn serve(board: &Board) -> (Runtime, SocketAddr) {
     let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
     let endpoint = Endpoint::bind(&MetricsConfig { listen: Some(free), public: false }).unwrap().unwrap();
     let (vm, node) = ("web".parse().unwrap(), "a".parse().unwrap());
-    let plane = Plane::new(vm, node, Incarnation::draw(), board.clone(), Console::default());
+    let plane = Plane::new(Some(vm), node, Incarnation::draw(), board.clone(), Console::default());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let entered = runtime.enter();
     endpoint.serve(&plane).unwrap();

@@ -85,8 +85,8 @@ pub(crate) enum Command {
     ConfirmFenced(ConfirmFenced),
     /// Empties a node: moves guests away that it runs, has others follow instead of it, and keeps it from being chosen.
     ///
-    /// It waits until the node's processes can be ended. They are left running; a spare's must be ended too, since it
-    /// can be claimed.
+    /// It waits until the node's processes can be ended. They are left running; nobody chooses them, and nobody claims a
+    /// spare among them, until the drain is ended, also if they are started anew.
     Drain(Drain),
     /// Says who decides on a failover: the node that follows, or an operator.
     Failover(Failover),

@@ -10,7 +10,7 @@ use crate::cluster::{list, role};
 use crate::connect::{COMMAND_LIMIT, Nodes};
 use crate::error::CtlError;
 use crate::format::clean;
-use crate::output::{note, print, print_json};
+use crate::output::{print, print_json};
 
 /// Between two looks at what the node still does.
 const LOOK: Duration = Duration::from_millis(500);
@@ -20,10 +20,11 @@ const STAYS: Duration = Duration::from_secs(4);
 /// Between two times that a runner is told again.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// What a process of the node did for a vm, and what came of it.
+/// What a process of the node did, and what came of it.
 #[derive(Serialize)]
 struct Line {
-    vm: String,
+    /// For which vm; none of a spare.
+    vm: Option<String>,
     address: String,
     role: &'static str,
     drains: bool,
@@ -37,28 +38,32 @@ pub(crate) async fn run(nodes: &Nodes, options: &Drain) -> Result<(), CtlError> 
         return Err(CtlError::Refused(format!("the cluster lists no process of {name}")));
     }
     for process in &mine {
-        if process.role() == NodeRole::Spare {
-            if !options.end {
-                note(&format!("the spare at {} can be claimed until its process is ended", process.address));
-            }
-            continue;
-        }
         say(nodes, process, options).await?;
         let line = Line {
-            vm: process.vm.clone(),
+            vm: Some(process.vm.clone()).filter(|vm| !vm.is_empty()),
             address: process.address.clone(),
             role: role(process),
             drains: !options.end,
         };
         if json {
             print_json(&line)?;
-        } else if options.end {
-            print(&format!("{name} is there for {} again\n", line.vm))?;
         } else {
-            print(&format!("{name} is to leave {} ({}, at {})\n", line.vm, line.role, line.address))?;
+            print(&line.words(&name, options.end))?;
         }
     }
     if options.end { Ok(()) } else { until_empty(nodes, options, &name).await }
+}
+
+impl Line {
+    fn words(&self, name: &str, end: bool) -> String {
+        let Self { address, role, .. } = self;
+        match (&self.vm, end) {
+            (Some(vm), false) => format!("{name} is to leave {} ({role}, at {address})\n", clean(vm)),
+            (Some(vm), true) => format!("{name} is there for {} again\n", clean(vm)),
+            (None, false) => format!("{name} is not to be claimed any more ({role}, at {address})\n"),
+            (None, true) => format!("{name} can be claimed again ({role}, at {address})\n"),
+        }
+    }
 }
 
 async fn say(nodes: &Nodes, process: &ClusterNode, options: &Drain) -> Result<(), CtlError> {

@@ -130,13 +130,15 @@ async fn listed(nodes: &Nodes, name: &NodeId) -> Result<Endpoint, CtlError> {
     }
 }
 
-/// The vm of the first node that answers.
+/// The vm of the first node that answers and has one.
 async fn of_vm(nodes: &Nodes) -> Option<String> {
     for address in nodes.addresses() {
         if let Ok(node) = nodes.connect(address).await {
             let mut client = node.client.clone();
             let status = node.answer(QUESTION_LIMIT, client.status(StatusRequest {})).await;
-            if let Ok(status) = status {
+            if let Ok(status) = status
+                && !status.vm.is_empty()
+            {
                 return Some(status.vm);
             }
         }

@@ -19,7 +19,7 @@ const MAX_PROBLEMS: usize = 20;
 struct Answer {
     /// Every node answers and does its part.
     healthy: bool,
-    /// Every node says that the vm is protected.
+    /// Every node of the vm says that it is protected; spares have no say in it.
     protected: bool,
     nodes: Vec<Node>,
 }
@@ -30,6 +30,8 @@ struct Node {
     answers: bool,
     healthy: bool,
     protected: bool,
+    /// It is bound to no vm.
+    spare: bool,
     problems: Vec<String>,
 }
 
@@ -49,7 +51,8 @@ pub(crate) async fn run(nodes: &Nodes, options: &Health) -> Result<ExitCode, Ctl
     }
     let answer = Answer {
         healthy: seen.iter().all(|node| node.healthy),
-        protected: seen.iter().all(|node| node.protected),
+        protected: !seen.iter().all(|node| node.spare)
+            && seen.iter().all(|node| node.protected || node.spare),
         nodes: seen,
     };
     if options.shape.json {
@@ -67,13 +70,13 @@ pub(crate) async fn run(nodes: &Nodes, options: &Health) -> Result<ExitCode, Ctl
 
 fn node(address: String, reply: Result<HealthReply, CtlError>) -> Node {
     match reply {
-        Ok(HealthReply { healthy, protected, problems }) => {
+        Ok(HealthReply { healthy, protected, problems, spare }) => {
             let problems = problems.iter().take(MAX_PROBLEMS).map(|problem| clean(problem)).collect();
-            Node { address, answers: true, healthy, protected, problems }
+            Node { address, answers: true, healthy, protected, spare, problems }
         }
         Err(e) => {
             let problems = vec![e.to_string()];
-            Node { address, answers: false, healthy: false, protected: false, problems }
+            Node { address, answers: false, healthy: false, protected: false, spare: false, problems }
         }
     }
 }
@@ -88,6 +91,7 @@ fn lines(answer: &Answer) -> String {
         };
         let protection = match (node.answers, node.protected) {
             (false, _) => "",
+            (true, _) if node.spare => ", a spare for any vm that needs it",
             (true, true) => ", protected",
             (true, false) => ", not protected",
         };

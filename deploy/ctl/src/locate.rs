@@ -81,12 +81,13 @@ pub(crate) fn stopped(sights: &[Sight]) -> Option<String> {
     matches!(newest.value, Value::Stopped { .. }).then(|| newest.to_string())
 }
 
-/// A command must not find a vm of its own choice.
+/// A command must not find a vm of its own choice. A spare is of none.
 ///
 /// # Errors
 /// The nodes are of several vms.
 pub(crate) fn of_one_vm(sights: &[Sight]) -> Result<(), CtlError> {
-    let answers = || sights.iter().filter_map(|sight| sight.found.as_ref().ok());
+    let bound = |(_, status): &&(Node, StatusReply)| !status.vm.is_empty();
+    let answers = || sights.iter().filter_map(|sight| sight.found.as_ref().ok()).filter(bound);
     let several = answers().zip(answers().skip(1)).any(|((_, one), (_, next))| one.vm != next.vm);
     let found = answers().map(|(node, status)| {
         format!("{} at {} of {}", clean(&status.node), node.address, clean(&status.vm))

@@ -92,7 +92,9 @@ pub(crate) async fn stop(nodes: &Nodes, options: &Stop) -> Result<(), CtlError> 
         // The register's words begin with "stopped".
         print(&format!("the vm is {}\n", if register.is_empty() { "stopped" } else { &register }))
     } else {
-        print(&format!("the node at {} ends; the register says: {register}\n", node.address))
+        // A spare has none.
+        let says = if register.is_empty() { register } else { format!("; the register says: {register}") };
+        print(&format!("the node at {} ends{says}\n", node.address))
     }
 }
 

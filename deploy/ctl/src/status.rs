@@ -79,8 +79,12 @@ fn page(sights: &[Sight]) -> String {
 /// The one line that an operator looks for.
 fn verdict(sights: &[Sight]) -> String {
     let Some((node, status, _)) = runner(sights) else {
-        return stopped(sights)
-            .map_or_else(|| "NOBODY of these nodes runs the vm\n".to_owned(), |why| format!("{why}\n"));
+        let nobody = || {
+            let spares = "these nodes are spares: each waits for a vm that needs it";
+            let text = if all_spares(sights) { spares } else { "NOBODY of these nodes runs the vm" };
+            text.to_owned()
+        };
+        return stopped(sights).unwrap_or_else(nobody) + "\n";
     };
     let (vm, name) = (clean(&status.vm), clean(&status.node));
     if protected(status) {
@@ -91,6 +95,12 @@ fn verdict(sights: &[Sight]) -> String {
         let since = millis(status.unprotected_ms);
         format!("{vm} runs on {name} ({}), NOT PROTECTED for {since}\n", node.address)
     }
+}
+
+/// Whether nobody could run a vm, as none is bound to one.
+fn all_spares(sights: &[Sight]) -> bool {
+    let mut answers = sights.iter().filter_map(|sight| sight.found.as_ref().ok()).peekable();
+    answers.peek().is_some() && answers.all(|(_, status)| status.role == Role::Spare as i32)
 }
 
 /// What went wrong last, below the table: it is too long for a column.
@@ -134,6 +144,7 @@ fn protection(status: &StatusReply) -> String {
         Ok(Role::Alone) => format!("NONE for {}", millis(status.unprotected_ms)),
         Ok(Role::Following) => "holds a whole copy".to_owned(),
         Ok(Role::Receiving) => "its copy is not whole yet".to_owned(),
+        Ok(Role::Spare) => "for any vm that needs it".to_owned(),
         _ => String::new(),
     }
 }
@@ -249,6 +260,7 @@ mod tests {
         assert_eq!(protection(&status), "NO LINK");
         let aged = StatusReply { epoch_age_ms: Some(12), ..Default::default() };
         assert_eq!(behind(&aged), "12 ms old");
+        assert_eq!(protection(&role(Role::Spare)), "for any vm that needs it");
         let changing = StatusReply { ack_policy: 1, ack_policy_pending: true, ..Default::default() };
         assert_eq!(policy(&changing), "memory, a change waits");
     }

@@ -32,6 +32,7 @@ struct Node {
 #[derive(Serialize)]
 struct Status {
     node: String,
+    /// Empty at a spare.
     vm: String,
     version: String,
     protocol: u32,

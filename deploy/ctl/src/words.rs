@@ -20,6 +20,7 @@ pub(crate) fn role(role: i32) -> &'static str {
         Ok(Role::Receiving) => "receiving",
         Ok(Role::Promoting) => "promoting",
         Ok(Role::Stopped) => "stopped",
+        Ok(Role::Spare) => "spare",
         Err(_) => "unknown",
     }
 }
@@ -107,8 +108,8 @@ mod tests {
         let follow: Vec<i32> = (0..20).filter(|&role| follows(role)).collect();
         assert_eq!((run, follow), (vec![1, 2, 3, 4, 5], vec![7, 8, 9, 10]));
         assert_eq!(
-            [role(5), role(8), role(99), phase(4), phase(99)],
-            ["paired", "following", "unknown", "memory", "unknown"]
+            [role(5), role(8), role(12), role(99), phase(4), phase(99)],
+            ["paired", "following", "spare", "unknown", "memory", "unknown"]
         );
         assert_eq!(id(&[0xab; 99]).len(), 32);
     }

@@ -214,9 +214,24 @@ fn a_node_is_drained_when_it_does_nothing_any_more() {
     );
     let (_, out, _) = run(&nodes, "drain a --end");
     assert_eq!(out, "a is there for demo again\n");
-    let (code, _, err) = run(&nodes, "drain z");
+    // A spare is asked as any other process is.
+    a.state().nodes = vec![process("z", v1::NodeRole::Spare, &nodes[0])];
+    a.state().nodes[0].vm = String::new();
+    a.state().asked.clear();
+    let (code, out, err) = run(&nodes, "drain z");
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    let first = format!("z is not to be claimed any more (spare, at {})\n", nodes[0]);
+    assert_eq!(out, first + "z is empty: its processes can be ended\n");
+    let (_, out, _) = run(&nodes, "drain z --end --json");
+    assert!(out.starts_with("{\"vm\":null,") && out.contains("\"drains\":false"), "{out}");
+    let commands: Vec<String> =
+        a.state().asked.iter().filter(|what| what.starts_with("drain")).cloned().collect();
+    assert_eq!(commands, ["drain true", "drain false"]);
+    let (_, out, _) = run(&nodes, "drain z --end");
+    assert_eq!(out, format!("z can be claimed again (spare, at {})\n", nodes[0]));
+    let (code, _, err) = run(&nodes, "drain y");
     assert_eq!(code, 1);
-    assert!(err.contains("no process of z"), "{err}");
+    assert!(err.contains("no process of y"), "{err}");
     a.state().nodes = vec![process("a", v1::NodeRole::Follower, &nodes[0])];
     a.state().asked.clear();
     let (code, _, err) = run(&nodes, "drain a --wait 0");
@@ -234,6 +249,38 @@ fn the_cluster_is_listed_by_whichever_node_answers() {
     let (_, out, _) = run(&nodes, "vms --json");
     assert!(out.starts_with("{\"vm\":\"web\""), "{out}");
     assert_eq!(b.state().asked, ["cluster", "cluster"]);
+}
+
+#[test]
+fn a_spare_is_shown_beside_a_vm_and_alone() {
+    let (a, b, mut nodes) = pair();
+    let spare =
+        v1::StatusReply { node: "s".to_owned(), role: Role::Spare.into(), ..v1::StatusReply::default() };
+    let s = Fake::start(spare);
+    let health =
+        |protected, spare| v1::HealthReply { healthy: true, protected, spare, ..v1::HealthReply::default() };
+    (a.state().health, b.state().health) = (health(true, false), health(true, false));
+    s.state().health = health(false, true);
+    nodes.push(s.address.to_string());
+    let (code, out, _) = run(&nodes, "status");
+    assert_eq!(code, 0);
+    assert!(out.contains("runs on a") && out.contains("for any vm that needs it"), "{out}");
+    // It has no say in what is of the vm.
+    assert_eq!(run(&nodes, "switchover").0, 0);
+    let (code, out, _) = run(&nodes, "health --protected");
+    assert_eq!(code, 0, "{out}");
+    assert!(out.ends_with(&format!("{}: healthy, a spare for any vm that needs it\n", s.address)), "{out}");
+    let alone = [s.address.to_string()];
+    assert_eq!(run(&alone, "health").0, 0);
+    assert_eq!(run(&alone, "health --protected").0, 4, "nothing is protected by it");
+    let (_, out, _) = run(&alone, "health --json");
+    assert!(out.contains("\"spare\":true") && out.contains("\"protected\":false"), "{out}");
+    let (_, out, _) = run(&alone, "status");
+    assert!(out.starts_with("these nodes are spares"), "{out}");
+    let (_, out, _) = run(&alone, "status --json");
+    assert!(out.contains("\"role\":\"spare\"") && out.contains("\"vm\":\"\""), "{out}");
+    let (_, out, _) = run(&alone, "stop --this-node");
+    assert_eq!(out, format!("the node at {} ends\n", s.address));
 }
 
 #[test]
@@ -333,7 +380,7 @@ fn watch_has_a_line_for_each_epoch() {
 #[test]
 fn health_is_told_by_the_exit_status() {
     let (a, b, nodes) = pair();
-    let good = HealthReply { healthy: true, protected: true, problems: vec![] };
+    let good = HealthReply { healthy: true, protected: true, ..Default::default() };
     a.state().health = good.clone();
     b.state().health = good.clone();
     assert_eq!(run(&nodes, "health --protected").0, 0);

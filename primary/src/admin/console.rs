@@ -69,6 +69,7 @@ pub(super) async fn attach(
     plane: Arc<Plane>,
     mut input: Streaming<ConsoleInput>,
 ) -> Result<mpsc::Receiver<Result<ConsoleOutput, Status>>, Status> {
+    plane.bound()?;
     let first = input.message().await?.and_then(|first| first.message);
     let Some(console_input::Message::Attach(attach)) = first else {
         return Err(Reason::BadRequest.status("the first message must say where to begin"));

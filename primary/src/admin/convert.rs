@@ -33,6 +33,7 @@ pub(crate) fn role(role: Role) -> v1::Role {
         Role::Receiving => v1::Role::Receiving,
         Role::Promoting => v1::Role::Promoting,
         Role::Stopped => v1::Role::Stopped,
+        Role::Spare => v1::Role::Spare,
     }
 }
 
@@ -44,7 +45,7 @@ pub(super) fn status(plane: &Plane) -> v1::StatusReply {
     let console = v1::Console { kept_from: plane.console.start(), released: plane.console.end(), input: 0 };
     v1::StatusReply {
         node: plane.node.to_string(),
-        vm: plane.vm.to_string(),
+        vm: plane.vm.as_ref().map(ToString::to_string).unwrap_or_default(),
         incarnation: id_bytes(plane.incarnation.0),
         uptime_ms: ms(plane.uptime()),
         ..account(&plane.board.status(), console)

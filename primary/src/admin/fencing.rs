@@ -2,21 +2,25 @@
 //! does not run the guest, who decides on a failover, and that a node is emptied.
 
 use colo_common::NodeId;
+use colo_proto::convert::id_bytes;
 use colo_proto::v1::{
     AuditKind, ConfirmFencedReply, ConfirmFencedRequest, DrainReply, DrainRequest, FailoverPolicy,
     FenceReply, FenceRequest, RegisterEntry, SetFailoverReply, SetFailoverRequest,
 };
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tonic::{Request, Status};
 
 use super::convert::role;
-use super::plane::{PATIENCE, Part, Plane};
+use super::plane::{PATIENCE, POLL, Part, Plane};
 use super::reason::Reason;
 use crate::node::Command;
 use crate::node::status::Role;
 
 /// Bytes of a reason: some lines of text, each of which is kept for as long as the audit trail.
 const MAX_REASON: usize = 512;
+/// How long a change of a node's own record may take until it is listed.
+const LISTED: Duration = Duration::from_secs(5);
 
 /// Whether a typed reason is one.
 pub(super) fn check_reason(reason: &str, needed: bool) -> Result<(), Status> {
@@ -37,6 +41,7 @@ impl Plane {
     /// Ends this process' part at once.
     pub(super) async fn fence(&self, request: Request<FenceRequest>) -> Result<FenceReply, Status> {
         let FenceRequest { reason, node } = request.get_ref();
+        self.bound()?;
         check_reason(reason, true)?;
         if !node.is_empty() && *node != self.node.as_str() {
             let text = format!("this node is {}, not {node}: nothing is stopped", self.node);
@@ -100,10 +105,47 @@ impl Plane {
         self.asked(&request, if *drain { "drain this node" } else { "end the drain" }.to_owned(), reason);
         let kept = if *drain { drains.begin() } else { drains.end() };
         kept.map_err(|e| Reason::Internal.status(e.to_string()))?;
-        if *drain && matches!(self.part(), Part::Runner(_)) && self.board.status().role == Role::Paired {
-            self.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
+        match self.part() {
+            Part::Runner(_) if *drain && self.board.status().role == Role::Paired => {
+                self.command(|reply| Command::Switchover { reply: Some(reply) }).await?;
+            }
+            // From then on no claim of it is granted.
+            Part::Spare(_) => {
+                // It has no audit trail.
+                let what = if *drain { "is being emptied" } else { "can be claimed again" };
+                tracing::info!(node = %self.node, reason, "this spare {what}, by an operator's word");
+                self.until_listed(*drain).await?;
+            }
+            _ => {}
         }
         Ok(DrainReply { role: role(self.board.status().role).into() })
+    }
+
+    /// Waits until the cluster knows whether this process is being emptied.
+    async fn until_listed(&self, draining: bool) -> Result<(), Status> {
+        let until = Instant::now() + LISTED;
+        loop {
+            let mine = id_bytes(self.incarnation.0);
+            let why = match self.list_cluster().await {
+                Ok(listed)
+                    if listed
+                        .nodes
+                        .iter()
+                        .any(|node| node.incarnation == mine && node.draining == draining) =>
+                {
+                    return Ok(());
+                }
+                Ok(_) => String::new(),
+                Err(silent) => format!(" ({})", silent.message()),
+            };
+            if Instant::now() > until {
+                let text = format!(
+                    "it is kept here, and the cluster does not know of it yet{why}; look at `coloctl nodes`"
+                );
+                return Err(Reason::NoAnswer.status(text));
+            }
+            tokio::time::sleep(POLL).await;
+        }
     }
 }
 

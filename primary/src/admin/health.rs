@@ -5,12 +5,26 @@ use colo_common::register::Value;
 use colo_proto::v1::HealthReply;
 use std::time::{Duration, Instant};
 
+use super::Plane;
+use crate::drain::Drain;
 use crate::node::status::{Role, Status};
 
 /// An arbiter that was asked each second and has not answered for so long does not answer.
 const ARBITER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long an error is told as a problem.
 const RECENT: Duration = Duration::from_secs(60);
+
+impl Plane {
+    /// The judgement on this node, as of now.
+    pub(super) fn health(&self) -> HealthReply {
+        let mut reply = of(&self.board.status(), &self.node, Instant::now());
+        if reply.spare && self.drain().is_some_and(Drain::is_on) {
+            let end = format!("`coloctl drain --end {}`", self.node);
+            reply.problems.push(format!("this node is being emptied: no vm can claim it until {end}"));
+        }
+        reply
+    }
+}
 
 /// The judgement on `node`, at `now`.
 pub(crate) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
@@ -22,6 +36,8 @@ pub(crate) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
         _ => false,
     };
     let protected = protects && status.is_linked() && status.failure.is_none();
+    // No illness of this node.
+    problems.extend(status.nobody.clone().filter(|_| status.role.runs()));
     let recent = |at: &Instant| now.saturating_duration_since(*at) < RECENT;
     if let Some((error, at)) = status.error.as_ref().filter(|(_, at)| recent(at))
         && !problems.iter().any(|problem| problem.contains(error))
@@ -29,7 +45,7 @@ pub(crate) fn of(status: &Status, node: &NodeId, now: Instant) -> HealthReply {
         let age = now.saturating_duration_since(*at).as_secs();
         problems.push(format!("{age} s ago: {error}"));
     }
-    HealthReply { healthy, protected, problems }
+    HealthReply { healthy, protected, problems, spare: status.role == Role::Spare }
 }
 
 /// What keeps the node from its part for as long as it lasts.
@@ -65,7 +81,9 @@ fn standing(status: &Status, node: &NodeId, now: Instant) -> Vec<String> {
     if status.role != Role::Stopped && (late || status.arbiter_silent.is_some()) {
         let since = status.arbiter_answered.map(|at| format!(" for {} ms", ms(at))).unwrap_or_default();
         let why = status.arbiter_silent.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
-        problems.push(format!("the arbiter has not answered{since}{why}"));
+        // A spare has no register to read: it asks whether it is claimed.
+        let who = if status.role == Role::Spare { "membership" } else { "arbiter" };
+        problems.push(format!("the {who} has not answered{since}{why}"));
     }
     if !problems.is_empty()
         && let Some(holding) = holding(status)
@@ -176,7 +194,7 @@ mod tests {
     fn a_pair_that_does_its_part_is_healthy_and_protected() {
         for role in [Role::Paired, Role::Following] {
             let found = judge(&paired(role));
-            assert_eq!(found, HealthReply { healthy: true, protected: true, problems: vec![] });
+            assert_eq!(found, HealthReply { healthy: true, protected: true, ..HealthReply::default() });
         }
     }
 
@@ -222,7 +240,7 @@ mod tests {
         let mut status = paired(Role::Following);
         status.replica = Some(ReplicaId(6));
         status.link_stands(false);
-        assert_eq!(judge(&status), HealthReply { healthy: true, protected: false, problems: vec![] });
+        assert_eq!(judge(&status), HealthReply { healthy: true, ..HealthReply::default() });
     }
 
     #[test]
@@ -240,6 +258,28 @@ mod tests {
         let line = told(&status, "a");
         assert!(line.contains("its disk") && line.contains("once b is fenced"), "{line}");
         assert_eq!(told(&status, "c"), "");
+    }
+
+    #[test]
+    fn a_spare_is_there_to_be_claimed_and_says_if_nobody_could() {
+        let status =
+            Status { role: Role::Spare, arbiter_answered: Some(Instant::now()), ..Status::default() };
+        assert_eq!(judge(&status), HealthReply { healthy: true, spare: true, ..HealthReply::default() });
+        let found = judge(&Status { arbiter_silent: Some("no such directory".to_owned()), ..status });
+        assert!(
+            !found.healthy && found.problems[0].starts_with("the membership has not answered"),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn that_nobody_can_protect_the_vm_is_told_for_as_long_as_it_is_so() {
+        let nobody = Some("nobody can protect it: no other node is there".to_owned());
+        let alone = Status { nobody: nobody.clone(), link: None, ..paired(Role::Alone) };
+        let found = judge(&alone);
+        assert!(found.healthy && found.problems == [nobody.clone().unwrap()], "{found:?}");
+        let told = Status { error: nobody.clone().map(|why| (why, Instant::now())), ..alone };
+        assert_eq!(judge(&told).problems, [nobody.unwrap()], "once");
     }
 
     #[test]

@@ -25,6 +25,7 @@ impl Plane {
 
     /// The audit trail, as it is asked for.
     pub(super) fn list_audit(&self, request: ListAuditRequest) -> Result<Answers<AuditEntry>, Status> {
+        self.bound()?;
         let none = || Reason::NotNow.status("this node keeps no audit trail; its log says why");
         let audit = self.board.audit().ok_or_else(none)?;
         let (trail, next) = (audit.trail().map_err(|_| none())?, audit.next());

@@ -7,7 +7,7 @@ use colo_proto::v1;
 use crossbeam_channel::Sender;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::console::Typists;
@@ -55,14 +55,16 @@ pub enum Part {
     Runner(Sender<Event>),
     /// It follows.
     Follower(Arc<dyn FollowerControl>),
+    /// It is bound to no vm. Here it is asked to end, and tells when it does.
+    Spare(mpsc::Sender<oneshot::Sender<()>>),
     /// Neither yet, or not any more.
     None,
 }
 
 /// What a control plane answers from.
 pub struct Plane {
-    /// The vm.
-    pub vm: VmId,
+    /// The vm; none of a spare.
+    pub vm: Option<VmId>,
     /// The node.
     pub node: NodeId,
     /// The process.
@@ -82,7 +84,7 @@ pub struct Plane {
 impl Plane {
     /// A control plane with no part yet.
     pub fn new(
-        vm: VmId,
+        vm: Option<VmId>,
         node: NodeId,
         incarnation: Incarnation,
         board: Board,
@@ -133,7 +135,25 @@ impl Plane {
         }
     }
 
+    /// The vm that this is about.
+    ///
+    /// # Errors
+    /// There is none: the node is a spare.
+    pub(super) fn bound(&self) -> Result<&VmId, Status> {
+        self.vm.as_ref().ok_or_else(|| {
+            let text = format!(
+                "this node ({}) is a spare, bound to no vm: ask a node of the vm (`coloctl nodes` lists them)",
+                self.node
+            );
+            Reason::Unbound.about(text, &[("node", self.node.to_string())])
+        })
+    }
+
     pub(super) fn not_here(&self, what: &str) -> Status {
+        let vm = match self.bound() {
+            Ok(vm) => vm.to_string(),
+            Err(unbound) => return unbound,
+        };
         let status = self.board.status();
         let register = status.register.map(|entry| entry.value.to_string());
         let where_ = register.as_ref().map_or_else(
@@ -141,11 +161,7 @@ impl Plane {
             |value| format!("the register says: {value}"),
         );
         let text = format!("this node ({}) is not the one that {what}; {where_}", self.node);
-        let more = [
-            ("node", Some(self.node.to_string())),
-            ("vm", Some(self.vm.to_string())),
-            ("register", register),
-        ];
+        let more = [("node", Some(self.node.to_string())), ("vm", Some(vm)), ("register", register)];
         let more: Vec<_> = more.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
         Reason::OtherNode.about(text, &more)
     }
@@ -174,19 +190,18 @@ impl Plane {
     ) -> Result<(), Status> {
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {
+            let (reply, answer) = oneshot::channel();
             match self.part() {
                 Part::Runner(_) => return self.command(&runner).await,
-                Part::Follower(control) => {
-                    let (reply, answer) = oneshot::channel();
-                    control.leave(reply);
-                    match tokio::time::timeout_at(until.into(), answer).await {
-                        Ok(Ok(())) => return Ok(()),
-                        // It was not heard: the part has changed, or changes now.
-                        Ok(Err(_)) => tokio::time::sleep(POLL).await,
-                        Err(_) => break,
-                    }
-                }
-                Part::None => tokio::time::sleep(POLL).await,
+                Part::Follower(control) => control.leave(reply),
+                Part::Spare(ends) => drop(ends.try_send(reply)),
+                Part::None => drop(reply),
+            }
+            match tokio::time::timeout_at(until.into(), answer).await {
+                Ok(Ok(())) => return Ok(()),
+                // It was not heard: the part has changed, or changes now.
+                Ok(Err(_)) => tokio::time::sleep(POLL).await,
+                Err(_) => break,
             }
         }
         Err(Reason::NoAnswer.status("this node has not said that it ends; look at its status"))
@@ -227,7 +242,9 @@ mod tests {
     use colo_common::{Incarnation, NodeId};
     use std::sync::Arc;
     use std::time::Duration;
-    use tokio::sync::oneshot;
+    use tokio::sync::{mpsc, oneshot};
+    use tonic::Code;
+    use tonic_types::StatusExt;
 
     /// Takes the guest over: nobody reads its inbox any more.
     struct Promoting;
@@ -243,7 +260,7 @@ mod tests {
     #[tokio::test]
     async fn a_follower_that_takes_over_is_not_said_to_have_left() {
         let (vm, node) = ("web".parse().unwrap(), "a".parse().unwrap());
-        let plane = Plane::new(vm, node, Incarnation(1), Board::default(), Console::default());
+        let plane = Plane::new(Some(vm), node, Incarnation(1), Board::default(), Console::default());
         plane.set_part(Part::Follower(Arc::new(Promoting)));
         let asked = Arc::clone(&plane);
         let leaving = tokio::spawn(async move { asked.leave(|reply| Command::Fence { reply }).await });
@@ -256,6 +273,21 @@ mod tests {
             Event::Command(Command::Fence { reply }) => reply.send(Ok(())).unwrap(),
             other => panic!("the runner was told {other:?}"),
         }
+        leaving.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_spare_has_nothing_of_a_vm_and_can_be_ended() {
+        let node = "s".parse().unwrap();
+        let plane = Plane::new(None, node, Incarnation(1), Board::default(), Console::default());
+        let (ends, mut ended) = mpsc::channel(1);
+        plane.set_part(Part::Spare(ends));
+        let refused = plane.command(|reply| Command::Switchover { reply: Some(reply) }).await.unwrap_err();
+        let reason = refused.get_details_error_info().unwrap().reason;
+        assert_eq!((refused.code(), reason.as_str()), (Code::FailedPrecondition, "UNBOUND"), "{refused}");
+        let asked = Arc::clone(&plane);
+        let leaving = tokio::spawn(async move { asked.leave(|reply| Command::Fence { reply }).await });
+        ended.recv().await.unwrap().send(()).unwrap();
         leaving.await.unwrap().unwrap();
     }
 }

@@ -15,6 +15,8 @@ pub enum Reason {
     BadRequest,
     /// Another node, or another part, has to be asked.
     OtherNode,
+    /// This node is bound to no vm.
+    Unbound,
     /// Not in what the node does at the moment.
     NotNow,
     /// A node that the register names is not fenced.
@@ -38,6 +40,7 @@ impl Reason {
     pub const ALL: [Self; 10] = [
         Self::BadRequest,
         Self::OtherNode,
+        Self::Unbound,
         Self::NotNow,
         Self::NotFenced,
         Self::NoCopy,
@@ -53,6 +56,7 @@ impl Reason {
         match self {
             Self::BadRequest => "BAD_REQUEST",
             Self::OtherNode => "OTHER_NODE",
+            Self::Unbound => "UNBOUND",
             Self::NotNow => "NOT_NOW",
             Self::NotFenced => "NOT_FENCED",
             Self::NoCopy => "NO_COPY",
@@ -68,7 +72,9 @@ impl Reason {
     pub fn code(self) -> Code {
         match self {
             Self::BadRequest => Code::InvalidArgument,
-            Self::OtherNode | Self::NotNow | Self::NotFenced | Self::NoCopy => Code::FailedPrecondition,
+            Self::OtherNode | Self::Unbound | Self::NotNow | Self::NotFenced | Self::NoCopy => {
+                Code::FailedPrecondition
+            }
             Self::GivenUp => Code::Aborted,
             Self::Unavailable => Code::Unavailable,
             Self::NoAnswer => Code::DeadlineExceeded,

@@ -20,10 +20,11 @@ use super::{
 use crate::admin::{Plane, health};
 use crate::node::status::{Role, Status};
 
-/// Everything that a node tells, with its vm and its name on every sample.
+/// Everything that a node tells, with its vm, if it is bound to one, and its name on every sample.
 pub fn registry(plane: &Arc<Plane>) -> Registry {
-    let labels = [("vm".into(), plane.vm.to_string().into()), ("node".into(), plane.node.to_string().into())];
-    let mut registry = Registry::with_labels(labels.into_iter());
+    let vm = plane.vm.as_ref().map(|vm| ("vm".into(), vm.to_string().into()));
+    let labels = vm.into_iter().chain([("node".into(), plane.node.to_string().into())]);
+    let mut registry = Registry::with_labels(labels);
     let build = Info::new([
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("protocol", colo_proto::PROTOCOL_VERSION.to_string()),
@@ -209,5 +210,6 @@ fn name(role: Role) -> &'static str {
         Role::Receiving => "receiving",
         Role::Promoting => "promoting",
         Role::Stopped => "stopped",
+        Role::Spare => "spare",
     }
 }

@@ -60,13 +60,14 @@ impl Endpoint {
         })
     }
 
-    /// Answers from `plane` for as long as the runtime lives, which the caller is in.
+    /// Answers from `plane` for as long as the runtime lives, which the caller is in. The port stays taken for longer than
+    /// that: whoever comes between two that serve waits for the second.
     ///
     /// # Errors
     /// The socket cannot be waited for.
-    pub fn serve(self, plane: &Arc<Plane>) -> anyhow::Result<()> {
-        let listener =
-            TcpListener::from_std(self.listener).context("the socket of the metrics cannot be used")?;
+    pub fn serve(&self, plane: &Arc<Plane>) -> anyhow::Result<()> {
+        let listener = self.listener.try_clone().and_then(TcpListener::from_std);
+        let listener = listener.context("the socket of the metrics cannot be used")?;
         tracing::info!(listen = %self.address, "metrics are at http://{}/metrics", self.address);
         tokio::spawn(accept(listener, Arc::new(super::registry(plane))).in_current_span());
         Ok(())

@@ -207,7 +207,7 @@ metrics! {
 }
 
 /// Roles, as [`ROLE`] names them.
-pub(super) const ROLES: [&str; 12] = [
+pub(super) const ROLES: [&str; 13] = [
     "starting",
     "alone",
     "seeding",
@@ -220,6 +220,7 @@ pub(super) const ROLES: [&str; 12] = [
     "receiving",
     "promoting",
     "stopped",
+    "spare",
 ];
 const PAUSE_PARTS: [&str; 4] = ["stop", "save", "harvest", "copy"];
 const PROMOTION_PARTS: [&str; 5] = ["register", "apply", "store", "restore", "total"];

@@ -81,6 +81,7 @@ impl Node {
             return;
         }
         self.healing.wanted = wanted;
+        self.board.change(|status| status.nobody = None);
         if let Some(worker) = &self.healing.worker {
             worker.want(wanted.then(|| self.replicator.register().clone()));
         }
@@ -104,6 +105,18 @@ impl Node {
         match advice {
             Advice::Take(record) => self.on_candidate(*record),
             Advice::Replace => self.healing.replace = true,
+            Advice::Nobody { why, news } => self.on_nobody(why, news),
+        }
+    }
+
+    /// It stands in the account until somebody is found, or nobody is wanted any more.
+    fn on_nobody(&mut self, why: String, news: bool) {
+        if !self.lacks_secondary() {
+            return;
+        }
+        self.board.change(|status| status.nobody = Some(why.clone()));
+        if news {
+            self.board.error(why);
         }
     }
 
@@ -126,6 +139,7 @@ impl Node {
         if !self.lacks_secondary() {
             return;
         }
+        self.board.change(|status| status.nobody = None);
         let address = record.address.to_string();
         self.healing.candidate = Some((record, Instant::now()));
         if self.secondary.as_ref() != Some(&address) {
@@ -136,14 +150,16 @@ impl Node {
         }
     }
 
-    /// No link came of it: it `refused`, or is out of reach.
-    pub(super) fn candidate_failed(&mut self, refused: bool) {
+    /// No link came of it: it `refused` with these words, or is out of reach.
+    pub(super) fn candidate_failed(&mut self, refused: Option<&str>) {
         let gone = |(record, at): &mut (NodeRecord, Instant)| {
-            refused || record.role != NodeRole::Spare || at.elapsed() > REACH
+            refused.is_some() || record.role != NodeRole::Spare || at.elapsed() > REACH
         };
         let Some((record, _)) = self.healing.candidate.take_if(gone) else { return };
-        if let Some(worker) = &self.healing.worker {
-            worker.failed(record.node, record.incarnation);
+        let Some(worker) = &self.healing.worker else { return };
+        match refused {
+            Some(why) => worker.refused(record.node, why.to_owned()),
+            None => worker.failed(record.node, record.incarnation),
         }
     }
 }

@@ -136,7 +136,7 @@ impl Node {
                 Err(e) => return Err(e),
             },
             LinkEvent::Refused(reason) => {
-                self.candidate_failed(true);
+                self.candidate_failed(Some(&reason));
                 // It is there and has not the copy that the register names: no use to wait for it.
                 if matches!(purpose, Purpose::Link(_)) && self.settings.solo_on_loss {
                     let actions = self.replicator.go_solo();
@@ -148,7 +148,7 @@ impl Node {
             }
             LinkEvent::NotReady(reason) => reason,
             LinkEvent::Down(reason) => {
-                self.candidate_failed(false);
+                self.candidate_failed(None);
                 reason
             }
             _ => "the secondary answered out of turn".to_owned(),

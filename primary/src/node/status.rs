@@ -49,6 +49,8 @@ pub enum Role {
     Promoting,
     /// Is done.
     Stopped,
+    /// Is bound to no vm, and waits for one that needs it.
+    Spare,
 }
 
 impl Role {
@@ -251,6 +253,8 @@ pub struct Status {
     pub held_frames: Size,
     /// Its vCPUs run here.
     pub running: bool,
+    /// Whom else there is, and why none of them can protect the vm that runs here without protection.
+    pub nobody: Option<String>,
     /// Why this node cannot do its part any more: its guest or its store has failed.
     pub failure: Option<String>,
     /// Epochs on their way.

@@ -113,7 +113,12 @@ impl Runner {
         let Some(healing) = &mut self.healing else { return };
         let Some((record, _)) = healing.candidate.take_if(gone) else { return };
         common.count("candidates that failed");
-        healing.worker.healer.failed(record.node, record.incarnation, clock(now));
+        let healer = &mut healing.worker.healer;
+        if refused {
+            healer.refused(record.node, "", clock(now));
+        } else {
+            healer.failed(record.node, record.incarnation, clock(now));
+        }
         healing.worker.told = None;
     }
 }
@@ -132,7 +137,8 @@ impl Worker {
             self.told = None;
         }
         let nodes = common.ask_membership(x, |membership| membership.nodes()).ok()?;
-        let needs = Needs { memory: FRAMES * 4096, hypervisor: HYPERVISOR.to_owned(), protocol: PROTOCOL };
+        let hypervisor = HYPERVISOR.to_owned();
+        let needs = Needs { memory: FRAMES * 4096, disk: 0, hypervisor, protocol: PROTOCOL };
         let candidate = self.healer.choose(&nodes, &name(x), common.vm(), &needs, now)?;
         if candidate.spare && !self.claim(&entry, &candidate.record, (x, process), common) {
             return None;
