@@ -5,6 +5,8 @@
 //! `COLO_SIM_SEEDS` says how many seeds are run, `COLO_SIM_FIRST` from which on, and `COLO_SEED` repeats one with its
 //! trace. With `COLO_SIM_SECONDS` seeds are run until that time is over, also after one broke a rule: `make soak`.
 
+#[path = "simulation/asked.rs"]
+mod asked;
 #[path = "simulation/calamities.rs"]
 mod calamities;
 #[path = "simulation/cluster.rs"]
@@ -29,6 +31,8 @@ mod intent;
 mod joining;
 #[path = "simulation/net.rs"]
 mod net;
+#[path = "simulation/operating.rs"]
+mod operating;
 #[path = "simulation/outside.rs"]
 mod outside;
 #[path = "simulation/persister.rs"]
@@ -460,4 +464,7 @@ noticed! { cluster::run;
     endless_patience: endless_patience;
     spares_stay: spares_stay;
     endless_leases: endless_leases;
+    copies_are_given_up: copies_are_given_up;
+    force_unfenced: follower.force_unfenced;
+    late_words_count: late_words_count;
 }

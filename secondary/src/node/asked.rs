@@ -81,7 +81,9 @@ impl Follower {
 
     /// The register was read: a confirmation counts for what it says now.
     pub(super) fn confirm_fenced(&mut self, found: Option<&Entry>) {
-        let Some((node, reply)) = self.asked.confirming.take() else { return };
+        // Whoever has left without an answer may have started that node again since.
+        let waits = |(_, reply): &Confirming| !reply.is_closed();
+        let Some((node, reply)) = self.asked.confirming.take().filter(waits) else { return };
         let refused = |reason, text| Err(WhyNot { reason, text });
         let answer = match found {
             None => refused(Reason::NotNow, "the register does not exist".to_owned()),

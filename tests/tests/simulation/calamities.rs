@@ -1,6 +1,6 @@
 //! What goes wrong in a cluster beside what goes wrong with its vms: hosts, the paths between them and to the arbiter,
 //! disks and clocks. And what is done about it: nothing but what a service manager does, and what an operator has
-//! started himself.
+//! started himself. What operators do meanwhile is in `operating`.
 
 use colo_common::arbiter::scripted::Fate;
 
@@ -24,11 +24,13 @@ impl Cluster {
             self.arbiter_faults();
             self.path_faults();
             (0..self.plan.hosts).for_each(|host| self.host_faults(host));
+            self.operate();
         }
         for x in 0..self.units.len() {
             match self.units[x].life {
                 Life::Down { since } => {
-                    if self.now - since > 5 && self.seed.below(30) == 0 {
+                    let off = self.now < self.units[x].off_until;
+                    if self.now - since > 5 && self.seed.below(30) == 0 && !off {
                         self.counts.add("restarts", 1);
                         self.start(x);
                     }
@@ -45,7 +47,7 @@ impl Cluster {
         }
     }
 
-    fn chance(&mut self, rate: u64) -> bool {
+    pub(crate) fn chance(&mut self, rate: u64) -> bool {
         rate > 0 && self.seed.below(10_000) < rate
     }
 
@@ -179,8 +181,10 @@ impl Cluster {
         }
     }
 
-    fn kill(&mut self, x: usize) {
-        if let Life::Bound(vm) = self.units[x].life {
+    pub(crate) fn kill(&mut self, x: usize) {
+        if let Life::Bound(vm) = self.units[x].life
+            && !matches!(self.worlds[vm].nodes[x].role, Role::Down { .. })
+        {
             self.worlds[vm].crash(x, "processes that died with their host");
         }
         if !matches!(self.units[x].life, Life::Down { .. }) {
@@ -188,7 +192,7 @@ impl Cluster {
         }
     }
 
-    /// Of one process: crashes, and the operator's words to it. Forced promotions, fences and drains belong here too.
+    /// Of one process: crashes, and the operator's words to it.
     fn process_faults(&mut self, x: usize, vm: usize) {
         if self.is_frozen(x) {
             return;
@@ -199,6 +203,7 @@ impl Cluster {
 
     /// Everything works again, all nodes come up, and the operator takes back what he had paused.
     pub(crate) fn heal(&mut self) {
+        self.end_operations();
         self.set_outage(false);
         self.membership.deliver_late();
         self.cut_off.iter_mut().for_each(|(until, _)| *until = 0);
@@ -229,11 +234,13 @@ impl Cluster {
                 self.worlds[vm].leave_if_superseded(x, 20);
             }
         }
+        (0..self.worlds.len()).for_each(|vm| self.bring_back(vm));
         if !(self.now - self.plan.faults_end).is_multiple_of(LOOK) {
             return;
         }
         for x in 0..self.units.len() {
             match self.units[x].life {
+                Life::Down { .. } if self.now < self.units[x].off_until => {}
                 Life::Down { .. } => self.start(x),
                 Life::Spare { .. } => {}
                 Life::Bound(vm) => self.worlds[vm].tend(x),

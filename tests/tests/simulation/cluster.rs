@@ -6,11 +6,13 @@ use colo_common::Incarnation;
 use colo_common::arbiter::scripted::{Fate, ScriptedArbiter};
 use colo_common::membership::Claim;
 use colo_common::membership::scripted::ScriptedMembership;
+use colo_common::register::{Entry, Value};
 use colo_tests::seed::Seed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::common::{Common, Counts};
+use crate::common::{Common, Counts, index, name};
+use crate::operating::Forcing;
 use crate::plan::{ClusterPlan, Mutations, Plan, Time};
 use crate::presence::{LEASE, Presence};
 use crate::world::{Ran, Role, World};
@@ -19,6 +21,8 @@ use crate::world::{Ran, Role, World};
 const LOOK: Time = 25;
 /// A vm that is one for so long stays one: there is no need to wait for the end.
 const LOST_FOR_GOOD: Time = 500;
+/// After what part of that an operator has it run by force, if he is one who does.
+pub(crate) const BROUGHT_BACK: Time = 250;
 
 /// What the process of a node does.
 pub(crate) enum Life {
@@ -41,6 +45,10 @@ pub(crate) struct Unit {
     pub(crate) life: Life,
     pub(crate) presence: Option<Presence>,
     pub(crate) claim: Option<Claim>,
+    /// It is being emptied: `drain::Drain`.
+    pub(crate) draining: bool,
+    /// Until when an operator keeps it off.
+    pub(crate) off_until: Time,
 }
 
 /// All of it.
@@ -53,7 +61,7 @@ pub(crate) struct Cluster {
     /// Vms that were seen to be protected again, or stopped, after the faults.
     done: Vec<bool>,
     /// Since when nobody may run a vm, at each look.
-    lost_since: Vec<Option<Time>>,
+    pub(crate) lost_since: Vec<Option<Time>>,
     pub(crate) units: Vec<Unit>,
     pub(crate) arbiter: Arc<ScriptedArbiter>,
     pub(crate) membership: ScriptedMembership,
@@ -64,6 +72,8 @@ pub(crate) struct Cluster {
     dead: Vec<(Time, Incarnation)>,
     /// To which vm a spare's process was granted, until its lease runs out: the claim ends with that.
     granted: BTreeMap<(String, Incarnation), usize>,
+    /// Of each vm, the node that an operator has run it by force.
+    pub(crate) forcing: Vec<Option<Forcing>>,
     pub(crate) counts: Counts,
     broken: Option<String>,
 }
@@ -104,6 +114,8 @@ impl Cluster {
             life: Life::Down { since: 0 },
             presence: None,
             claim: None,
+            draining: false,
+            off_until: 0,
         };
         let units: Vec<Unit> = (0..plan.nodes).map(unit).collect();
         let mut cluster = Self {
@@ -120,6 +132,7 @@ impl Cluster {
             cut_off: vec![(0, Fate::Lost); plan.hosts],
             dead: Vec::new(),
             granted: BTreeMap::new(),
+            forcing: vec![None; plan.vms],
             counts: Counts::default(),
             broken: None,
             plan,
@@ -229,13 +242,13 @@ impl Cluster {
         let unit = &mut self.units[x];
         if unit.presence.as_ref().is_none_or(|presence| presence.process != process) {
             // Another process in the place of the one before, which has said that it goes.
-            unit.presence = Some(Presence::new(x, process, now));
+            unit.presence = Some(Presence::new(x, process, unit.draining, now));
             unit.claim = None;
         }
-        if !self.is_frozen(x)
-            && let Some(presence) = &mut self.units[x].presence
-        {
-            presence.tell(x, &self.worlds[vm].nodes[x].role, &self.worlds[vm].common);
+        let frozen = self.is_frozen(x);
+        let Unit { presence, draining, .. } = &mut self.units[x];
+        if !frozen && let Some(presence) = presence {
+            presence.tell(x, &self.worlds[vm].nodes[x].role, *draining, &self.worlds[vm].common);
         }
     }
 
@@ -247,6 +260,15 @@ impl Cluster {
                 let other = *self.granted.entry(spare).or_insert(vm);
                 if other != vm {
                     self.break_rule(format!("the spare {} is promised to two vms: {claim}", claim.node));
+                }
+                let drained = self.units[index(&claim.node)].presence.as_ref().is_some_and(|presence| {
+                    presence.process == claim.node_incarnation && presence.drained_spare
+                });
+                if drained {
+                    self.break_rule(format!(
+                        "the spare {} is being emptied and was claimed: {claim}",
+                        claim.node
+                    ));
                 }
             }
             if let Some(why) = self.worlds[vm].common.outside.broken.take() {
@@ -278,7 +300,9 @@ impl Cluster {
             return;
         }
         let Some(why) = self.worlds[vm].why_nobody() else {
-            self.lost_since[vm] = None;
+            if self.lost_since[vm].take().is_some_and(|since| now - since > BROUGHT_BACK) {
+                self.counts.add("vms brought back by force", 1);
+            }
             return;
         };
         if now - *self.lost_since[vm].get_or_insert(now) > LOST_FOR_GOOD {
@@ -310,6 +334,10 @@ impl Cluster {
             if self.done[vm] {
                 continue;
             }
+            if self.now >= self.plan.limit && self.has_nobody_left(vm) {
+                self.counts.add("ended without a node", 1);
+                continue;
+            }
             self.worlds[vm].conclude();
             if let Some(why) = self.worlds[vm].common.outside.broken.take() {
                 let lives: Vec<String> = (0..self.units.len()).map(|x| self.describe(x)).collect();
@@ -317,6 +345,24 @@ impl Cluster {
                 return self.break_rule(format!("{why}; {}; {claims:?}", lives.join("; ")));
             }
         }
+    }
+
+    /// Whether a vm runs, and all other nodes are needed by other vms or bound to them by their configuration.
+    fn has_nobody_left(&self, vm: usize) -> bool {
+        let runs = |x: &usize| self.worlds[vm].runner(*x).is_some_and(|runner| !runner.failed);
+        let Some(runner) = (0..self.units.len()).find(runs) else { return false };
+        let needed = |x: usize, of: usize| match self.arbiter.peek(self.worlds[of].common.vm()) {
+            Some(Entry { value: Value::Paired { primary, secondary, .. }, .. }) => {
+                [primary, secondary].contains(&name(x))
+            }
+            Some(Entry { value: Value::Solo { node, .. }, .. }) => node == name(x),
+            _ => false,
+        };
+        let is_taken = |x: usize| match self.units[x].life {
+            Life::Bound(of) => of != vm && (self.units[x].home.is_some() || needed(x, of)),
+            _ => false,
+        };
+        (0..self.units.len()).all(|x| x == runner || is_taken(x))
     }
 
     fn describe(&self, x: usize) -> String {

@@ -4,8 +4,8 @@ use colo_common::arbiter::Arbiter;
 use colo_common::arbiter::scripted::{Fate, ScriptedArbiter};
 use colo_common::membership::scripted::ScriptedMembership;
 use colo_common::membership::{Claim, MembershipError};
-use colo_common::register::{Answer, Proposal};
-use colo_common::{Incarnation, NodeId, Point, Term, VmId};
+use colo_common::register::{Answer, Entry, Proposal};
+use colo_common::{Incarnation, NodeId, Point, ProposalId, Term, VmId};
 use colo_primary::arbiter_worker::Found;
 use colo_proto::frame::VmTag;
 use colo_tests::seed::Seed;
@@ -13,7 +13,7 @@ use colo_vmm::memory::GuestMemory;
 use colo_vmm::synthetic::SyntheticGuest;
 use colo_vmm::{BootFile, BootSource, Disk, GuestSpec, MachineState, PagePool, ProtectedGuest};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -56,6 +56,8 @@ pub(crate) struct Common {
     pub(crate) wrong_by: [i64; MAX_NODES],
     pub(crate) outside: Outside,
     pub(crate) counts: Counts,
+    /// Proposals to run the guest by an operator's word alone.
+    pub(crate) forced: BTreeSet<ProposalId>,
     traced: bool,
     vm: VmId,
     spec: GuestSpec,
@@ -122,6 +124,7 @@ impl Common {
             mutations,
             outside: Outside::default(),
             counts: Counts::default(),
+            forced: BTreeSet::new(),
             traced,
             vm: VMS[vm].parse().expect("a name"),
             spec,
@@ -130,6 +133,21 @@ impl Common {
             drawn: 1000 + ((vm as u128) << 32),
             plan,
         }
+    }
+
+    /// Whether a node that runs the guest by an entry of `term` does so by an operator's word: that counts until a guest
+    /// has begun to run by it, also for the node's next process.
+    pub(crate) fn is_forced(&self, node: usize, term: Term) -> bool {
+        let begun = self.outside.begun();
+        let of_node = |entry: &Entry| *entry.value.runner() == name(node);
+        let forced = |entry: &&Entry| self.forced.contains(&entry.proposal) && of_node(entry);
+        !self.forced.is_empty()
+            && self
+                .arbiter
+                .entries(&self.vm)
+                .iter()
+                .filter(forced)
+                .any(|entry| entry.term > begun && entry.term <= term)
     }
 
     /// Asks who is there, as far as this node can.

@@ -8,7 +8,7 @@ use colo_secondary::replica::{AckPolicy, Copy};
 use colo_vmm::ProtectedGuest;
 
 use crate::common::index;
-use crate::plan::Rates;
+use crate::plan::{Rates, Time};
 use crate::runner::Runner;
 use crate::world::{Role, World};
 
@@ -116,8 +116,7 @@ impl World {
         }
         if common.chance(rates.promote) {
             common.count("promotes by the operator");
-            follower.asked = true;
-            follower.read();
+            follower.ask_to_run(false, Time::MAX, common);
         }
         if common.chance(rates.policy) {
             common.count("policy changes");
@@ -259,7 +258,6 @@ impl World {
     }
 
     fn repair_follower(&mut self, x: usize, register: Option<&Value>) {
-        let auto = self.common.plan.auto_failover;
         let runs = (0..self.nodes.len()).any(|x| self.runner(x).is_some_and(|runner| !runner.failed));
         let ours = matches!(register, Some(Value::Solo { node, .. }) if index(node) == x);
         let Role::Follower(follower) = &mut self.nodes[x].role else { return };
@@ -270,9 +268,8 @@ impl World {
             }
             _ => false,
         };
-        if named && !auto && !runs {
-            follower.asked = true;
-            follower.read();
+        if named && !follower.auto_failover && !runs {
+            follower.ask_to_run(false, Time::MAX, &self.common);
         } else if ours && !runs && !follower.replica.is_proposing() && !follower.replica.is_active() {
             // It ran here as `colo-primary`, perhaps.
             let known = self.nodes[x].durable.runner.is_some_and(|known| known.active.is_some());

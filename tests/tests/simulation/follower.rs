@@ -19,6 +19,7 @@ use colo_vmm::{GuestMemory, ProtectedGuest};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::asked::Asked;
 use crate::common::{ArbiterClient, Common, name};
 use crate::image_file::ImageFile;
 use crate::intent::{Intent, LoggedDisk};
@@ -81,7 +82,9 @@ pub(crate) struct Follower {
     pub(crate) runner_at: Option<usize>,
     pub(crate) rejoin: Rejoin,
     pub(crate) detector: Detector<Time>,
-    pub(crate) asked: bool,
+    pub(crate) asked: Asked,
+    /// Whether it takes over without the operator's word.
+    pub(crate) auto_failover: bool,
     pub(crate) hand_back: Option<(NodeId, Incarnation, Term)>,
     pub(crate) reading: bool,
     pub(crate) observed: bool,
@@ -170,7 +173,8 @@ impl Follower {
             runner_at: None,
             rejoin: Rejoin::new(FRAMES, BLOCKS),
             detector: Detector::new(),
-            asked: false,
+            asked: Asked::default(),
+            auto_failover: common.plan.auto_failover,
             hand_back: None,
             reading: false,
             observed: false,

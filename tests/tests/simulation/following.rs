@@ -424,6 +424,7 @@ impl Follower {
                 Action::Ack(ack) => {
                     if let Some(link) = &self.link {
                         common.note(self.x, || format!("acks {}", ack.point));
+                        common.outside.said(ack.point);
                         common.send(link.number, Way::Hear, Msg::Ack(ack));
                     }
                 }

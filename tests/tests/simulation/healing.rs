@@ -1,9 +1,9 @@
 //! Getting protected again without an operator, simulated: `primary::node::healing` and `heal_worker`, function by
 //! function. Their thread is a look now and then.
 
-use colo_common::Incarnation;
 use colo_common::membership::{Claim, ClaimAnswer, Membership, NodeRecord, NodeRole};
-use colo_common::register::Entry;
+use colo_common::register::{Entry, Value};
+use colo_common::{Incarnation, NodeId};
 use colo_primary::heal::{Candidate, Healer, Needs};
 use colo_primary::replicator::Phase;
 
@@ -14,9 +14,11 @@ use crate::switching::clock;
 
 /// As in `heal_worker`.
 const LOOK: Time = 250 / HASTE;
+const WATCH: Time = 1_000 / HASTE;
 const PATIENCE: Time = 10_000 / HASTE;
 /// As in `node::healing`.
 const REACH: Time = 5_000 / HASTE;
+/// As in both.
 pub(crate) const RETURN: Time = 3_000 / HASTE;
 /// What guests of a simulation run on, and what their nodes speak.
 pub(crate) const HYPERVISOR: &str = "synthetic";
@@ -27,6 +29,8 @@ pub(crate) struct Healing {
     worker: Worker,
     lacks: bool,
     wanted: bool,
+    replace: bool,
+    protected_by: Option<NodeId>,
     candidate: Option<(NodeRecord, Time)>,
     returns: Option<Time>,
 }
@@ -35,14 +39,30 @@ pub(crate) struct Healing {
 struct Worker {
     healer: Healer,
     wanted: Option<Entry>,
+    protected_by: Option<NodeId>,
     told: Option<(Candidate, Time)>,
+    /// A copy is on its way.
+    copying: bool,
     next_look: Time,
+}
+
+/// `heal_worker::Advice`.
+enum Advice {
+    Take(NodeRecord),
+    Replace,
 }
 
 impl Healing {
     pub(crate) fn new(lacks: bool, returns: Option<Time>, common: &Common) -> Self {
-        let worker = Worker { healer: Healer::default(), wanted: None, told: None, next_look: common.now };
-        Self { worker, lacks, wanted: false, candidate: None, returns }
+        let worker = Worker {
+            healer: Healer::default(),
+            wanted: None,
+            protected_by: None,
+            told: None,
+            copying: false,
+            next_look: common.now,
+        };
+        Self { worker, lacks, wanted: false, replace: false, protected_by: None, candidate: None, returns }
     }
 }
 
@@ -68,10 +88,12 @@ impl Runner {
                 common.count(if by_spare { "healed by a spare" } else { "healed by a node that came back" });
             }
         }
+        self.say_who_protects(common.now);
         let wanted = self.lacks_secondary(common.now);
         let seeding = !wanted && self.peer.is_some() && matches!(phase, Phase::Seeding { .. });
         let register = self.replicator.register().clone();
         let Some(healing) = &mut self.healing else { return };
+        healing.worker.copying = seeding && !common.mutations.copies_are_given_up;
         if wanted == healing.wanted || seeding {
             return;
         }
@@ -81,17 +103,58 @@ impl Runner {
             healing.worker.told = None;
         }
         healing.worker.wanted = wanted.then_some(register).filter(|_| !common.mutations.nobody_heals);
+        healing.worker.next_look = common.now;
     }
 
-    /// `Worker::run`, as often as it looks, and `Node::on_candidate`.
+    /// `Node::say_who_protects`.
+    fn say_who_protects(&mut self, now: Time) {
+        let by = match &self.replicator.register().value {
+            Value::Paired { secondary, .. } => Some(secondary),
+            _ => None,
+        };
+        let Some(healing) = &mut self.healing else { return };
+        if healing.protected_by.as_ref() != by {
+            healing.protected_by = by.cloned();
+            healing.worker.protected_by = by.cloned();
+            healing.worker.next_look = now;
+        }
+    }
+
+    /// `Node::let_go_if_replaced`.
+    pub(crate) fn let_go_if_replaced(&mut self, common: &mut Common) {
+        let busy = self.replicator.is_proposing() || self.switching.is_some() || self.stopping;
+        let Some(healing) = &mut self.healing else { return };
+        if !healing.replace || busy {
+            return;
+        }
+        healing.replace = false;
+        if !matches!(self.replicator.phase(), Phase::Paired { .. }) {
+            return;
+        }
+        common.count("secondaries replaced");
+        common.note(self.x, || "lets its secondary go, whose node is emptied".to_owned());
+        self.secondary = None;
+        let actions = self.replicator.go_solo();
+        self.act(actions, common);
+    }
+
+    /// `Worker::run`, as often as it looks, and `Node::on_advice`.
     pub(crate) fn look_for_candidates(&mut self, common: &mut Common) {
         let (x, process) = (self.x, self.incarnation);
         let Some(healing) = &mut self.healing else { return };
         if common.now < healing.worker.next_look {
             return;
         }
-        healing.worker.next_look = common.now + LOOK;
-        let Some(record) = healing.worker.look(x, process, common) else { return };
+        let wait = if healing.worker.wanted.is_some() { LOOK } else { WATCH };
+        healing.worker.next_look = common.now + wait;
+        let record = match healing.worker.turn(x, process, common) {
+            None => return,
+            Some(Advice::Replace) => {
+                healing.replace = true;
+                return;
+            }
+            Some(Advice::Take(record)) => record,
+        };
         if !self.lacks_secondary(common.now) {
             return;
         }
@@ -113,6 +176,7 @@ impl Runner {
         let Some(healing) = &mut self.healing else { return };
         let Some((record, _)) = healing.candidate.take_if(gone) else { return };
         common.count("candidates that failed");
+        healing.worker.next_look = now;
         let healer = &mut healing.worker.healer;
         if refused {
             healer.refused(record.node, "", clock(now));
@@ -124,12 +188,45 @@ impl Runner {
 }
 
 impl Worker {
+    /// A turn of `Worker::run`.
+    fn turn(&mut self, x: usize, process: Incarnation, common: &mut Common) -> Option<Advice> {
+        if let Some(entry) = self.wanted.clone() {
+            return self.look(&entry, x, process, common).map(Advice::Take);
+        }
+        let by = self.protected_by.clone()?;
+        if !self.is_replaceable(&by, x, common) {
+            return None;
+        }
+        self.protected_by = None;
+        Some(Advice::Replace)
+    }
+
+    /// `Worker::is_replaceable`.
+    fn is_replaceable(&self, by: &NodeId, x: usize, common: &Common) -> bool {
+        let Ok(nodes) = common.ask_membership(x, |membership| membership.nodes()) else { return false };
+        let empties = |record: &NodeRecord| {
+            record.node == *by && record.vm.as_ref() == Some(common.vm()) && record.draining
+        };
+        let others: Vec<NodeRecord> = nodes.iter().filter(|record| record.node != *by).cloned().collect();
+        nodes.iter().any(empties)
+            && self.healer.choose(&others, &name(x), common.vm(), &needs(), clock(common.now)).is_some()
+    }
+
     /// `Worker::look`.
-    fn look(&mut self, x: usize, process: Incarnation, common: &mut Common) -> Option<NodeRecord> {
-        let entry = self.wanted.clone()?;
+    fn look(
+        &mut self,
+        entry: &Entry,
+        x: usize,
+        process: Incarnation,
+        common: &mut Common,
+    ) -> Option<NodeRecord> {
         let now = clock(common.now);
-        if let Some((candidate, at)) = &self.told {
-            if common.now - at < PATIENCE || common.mutations.endless_patience {
+        if let Some((candidate, at)) = &mut self.told {
+            if self.copying {
+                *at = common.now;
+            }
+            let limit = if candidate.spare { PATIENCE } else { RETURN };
+            if common.now - *at < limit || common.mutations.endless_patience {
                 return None;
             }
             let NodeRecord { node, incarnation, .. } = &candidate.record;
@@ -137,10 +234,8 @@ impl Worker {
             self.told = None;
         }
         let nodes = common.ask_membership(x, |membership| membership.nodes()).ok()?;
-        let hypervisor = HYPERVISOR.to_owned();
-        let needs = Needs { memory: FRAMES * 4096, disk: 0, hypervisor, protocol: PROTOCOL };
-        let candidate = self.healer.choose(&nodes, &name(x), common.vm(), &needs, now)?;
-        if candidate.spare && !self.claim(&entry, &candidate.record, (x, process), common) {
+        let candidate = self.healer.choose(&nodes, &name(x), common.vm(), &needs(), now)?;
+        if candidate.spare && !self.claim(entry, &candidate.record, (x, process), common) {
             return None;
         }
         self.told = Some((candidate.clone(), common.now));
@@ -181,4 +276,9 @@ impl Worker {
             }
         }
     }
+}
+
+/// What the guest of a simulation needs.
+fn needs() -> Needs {
+    Needs { memory: FRAMES * 4096, disk: 0, hypervisor: HYPERVISOR.to_owned(), protocol: PROTOCOL }
 }

@@ -1,8 +1,11 @@
 //! What the world outside has seen, and what must hold of it: one history. Every stretch in which one guest runs on one
 //! node is a *stint*; it forks off the one before at the point that it was promoted from. A byte or frame belongs to
 //! the stint that made it, and no two stints may ever let out the same one differently or as their own.
+//!
+//! A guest that an operator has run by force begins a *life* of its own, with what was out at its point. What was out or
+//! acked after that is given up, and nothing else: of the life before, nothing more may go out than that.
 
-use colo_common::Point;
+use colo_common::{Point, Term};
 use colo_primary::release::Sink;
 use colo_vmm::egress::{Output, OutputItem, OutputPosition};
 use colo_vmm::state::MachineState;
@@ -30,11 +33,23 @@ struct Stint {
     parent: Option<(usize, OutputPosition)>,
 }
 
-/// From one power-on to the loss of all that was in memory.
+/// From one power-on, or promotion by force, to the loss of all that was in memory.
 #[derive(Debug, Default)]
 struct Life {
     console: Vec<(u8, usize)>,
     frames: Vec<(u64, usize)>,
+    /// It was given up: what is acked may still go out, as from a slow network.
+    until: Option<OutputPosition>,
+}
+
+/// How a stint begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Begins {
+    pub(crate) node: usize,
+    /// Of the register's entry by which it runs.
+    pub(crate) term: Term,
+    /// By an operator's word alone.
+    pub(crate) forced: bool,
 }
 
 /// The world outside, and the simulation's own account of what each point is.
@@ -45,6 +60,12 @@ pub(crate) struct Outside {
     cuts: BTreeMap<Point, Instant>,
     /// The newest point that a runner knows to be acked, while it was protected.
     acked: Option<Point>,
+    /// Output up to the newest point of this life that was acked, whoever has heard of it.
+    said: OutputPosition,
+    /// Acked output was given up when the last stint began.
+    gave_up: bool,
+    /// The term of the last stint's entry.
+    begun: Term,
     /// The node that was about to run the guest, and may have written so.
     activating: Option<usize>,
     pub(crate) broken: Option<String>,
@@ -74,14 +95,47 @@ impl Outside {
         self.acked = self.acked.max(point);
     }
 
-    /// A guest begins from nothing. Only the node that ran it last may do that.
-    pub(crate) fn boot(&mut self, node: usize) -> usize {
+    /// A follower acks a point.
+    pub(crate) fn said(&mut self, point: Point) {
+        let Some(cut) = self.cuts.get(&point) else { return };
+        if self.stints[cut.stint].life + 1 == self.lives.len() {
+            self.said.console = self.said.console.max(cut.output.console);
+            self.said.frames = self.said.frames.max(cut.output.frames);
+        }
+    }
+
+    /// The term of the register by which the guest began to run last.
+    pub(crate) fn begun(&self) -> Term {
+        self.begun
+    }
+
+    /// Whether the last beginning gave up what was out or acked.
+    pub(crate) fn gave_up(&self) -> bool {
+        self.gave_up
+    }
+
+    /// Nothing more goes out of the life that there is than what is out or acked.
+    fn close_life(&mut self) {
+        if let Some(Life { console, frames, until }) = self.lives.last_mut() {
+            *until = Some(OutputPosition {
+                console: self.said.console.max(console.len() as u64),
+                frames: self.said.frames.max(frames.len() as u64),
+            });
+        }
+    }
+
+    /// A guest begins from nothing. Only the node that ran it last may do that, or one that is forced to.
+    pub(crate) fn boot(&mut self, Begins { node, term, forced }: Begins) -> usize {
+        (self.begun, self.gave_up) = (term, forced);
+        if forced {
+            self.close_life();
+        }
         let activated = self.activating.take() == Some(node);
-        if let Some(last) = self.stints.last().filter(|last| last.node != node && !activated) {
+        if let Some(last) = self.stints.last().filter(|last| last.node != node && !activated && !forced) {
             let ran = last.node;
             self.broken(|| format!("node {node} boots a guest that ran last on node {ran}"));
         }
-        self.acked = None;
+        (self.acked, self.said) = (None, OutputPosition::default());
         self.lives.push(Life::default());
         self.stints.push(Stint { node, life: self.lives.len() - 1, parent: None });
         self.stints.len() - 1
@@ -90,23 +144,27 @@ impl Outside {
     /// A node runs on from `point`, with this memory and machine.
     pub(crate) fn promote(
         &mut self,
-        node: usize,
+        begins: Begins,
         point: Point,
         guest: &SyntheticGuest,
         state: &MachineState,
     ) -> usize {
-        let number = self.stints.len();
-        self.activating = None;
+        let (number, node) = (self.stints.len(), begins.node);
+        (self.activating, self.gave_up) = (None, false);
         let Some(&cut) = self.cuts.get(&point) else {
             self.broken(|| format!("node {node} promotes {point}, which was never cut"));
-            return self.boot(node);
+            return self.boot(begins);
         };
-        if let Some(acked) = self.acked.filter(|acked| *acked > point) {
-            self.broken(|| format!("node {node} promotes {point}, and {acked} was acked"));
-        }
+        self.begun = begins.term;
         self.check_guest("what is promoted", point, guest);
         if machine(state) != cut.machine {
             self.broken(|| format!("node {node} promotes {point} with the machine of another"));
+        }
+        if begins.forced {
+            return self.go_back(node, point, cut);
+        }
+        if let Some(acked) = self.acked.filter(|acked| *acked > point) {
+            self.broken(|| format!("node {node} promotes {point}, and {acked} was acked"));
         }
         let life = self.stints[cut.stint].life;
         if life + 1 != self.lives.len() {
@@ -117,9 +175,35 @@ impl Outside {
         number
     }
 
+    /// An operator has the guest run from a point by force: what is out after it, or acked, is given up.
+    fn go_back(&mut self, node: usize, point: Point, cut: Instant) -> usize {
+        self.close_life();
+        let (number, old) = (self.stints.len(), self.stints[cut.stint].life);
+        let life = self.lives.len();
+        self.stints.push(Stint { node, life, parent: Some((cut.stint, cut.output)) });
+        let Life { console, frames, .. } = &self.lives[old];
+        let lines = console.iter().take(cut.output.console as usize).enumerate();
+        let lines = lines
+            .take_while(|(at, (_, made))| self.owner(number, |out| out.console, *at as u64) == *made)
+            .map(|(_, byte)| *byte)
+            .collect::<Vec<_>>();
+        let sent = frames.iter().take(cut.output.frames as usize).enumerate();
+        let sent = sent
+            .take_while(|(at, (_, made))| self.owner(number, |out| out.frames, *at as u64) == *made)
+            .map(|(_, frame)| *frame)
+            .collect::<Vec<_>>();
+        self.gave_up = old + 1 != life
+            || lines.len() < console.len()
+            || sent.len() < frames.len()
+            || self.acked.is_some_and(|acked| acked > point);
+        self.lives.push(Life { console: lines, frames: sent, until: None });
+        (self.acked, self.said) = (None, OutputPosition::default());
+        number
+    }
+
     /// Whoever holds `point` for good must have all that is out.
     fn check_lacks(&mut self, does: &str, point: Point, life: usize, stint: usize) {
-        let Life { console, frames } = &self.lives[life];
+        let Life { console, frames, .. } = &self.lives[life];
         let parent = self.stints[stint].parent.map_or(OutputPosition::default(), |(_, at)| at);
         let foreign =
             |(at, made): (usize, usize)| self.owner(stint, |position| position.console, at as u64) != made;
@@ -140,7 +224,7 @@ impl Outside {
             return self.broken(|| format!("a store holds {point}, which was never cut"));
         };
         let life = self.stints[cut.stint].life;
-        let Life { console, frames } = &self.lives[life];
+        let Life { console, frames, .. } = &self.lives[life];
         let (lines, sent) = (console.len() as u64, frames.len() as u64);
         if lines > cut.output.console || sent > cut.output.frames || life + 1 != self.lives.len() {
             let has = cut.output;
@@ -224,8 +308,11 @@ impl Outside {
 
     fn byte(&mut self, stint: usize, at: u64, byte: u8) {
         let made = (byte, self.owner(stint, |position| position.console, at));
-        let known = &mut self.lives[self.stints[stint].life].console;
+        let Life { console: known, until, .. } = &mut self.lives[self.stints[stint].life];
         match known.get(at as usize).copied() {
+            None if until.is_some_and(|until| at >= until.console) => {
+                self.broken(|| format!("console byte {at} is of stint {stint}, which was given up"));
+            }
             None if at == known.len() as u64 => known.push(made),
             None => {
                 let end = known.len();
@@ -240,8 +327,11 @@ impl Outside {
 
     fn frame(&mut self, stint: usize, at: u64, hash: u64) {
         let made = (hash, self.owner(stint, |position| position.frames, at));
-        let known = &mut self.lives[self.stints[stint].life].frames;
+        let Life { frames: known, until, .. } = &mut self.lives[self.stints[stint].life];
         match known.get(at as usize).copied() {
+            None if until.is_some_and(|until| at >= until.frames) => {
+                self.broken(|| format!("frame {at} is of stint {stint}, which was given up"));
+            }
             None if at == known.len() as u64 => known.push(made),
             None => {
                 let end = known.len();

@@ -107,6 +107,10 @@ pub(crate) struct Mutations {
     pub(crate) spares_stay: bool,
     /// What is known of a node that died is never forgotten.
     pub(crate) endless_leases: bool,
+    /// A node that was chosen has its time from then on, whatever is copied to it.
+    pub(crate) copies_are_given_up: bool,
+    /// A word that a node is fenced counts when nobody waits for the answer any more.
+    pub(crate) late_words_count: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
     /// Not a mutation: guests fail often while they are protected, and links break.
@@ -227,6 +231,8 @@ pub(crate) struct ClusterPlan {
     pub(crate) limit: Time,
     pub(crate) arbiter: Faults,
     pub(crate) rates: ClusterRates,
+    /// An operator has a vm run by force that nobody may run in the end.
+    pub(crate) brings_back: bool,
 }
 
 /// How often something happens to each host, path or spare, in 10 000 ticks.
@@ -239,6 +245,11 @@ pub(crate) struct ClusterRates {
     pub(crate) freeze: u64,
     pub(crate) slow: u64,
     pub(crate) clock: u64,
+    /// What operators do, to each vm, runner, follower and node.
+    pub(crate) force: u64,
+    pub(crate) fence: u64,
+    pub(crate) failover: u64,
+    pub(crate) drain: u64,
 }
 
 impl ClusterPlan {
@@ -255,6 +266,10 @@ impl ClusterPlan {
             freeze: of(3, 20),
             slow: of(3, 30),
             clock: of(3, 40),
+            force: of(3, 40),
+            fence: of(4, 15),
+            failover: of(3, 30),
+            drain: of(3, 25),
         };
         Self {
             vms,
@@ -265,6 +280,7 @@ impl ClusterPlan {
             limit: CLUSTER_FAULTS_END + HEALED_WITHIN,
             arbiter: arbiter(seed),
             rates,
+            brings_back: seed.below(2) == 0,
         }
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct Presence {
     pub(crate) process: Incarnation,
     record: NodeRecord,
     registered: Option<Box<dyn Registration>>,
+    /// The node was being emptied when it was registered as a spare.
+    pub(crate) drained_spare: bool,
     told: Option<NodeRecord>,
     next: Time,
     /// When its lease was renewed last.
@@ -28,7 +30,7 @@ pub(crate) struct Presence {
 
 impl Presence {
     /// Of a process that has said nothing yet.
-    pub(crate) fn new(x: usize, process: Incarnation, now: Time) -> Self {
+    pub(crate) fn new(x: usize, process: Incarnation, draining: bool, now: Time) -> Self {
         let record = NodeRecord {
             node: name(x),
             incarnation: process,
@@ -42,21 +44,23 @@ impl Presence {
             memory_free: 1 << 30,
             disk_free: 1 << 30,
             copy: None,
-            draining: false,
+            draining,
         };
-        Self { process, record, registered: None, told: None, next: now, renewed: now }
+        Self { process, record, registered: None, drained_spare: false, told: None, next: now, renewed: now }
     }
 
     /// `Membership::register` of a spare; whether it is one now.
     pub(crate) fn register(&mut self, x: usize, common: &Common) -> bool {
         let record = self.record.clone();
+        self.drained_spare = record.draining;
         let registered = common.ask_membership(x, |membership| membership.register(record));
         self.registered = registered.ok();
         self.registered.is_some()
     }
 
     /// A turn of `Worker::run`, of a process that is bound to a vm.
-    pub(crate) fn tell(&mut self, x: usize, role: &Role, common: &Common) {
+    pub(crate) fn tell(&mut self, x: usize, role: &Role, draining: bool, common: &Common) {
+        self.record.draining = draining;
         self.record.vm = Some(common.vm().clone());
         (self.record.role, self.record.copy) = account(role);
         if common.now < self.next || self.told.as_ref() == Some(&self.record) {

@@ -11,6 +11,7 @@ use colo_vmm::{MachineState, ProtectedGuest};
 
 use crate::common::Common;
 use crate::follower::{Follower, Outcome};
+use crate::outside::Begins;
 use crate::persister::Job;
 use crate::plan::{BLOCKS, FRAMES, Mutations, SUSPECT_AGAIN};
 use crate::runner::{Beginning, GuestDisk};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 impl Follower {
     pub(crate) fn suspect_if_due(&mut self, common: &mut Common) {
-        if !self.detector.is_due(common.now) || !(common.plan.auto_failover || self.planned) {
+        if !self.detector.is_due(common.now) || !self.takes_over() {
             return;
         }
         if self.replica.is_proposing() || self.cannot_run() {
@@ -28,11 +29,15 @@ impl Follower {
         self.read();
     }
 
+    /// `Follower::takes_over`.
+    fn takes_over(&self) -> bool {
+        self.auto_failover || self.planned
+    }
+
     fn cannot_run(&self) -> bool {
-        !matches!(self.replica.copy(), Copy::Whole { .. })
-            || self.store_failed
-            || self.guest.is_none()
-            || self.image.is_none()
+        let copy = matches!(self.replica.copy(), Copy::Whole { .. }) || self.asked.forces();
+        let ready = self.guest.is_some() && (self.image.is_some() || self.replica.is_active());
+        !copy || self.store_failed || !ready
     }
 
     pub(crate) fn on_arbiter(&mut self, found: Found, common: &mut Common) {
@@ -82,18 +87,18 @@ impl Follower {
             common.count("hand-backs proposed");
             self.act(actions, common);
         }
-        let suspected = (common.plan.auto_failover || self.planned) && self.detector.has_asked();
-        if !self.asked && !suspected {
+        self.take_word(found.as_ref(), common);
+        let suspected = self.takes_over() && self.detector.has_asked();
+        if !self.asked.wants(common.now) && !suspected {
             return;
         }
         if self.cannot_run() {
-            self.asked = false;
-            return;
+            return self.asked.refuse(&NotMine::NoCopy, common);
         }
-        match self.replica.promote(found.as_ref()) {
+        match self.want_to_run(found.as_ref(), common) {
             Ok(actions) => self.act(actions, common),
             Err(NotMine::Proposing) => {}
-            Err(_) => self.asked = false,
+            Err(why) => self.asked.refuse(&why, common),
         }
     }
 
@@ -106,7 +111,7 @@ impl Follower {
             return;
         }
         common.note(self.x, || format!("runs by {start:?}: {entry}"));
-        self.asked = false;
+        self.asked.done();
         let outcome = match start {
             Start::Promote(point) => self.promote_from(point, entry, common),
             Start::Boot => self.boot(entry, common),
@@ -133,7 +138,10 @@ impl Follower {
         self.persister.activate(entry.term, common.mutations)?;
         let guest = self.guest.take().ok_or("there is no guest")?;
         common.count("promotions");
-        let stint = common.outside.promote(self.x, point, &guest, &state);
+        let begins = self.begins(&entry, common);
+        let stint = common.outside.promote(begins, point, &guest, &state);
+        common.counts.add("promotions by force", u64::from(begins.forced));
+        common.counts.add("promotions that give acked output up", u64::from(common.outside.gave_up()));
         Ok(self.begin(entry, guest, stint))
     }
 
@@ -145,8 +153,15 @@ impl Follower {
         self.rejoin.forget();
         self.held = Release::default();
         common.count("boots");
-        let stint = common.outside.boot(self.x);
+        let begins = self.begins(&entry, common);
+        common.counts.add("boots by force", u64::from(begins.forced));
+        let stint = common.outside.boot(begins);
         Ok(self.begin(entry, guest, stint))
+    }
+
+    fn begins(&self, entry: &Entry, common: &Common) -> Begins {
+        let forced = common.is_forced(self.x, entry.term);
+        Begins { node: self.x, term: entry.term, forced }
     }
 
     fn staged_state(&mut self) -> Result<MachineState, String> {

@@ -227,6 +227,7 @@ impl Runner {
         self.ask_guest(common);
         self.end_failed(common);
         self.go_on_switching(common);
+        self.let_go_if_replaced(common);
         self.say_whether_wanted(common);
         self.look_for_secondary(common);
         if common.now >= self.next_read {

@@ -47,7 +47,7 @@ impl Cluster {
             self.counts.add("spares that go on where they left off", 1);
             return self.bind(x, vm, process, false);
         }
-        let mut presence = Presence::new(x, process, self.now);
+        let mut presence = Presence::new(x, process, self.units[x].draining, self.now);
         if !presence.register(x, &self.worlds[0].common) {
             // What was asked may still be done, and the record then ends with its lease.
             self.units[x].presence = Some(presence);

@@ -18,6 +18,7 @@ use crate::common::{ArbiterClient, Common, Counts, incarnation, index, name};
 use crate::follower::{Durable, Follower, Outcome};
 use crate::intent::LoggedDisk;
 use crate::net::{Msg, Way};
+use crate::outside::Begins;
 use crate::plan::{BLOCKS, FRAMES, MAX_NODES, Mutations, Time};
 use crate::runner::{Beginning, GuestDisk, Runner};
 use crate::switching::Left;
@@ -426,7 +427,7 @@ impl World {
         let logged = LoggedDisk { image: disk.disk(), intent: intent.clone() };
         let mut guest = common.guest(common.memory(), Arc::new(logged));
         guest.boot().expect("a new guest boots");
-        let stint = common.outside.boot(x);
+        let stint = common.outside.boot(Begins { node: x, term: entry.term, forced: false });
         let replicator = Replicator::new(name(x), incarnation, entry, History::default());
         let last_changed = LastChanged::none(FRAMES, BLOCKS);
         let secondary = Some((x + 1) % nodes.len());
