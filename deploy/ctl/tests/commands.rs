@@ -257,8 +257,7 @@ fn a_spare_is_shown_beside_a_vm_and_alone() {
     let spare =
         v1::StatusReply { node: "s".to_owned(), role: Role::Spare.into(), ..v1::StatusReply::default() };
     let s = Fake::start(spare);
-    let health =
-        |protected, spare| v1::HealthReply { healthy: true, protected, spare, ..v1::HealthReply::default() };
+    let health = |protected, spare| HealthReply { healthy: true, protected, spare, ..HealthReply::default() };
     (a.state().health, b.state().health) = (health(true, false), health(true, false));
     s.state().health = health(false, true);
     nodes.push(s.address.to_string());
