@@ -1,4 +1,5 @@
-//! When a spare lets go of the vm that it was bound to: nobody has come for it, or the vm is protected without it.
+//! When a spare lets go of the vm that it was bound to: nobody has come for it, it cannot have the guest, or the vm is
+//! protected without it.
 
 use colo_common::NodeId;
 use colo_common::register::{Entry, Value};
@@ -10,6 +11,9 @@ use super::{Follower, Outcome};
 /// runner takes to come, or to lose another secondary that had just joined.
 pub(super) const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long one stays that has refused the guest: its words are on their way.
+const MISFIT_LIMIT: Duration = Duration::from_secs(1);
+
 /// Whether the register says that the vm is protected without this node.
 pub fn is_needless(me: &NodeId, register: Option<&Entry>) -> bool {
     match register.map(|entry| &entry.value) {
@@ -19,10 +23,12 @@ pub fn is_needless(me: &NodeId, register: Option<&Entry>) -> bool {
 }
 
 impl Follower {
-    /// A claim is no promise: its runner may have died, or have found another node.
+    /// A claim is no promise: its runner may have died, or have found another node. A guest that does not fit here keeps this
+    /// node from those that do.
     pub(super) fn leave_if_unfollowed(&mut self, now: Instant) {
         let waits = self.settings.claimed && !self.followed;
-        if self.end.is_none() && waits && is_late(self.began, now) {
+        let refused = |since: Instant| now.saturating_duration_since(since) > MISFIT_LIMIT;
+        if self.end.is_none() && waits && (is_late(self.began, now) || self.misfit.is_some_and(refused)) {
             self.end = Some(Outcome::Unfollowed);
         }
     }

@@ -219,6 +219,8 @@ pub struct Follower {
     again: bool,
     /// A runner was followed by this process.
     followed: bool,
+    /// Since when a guest that it was asked to follow is known not to fit here.
+    misfit: Option<Instant>,
     /// Since when the vm is protected without this node, as far as it has read.
     needless_since: Option<Instant>,
     began: Instant,
@@ -322,6 +324,7 @@ impl Follower {
             observed: false,
             again,
             followed: false,
+            misfit: None,
             needless_since: None,
             began: now,
             arbiter,
@@ -374,8 +377,12 @@ impl Follower {
             Event::Tray => {}
             Event::Arbiter(found) => self.on_arbiter(found),
             Event::Pair(request, reply) => {
+                let answer = self.pair(&request);
+                if answer.is_err() {
+                    self.misfit.get_or_insert_with(Instant::now);
+                }
                 // Whoever asked may have given up.
-                let _ = reply.send(self.pair(&request));
+                let _ = reply.send(answer);
             }
             Event::HandBack(offer) => {
                 self.hand_back = Some(offer);

@@ -202,3 +202,20 @@ fn a_spare_that_was_taken_back_stays() {
     follower.look_whether_needed(Some(&paired("c")), begin + 6 * CLAIM_LIMIT);
     assert!(matches!(follower.end.take(), Some(Outcome::Unfollowed)));
 }
+
+#[test]
+fn a_spare_that_cannot_have_the_guest_that_claimed_it_lets_go_soon() {
+    let place = tempfile::tempdir().unwrap();
+    let mut follower = follower(place.path());
+    follower.settings.claimed = true;
+    let refused = Instant::now();
+    follower.misfit = Some(refused);
+    follower.leave_if_unfollowed(refused);
+    assert!(follower.end.is_none(), "its words are lost");
+    follower.followed = true;
+    follower.leave_if_unfollowed(refused + CLAIM_LIMIT / 2);
+    assert!(follower.end.is_none(), "it follows");
+    follower.followed = false;
+    follower.leave_if_unfollowed(refused + CLAIM_LIMIT / 2);
+    assert!(matches!(follower.end.take(), Some(Outcome::Unfollowed)));
+}

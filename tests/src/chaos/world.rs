@@ -157,9 +157,8 @@ impl World {
         self.spare = self.until("the third node to wait for its turn", |world| {
             let Ok(Roles { spare, .. }) = world.roles() else { return Ok(None) };
             Ok(match world.cluster.status(&spare) {
-                Some(status) => waits(&status).then_some(None),
-                // One that is bound to no vm has no control plane.
-                None => world.spare_process(&spare).map(|process| Some((spare, process))),
+                Some(status) if status.role() != Role::Spare => waits(&status).then_some(None),
+                _ => world.spare_process(&spare).map(|process| Some((spare, process))),
             })
         })?;
         Ok(())

@@ -275,6 +275,17 @@ impl Admin {
         Ok(())
     }
 
+    /// Ends this node's process.
+    ///
+    /// # Errors
+    /// It says no.
+    pub fn stop_node(&self) -> anyhow::Result<()> {
+        let scope = v1::stop_request::Scope::Node.into();
+        let request = v1::StopRequest { scope, grace_ms: 0 };
+        self.call(CALL_LIMIT, |mut client| async move { client.stop(request).await })?;
+        Ok(())
+    }
+
     /// A client that connects when it is used.
     ///
     /// # Errors

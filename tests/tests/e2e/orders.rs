@@ -113,3 +113,74 @@ fn a_drained_node_is_left_by_its_guest_and_replaced_as_a_secondary() {
     })
     .unwrap();
 }
+
+/// Waits until `runner` is protected by the one who is wanted.
+fn protected_by(cluster: &Cluster, runner: &str, wanted: &str) -> anyhow::Result<()> {
+    cluster.until(&format!("{runner} to be protected by {wanted}"), || {
+        let paired = cluster.status(runner).filter(|status| status.role() == Role::Paired);
+        Ok(paired.and_then(|status| status.link).filter(|link| link.peer == wanted).map(drop))
+    })
+}
+
+#[test]
+fn a_drained_spare_is_replaced_and_not_claimed_until_that_is_ended() {
+    let mut seed = Seed::from_env(5404);
+    scenario(synthetic(&mut seed), |cluster| {
+        pair(cluster)?;
+        cluster.start_spare("s")?;
+        cluster.until_role("s", Role::Spare)?;
+        let spare = cluster.admin("s")?;
+        let health = spare.health()?;
+        ensure!(health.healthy && health.spare && health.problems.is_empty(), "{health:?}");
+        refused(spare.promote(), "bound to no vm")?;
+        refused(spare.switchover(), "[UNBOUND]")?;
+        cluster.kill("b")?;
+        protected_by(cluster, "a", "s")?;
+        // Bound to a vm, it is emptied, replaced, and a spare again.
+        cluster.drain("s")?;
+        cluster.start_spare("t")?;
+        protected_by(cluster, "a", "t")?;
+        cluster.until_role("s", Role::Spare)?;
+        // That holds over the ends of its processes.
+        cluster.kill("s")?;
+        cluster.start_spare("s")?;
+        cluster.until_role("s", Role::Spare)?;
+        let told = cluster.admin("s")?.health()?;
+        ensure!(told.healthy && told.problems.concat().contains("coloctl drain --end s"), "{told:?}");
+        cluster.kill("t")?;
+        cluster.until("a to say why nobody can protect it", || {
+            let problems = cluster.admin("a")?.health()?.problems.concat();
+            Ok(problems.contains("nobody can protect it: s is being emptied").then_some(()))
+        })?;
+        ensure!(cluster.status("s").is_some_and(|status| status.role() == Role::Spare), "s was claimed");
+        cluster.admin("s")?.drain(false)?;
+        protected_by(cluster, "a", "s")?;
+        let told = cluster.admin("a")?.health()?;
+        ensure!(told.protected && !told.problems.concat().contains("nobody can"), "{told:?}");
+        check_goes_on(cluster)
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_spare_is_emptied_and_ended_before_any_vm_has_it() {
+    let mut seed = Seed::from_env(5405);
+    scenario(synthetic(&mut seed), |cluster| {
+        cluster.start_spare("s")?;
+        cluster.until_role("s", Role::Spare)?;
+        cluster.drain("s")?;
+        pair(cluster)?;
+        cluster.kill("b")?;
+        cluster.until_solo("a")?;
+        stays(cluster, "s")?;
+        cluster.admin("s")?.stop_node()?;
+        let status = cluster.ended("s")?;
+        ensure!(status.success(), "it ended with {status}");
+        cluster.until("a to say that nobody is there", || {
+            let problems = cluster.admin("a")?.health()?.problems.concat();
+            Ok(problems.contains("nobody can protect it: no other node is there").then_some(()))
+        })?;
+        check_goes_on(cluster)
+    })
+    .unwrap();
+}

@@ -268,3 +268,35 @@ fn the_environment_says_what_is_logged() {
     let told = run("colo-secondary", &scrub, &[("RUST_LOG", "a=b=c"), ("COLO_LOG_FORMAT", "xml")]);
     assert!(told.contains("RUST_LOG is no filter") && told.contains("write text or json"), "{told}");
 }
+
+/// The same port answers for the node, and later for the vm that has claimed it.
+#[test]
+fn a_spare_tells_metrics_before_and_after_it_is_claimed() {
+    let mut seed = Seed::from_env(5306);
+    scenario(synthetic(&mut seed), |cluster| {
+        let listen = free()?;
+        let (path, command) = cluster.prepare("s", false, None)?;
+        let text = std::fs::read_to_string(&path)?.replace("vm = \"demo\"\n", "") + &section(listen);
+        std::fs::write(&path, text)?;
+        cluster.start("s", command, false)?;
+        cluster.until("the metrics of a spare", || {
+            let told = scrape(listen).ok();
+            Ok(told
+                .filter(|told| told.value("colo_role", &[("role", "spare")]).is_ok_and(|is| is == 1.0))
+                .map(drop))
+        })?;
+        let told = scrape(listen)?;
+        ensure!(told.value("colo_healthy", &[("node", "s")])? == 1.0, "it is not healthy");
+        ensure!(told.samples().iter().all(|sample| !sample.labels.contains_key("vm")), "it has no vm");
+        cluster.start_secondary("b")?;
+        cluster.start_primary("a", Some("b"))?;
+        cluster.until_paired("a")?;
+        cluster.kill("b")?;
+        cluster.until("the metrics of a follower", || {
+            let told = scrape(listen).ok();
+            let follows = [("vm", "demo"), ("role", "following")];
+            Ok(told.filter(|told| told.value("colo_role", &follows).is_ok_and(|is| is == 1.0)).map(drop))
+        })
+    })
+    .unwrap();
+}
