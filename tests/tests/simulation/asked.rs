@@ -43,8 +43,14 @@ impl Asked {
     }
 
     /// Whether an answer is waited for.
-    pub(crate) fn waits(&self) -> bool {
-        self.promote.is_some() || self.confirming.is_some()
+    pub(crate) fn waits(&self, now: Time) -> bool {
+        let confirms = self.confirming.as_ref().is_some_and(|(_, until)| now <= *until);
+        confirms || self.promote.is_some_and(|(_, until)| now <= until)
+    }
+
+    /// Whether a word on a fence has had no answer.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.confirming.is_some()
     }
 
     pub(crate) fn fences(&self) -> &Fences {

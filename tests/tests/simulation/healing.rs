@@ -1,9 +1,9 @@
 //! Getting protected again without an operator, simulated: `primary::node::healing` and `heal_worker`, function by
 //! function. Their thread is a look now and then.
 
-use colo_common::{Incarnation, NodeId};
 use colo_common::membership::{Claim, ClaimAnswer, Membership, NodeRecord, NodeRole};
 use colo_common::register::{Entry, Value};
+use colo_common::{Incarnation, NodeId};
 use colo_primary::heal::{Candidate, Healer, Needs};
 use colo_primary::replicator::Phase;
 
@@ -62,15 +62,7 @@ impl Healing {
             copying: false,
             next_look: common.now,
         };
-        Self {
-            worker,
-            lacks,
-            wanted: false,
-            replace: false,
-            protected_by: None,
-            candidate: None,
-            returns,
-        }
+        Self { worker, lacks, wanted: false, replace: false, protected_by: None, candidate: None, returns }
     }
 }
 
@@ -101,7 +93,7 @@ impl Runner {
         let seeding = !wanted && self.peer.is_some() && matches!(phase, Phase::Seeding { .. });
         let register = self.replicator.register().clone();
         let Some(healing) = &mut self.healing else { return };
-        healing.worker.copying = seeding && !common.mutations.copies_are_given_up;
+        healing.worker.copying = seeding;
         if wanted == healing.wanted || seeding {
             return;
         }

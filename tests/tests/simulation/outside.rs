@@ -131,8 +131,7 @@ impl Outside {
             self.close_life();
         }
         let activated = self.activating.take() == Some(node);
-        if let Some(last) = self.stints.last().filter(|last| last.node != node && !activated && !forced)
-        {
+        if let Some(last) = self.stints.last().filter(|last| last.node != node && !activated && !forced) {
             let ran = last.node;
             self.broken(|| format!("node {node} boots a guest that ran last on node {ran}"));
         }

@@ -46,15 +46,7 @@ impl Presence {
             copy: None,
             draining,
         };
-        Self {
-            process,
-            record,
-            registered: None,
-            drained_spare: false,
-            told: None,
-            next: now,
-            renewed: now,
-        }
+        Self { process, record, registered: None, drained_spare: false, told: None, next: now, renewed: now }
     }
 
     /// `Membership::register` of a spare; whether it is one now.
