@@ -76,7 +76,7 @@ impl Follower {
     /// `Follower::confirm_fenced`.
     pub(crate) fn take_word(&mut self, found: Option<&Entry>, common: &mut Common) {
         let Some((node, until)) = self.asked.confirming.take() else { return };
-        if common.now > until && !common.mutations.late_words_count {
+        if common.now > until {
             return;
         }
         match found {
