@@ -43,8 +43,14 @@ impl Asked {
     }
 
     /// Whether an answer is waited for.
-    pub(crate) fn waits(&self) -> bool {
-        self.promote.is_some() || self.confirming.is_some()
+    pub(crate) fn waits(&self, now: Time) -> bool {
+        let confirms = self.confirming.as_ref().is_some_and(|(_, until)| now <= *until);
+        confirms || self.promote.is_some_and(|(_, until)| now <= until)
+    }
+
+    /// Whether a word on a fence has had no answer.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.confirming.is_some()
     }
 
     pub(crate) fn fences(&self) -> &Fences {
@@ -70,7 +76,7 @@ impl Follower {
     /// `Follower::confirm_fenced`.
     pub(crate) fn take_word(&mut self, found: Option<&Entry>, common: &mut Common) {
         let Some((node, until)) = self.asked.confirming.take() else { return };
-        if common.now > until && !common.mutations.late_words_count {
+        if common.now > until {
             return;
         }
         match found {

@@ -29,7 +29,7 @@ impl Cluster {
         for x in 0..self.units.len() {
             match self.units[x].life {
                 Life::Down { since } => {
-                    let off = self.now < self.units[x].off_until;
+                    let off = self.units[x].is_kept_off(self.now);
                     if self.now - since > 5 && self.seed.below(30) == 0 && !off {
                         self.counts.add("restarts", 1);
                         self.start(x);
@@ -240,7 +240,7 @@ impl Cluster {
         }
         for x in 0..self.units.len() {
             match self.units[x].life {
-                Life::Down { .. } if self.now < self.units[x].off_until => {}
+                Life::Down { .. } if self.units[x].is_kept_off(self.now) => {}
                 Life::Down { .. } => self.start(x),
                 Life::Spare { .. } => {}
                 Life::Bound(vm) => self.worlds[vm].tend(x),

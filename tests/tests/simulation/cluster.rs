@@ -47,8 +47,14 @@ pub(crate) struct Unit {
     pub(crate) claim: Option<Claim>,
     /// It is being emptied: `drain::Drain`.
     pub(crate) draining: bool,
-    /// Until when an operator keeps it off.
-    pub(crate) off_until: Time,
+    /// Until when an operator keeps it off, on behalf of each vm.
+    pub(crate) off_until: Vec<Time>,
+}
+
+impl Unit {
+    pub(crate) fn is_kept_off(&self, now: Time) -> bool {
+        self.off_until.iter().any(|&until| now < until)
+    }
 }
 
 /// All of it.
@@ -70,8 +76,8 @@ pub(crate) struct Cluster {
     pub(crate) cut_off: Vec<(Time, Fate)>,
     /// Processes that died without a word, and when their leases run out.
     dead: Vec<(Time, Incarnation)>,
-    /// To which vm a spare's process was granted, until its lease runs out: the claim ends with that.
-    granted: BTreeMap<(String, Incarnation), usize>,
+    /// To which vm a spare's process was granted, until its lease runs out or it lets go: the claim ends with that.
+    pub(crate) granted: BTreeMap<(String, Incarnation), usize>,
     /// Of each vm, the node that an operator has run it by force.
     pub(crate) forcing: Vec<Option<Forcing>>,
     pub(crate) counts: Counts,
@@ -115,7 +121,7 @@ impl Cluster {
             presence: None,
             claim: None,
             draining: false,
-            off_until: 0,
+            off_until: vec![0; plan.vms],
         };
         let units: Vec<Unit> = (0..plan.nodes).map(unit).collect();
         let mut cluster = Self {

@@ -93,7 +93,7 @@ impl Runner {
         let seeding = !wanted && self.peer.is_some() && matches!(phase, Phase::Seeding { .. });
         let register = self.replicator.register().clone();
         let Some(healing) = &mut self.healing else { return };
-        healing.worker.copying = seeding && !common.mutations.copies_are_given_up;
+        healing.worker.copying = seeding;
         if wanted == healing.wanted || seeding {
             return;
         }

@@ -11,8 +11,9 @@ use crate::common::{index, name};
 use crate::plan::{HASTE, Time};
 use crate::world::{Role, World};
 
-/// How long an operator tries to have a node run a vm.
-const TRIES: Time = 150;
+/// How long an operator tries to have a node run a vm, and how long he waits for one answer at most.
+const TRIES: Time = 300;
+const WAITS: u64 = 60;
 /// Between two times that a runner on a node that is emptied is told to move its guest: `drain::AGAIN` of coloctl.
 const AGAIN: Time = 5_000 / HASTE;
 
@@ -22,6 +23,8 @@ pub(crate) struct Forcing {
     x: usize,
     process: Incarnation,
     until: Time,
+    /// He does nothing before.
+    next: Time,
     /// Nodes may come back once he has had his answer, though he has not forced anything yet.
     careless: bool,
     /// He has asked for it, and waits.
@@ -90,7 +93,7 @@ impl Cluster {
         if asks {
             follower.ask_to_run(true, until, common);
         }
-        self.forcing[vm] = Some(Forcing { x, process, until, careless, asked: asks });
+        self.forcing[vm] = Some(Forcing { x, process, until, next: 0, careless, asked: asks });
     }
 
     /// Whoever may run the vm is ended, and said to be fenced; then the node is told to run it.
@@ -105,12 +108,20 @@ impl Cluster {
             }
             _ => return self.end_forcing(vm),
         };
-        if follower.asked.waits() {
+        if now < forcing.next || follower.asked.waits(now) {
             return;
         }
-        if forcing.careless {
-            self.units.iter_mut().for_each(|unit| unit.off_until = 0);
+        let unanswered = follower.asked.is_unanswered();
+        if unanswered || forcing.careless {
+            self.units.iter_mut().for_each(|unit| unit.off_until[vm] = 0);
         }
+        if unanswered && forcing.next == 0 {
+            // He leaves without an answer, and comes back.
+            forcing.next = now + 10 + self.seed.below(WAITS);
+            self.forcing[vm] = Some(forcing);
+            return;
+        }
+        forcing.next = 0;
         let Some(entry) = register.filter(|_| !forcing.asked) else { return self.end_forcing(vm) };
         let fences = follower.asked.fences();
         let unfenced = others(&entry, &name(x)).into_iter().find(|node| !fences.hold(node, entry.term));
@@ -120,8 +131,9 @@ impl Cluster {
                 forcing.asked = true;
             }
             Some(other) => {
-                follower.confirm_fenced(name(other), forcing.until);
-                self.put_out(other, vm, forcing.until);
+                let until = now + 10 + self.seed.below(WAITS);
+                follower.confirm_fenced(name(other), until);
+                self.put_out(other, vm, until);
             }
         }
         self.forcing[vm] = Some(forcing);
@@ -129,7 +141,7 @@ impl Cluster {
 
     fn end_forcing(&mut self, vm: usize) {
         self.forcing[vm] = None;
-        self.units.iter_mut().for_each(|unit| unit.off_until = 0);
+        self.units.iter_mut().for_each(|unit| unit.off_until[vm] = 0);
     }
 
     /// A node's process is ended: over the network if it answers, else by its plug.
@@ -140,7 +152,7 @@ impl Cluster {
             self.worlds[vm].fence(x);
         }
         self.kill(x);
-        self.units[x].off_until = until;
+        self.units[x].off_until[vm] = until + 1;
     }
 
     fn begin_drain(&mut self, x: usize) {

@@ -107,10 +107,6 @@ pub(crate) struct Mutations {
     pub(crate) spares_stay: bool,
     /// What is known of a node that died is never forgotten.
     pub(crate) endless_leases: bool,
-    /// A node that was chosen has its time from then on, whatever is copied to it.
-    pub(crate) copies_are_given_up: bool,
-    /// A word that a node is fenced counts when nobody waits for the answer any more.
-    pub(crate) late_words_count: bool,
     /// Not a mutation: the policy is changed often and both nodes crash, in quiet surroundings.
     pub(crate) often_other_policy: bool,
     /// Not a mutation: guests fail often while they are protected, and links break.

@@ -114,6 +114,8 @@ impl Cluster {
         }
         self.counts.add("spares that let go", 1);
         if let Some(claim) = self.units[x].claim.take() {
+            // What is left of this process' record may be claimed by others, who find nobody.
+            self.granted.retain(|(_, process), _| *process != claim.node_incarnation);
             // Without an answer it ends with the record of this process, next.
             drop(self.worlds[0].common.ask_membership(x, |membership| membership.release(&claim)));
         }
