@@ -24,8 +24,8 @@ use crate::spare_plane::SparePlane;
 
 /// Between two looks whether it is claimed.
 const LOOK: Duration = Duration::from_millis(150);
-/// How long the control plane lives on after the node was told to end: a reply.
-const LAST_REPLY: Duration = Duration::from_millis(100);
+/// How long the control plane lives on after the node was told to end: a reply, on a busy host too.
+const LAST_REPLY: Duration = Duration::from_secs(1);
 
 /// What a spare is bound to.
 pub(crate) struct Bound {

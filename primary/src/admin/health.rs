@@ -274,12 +274,12 @@ mod tests {
 
     #[test]
     fn that_nobody_can_protect_the_vm_is_told_for_as_long_as_it_is_so() {
-        let nobody = Some("nobody can protect it: no other node is there".to_owned());
-        let alone = Status { nobody: nobody.clone(), link: None, ..paired(Role::Alone) };
+        let why = "nobody can protect it: no other node is there".to_owned();
+        let alone = Status { nobody: Some(why.clone()), link: None, ..paired(Role::Alone) };
         let found = judge(&alone);
-        assert!(found.healthy && found.problems == [nobody.clone().unwrap()], "{found:?}");
-        let told = Status { error: nobody.clone().map(|why| (why, Instant::now())), ..alone };
-        assert_eq!(judge(&told).problems, [nobody.unwrap()], "once");
+        assert!(found.healthy && found.problems == [why.clone()], "{found:?}");
+        let told = Status { error: Some((why.clone(), Instant::now())), ..alone };
+        assert_eq!(judge(&told).problems, [why], "once");
     }
 
     #[test]
