@@ -55,7 +55,7 @@ pub enum ArbiterError {
     },
     /// What it holds is not a register.
     #[error(
-        "the register of {vm} in {place} is damaged: {reason}; guests run on, and nothing about {vm} is decided until it is restored from a backup; do not remove it, since a vm without a register is refused by nodes that know it"
+        "the register of {vm} in {place} is damaged: {reason}; restore it from a backup, and do not remove it: guests run on meanwhile, but nothing about {vm} is decided"
     )]
     Damaged {
         /// The vm.
