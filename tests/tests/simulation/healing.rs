@@ -48,7 +48,7 @@ struct Worker {
 
 /// `heal_worker::Advice`.
 enum Advice {
-    Take(NodeRecord),
+    Take(Box<NodeRecord>),
     Replace,
 }
 
@@ -153,7 +153,7 @@ impl Runner {
                 healing.replace = true;
                 return;
             }
-            Some(Advice::Take(record)) => record,
+            Some(Advice::Take(record)) => *record,
         };
         if !self.lacks_secondary(common.now) {
             return;
@@ -191,7 +191,7 @@ impl Worker {
     /// A turn of `Worker::run`.
     fn turn(&mut self, x: usize, process: Incarnation, common: &mut Common) -> Option<Advice> {
         if let Some(entry) = self.wanted.clone() {
-            return self.look(&entry, x, process, common).map(Advice::Take);
+            return self.look(&entry, x, process, common).map(|record| Advice::Take(Box::new(record)));
         }
         let by = self.protected_by.clone()?;
         if !self.is_replaceable(&by, x, common) {
